@@ -1,0 +1,361 @@
+"""From files to tensors: manifests, audio, THE prompt, and batches.
+
+One prompt builder serves training, decoding and evaluation, because a model answers the prompt
+it was trained on.  One audio reader serves all of them too: any format libsndfile knows, any
+rate, depth and channel count, resampled by soxr to 16 kHz mono.  The log-mel is openai-whisper's,
+computed clip by clip: on a batch it would take its maximum over all clips, and one loud clip
+would change another.
+
+The batch that leaves `collate` is clean.  Noise is added in the training step (diffusion.py).
+
+`python data.py CLIP [QUESTION]` shows what the model is given for a clip.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram
+
+from model import SPECIAL_TOKENS, UserError
+
+SAMPLES_PER_FRAME = 2 * HOP_LENGTH  # an encoder frame is two mel frames: 20 ms
+CANVAS = 16  # an answer's canvas is a multiple of this many tokens
+MAX_TEXT = 2048  # tokens of prompt and answer in training
+ASR_QUESTION = "Please transcribe the audio to text."
+
+
+# ---------------------------------------------------------------------------------------------
+# manifests
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question about one clip.  `where` is file:line, for messages; `id` seeds its noise."""
+
+    id: int
+    audio: str | None  # path
+    question: str
+    answer: str
+    rejected: str | None = None  # stage 4
+    transcript: str | None = None  # words in the clip, for stage 0's CTC
+    label: str | None = None  # what kind of clip it is, for stage 0's label head
+    dataset: str = ""
+    offset: float = 0.0  # seconds into the file
+    duration: float | None = None  # seconds; None: to the end
+    where: str = ""
+
+
+def read_manifest(path, stage=None, check=True):
+    """Reads a manifest of any of four kinds into a list of Examples.
+
+      * JSONL, one {"messages": [user, assistant], "audios": [path]} a line (ms-swift, LLaMA-Factory),
+        plus "rejected_response" in stage 4 and our own "transcript" and "label" in stage 0
+      * JSONL, NeMo's {"audio_filepath", "text", "duration", "offset"}: speech recognition
+      * a JSON list (or JSONL) of the authors' {"audio_id", "audio_filepath", "input", "target", ...};
+        in stage 1 the answer is "transcription", in stage 4 the worse answer is "rejected"
+
+    Paths are relative to the manifest.  check: every audio file must exist.
+    Raises UserError naming file and line.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such manifest")
+    with open(path, encoding="utf-8") as f:
+        try:
+            text = f.read()
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not a text file") from None
+    if text.lstrip().startswith("["):
+        try:
+            entries = [(f"{path}: entry {i}", entry) for i, entry in enumerate(json.loads(text), 1)]
+        except json.JSONDecodeError as e:
+            raise UserError(f"{path}:{e.lineno}: not JSON ({e.msg})") from None
+    else:
+        entries = []
+        for n, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    entries.append((f"{path}:{n}", json.loads(line)))
+                except json.JSONDecodeError as e:
+                    raise UserError(f"{path}:{n}: not JSON ({e.msg})") from None
+    if not entries:
+        raise UserError(f"{path}: holds no example")
+    folder = os.path.dirname(os.path.abspath(path))
+    return [parse_example(entry, i, where, folder, stage, check) for i, (where, entry) in enumerate(entries)]
+
+
+def parse_example(entry, id, where, folder, stage=None, check=True):
+    """One manifest entry -> Example.  Raises UserError for what cannot be used."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: not a JSON object")
+
+    def need(field, kind=str, of=None):
+        value = (entry if of is None else of).get(field)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise UserError(f"{where}: field {field!r} is missing or not of the right type")
+        return value
+
+    def number(field, default):
+        value = need(field, (int, float)) if entry.get(field) is not None else default
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise UserError(f"{where}: {field} is {value}")
+        return value
+
+    if "messages" in entry:
+        by_role = {}
+        for message in need("messages", list):
+            if not isinstance(message, dict) or message.get("role") not in ("user", "assistant") or message["role"] in by_role:
+                raise UserError(f"{where}: messages must be one of role user and one of role assistant")
+            by_role[message["role"]] = need("content", of=message)
+        if len(by_role) != 2:
+            raise UserError(f"{where}: messages must be one of role user and one of role assistant")
+        question, answer, rejected = by_role["user"], by_role["assistant"], entry.get("rejected_response")
+        audios = entry.get("audios") or []
+        if not isinstance(audios, list) or not all(isinstance(a, str) for a in audios):
+            raise UserError(f"{where}: audios must be a list of paths")
+        if len(audios) > 1 or question.count("<audio>") > 1:
+            raise UserError(f"{where}: more than one audio in an example")
+        audio = audios[0] if audios else None
+        question = question.replace("<audio>", "").strip()
+    elif "audio_filepath" in entry and "text" in entry:
+        audio, question, answer, rejected = need("audio_filepath"), ASR_QUESTION, need("text"), None
+    elif "audio_filepath" in entry:
+        need("audio_id", (str, int))
+        audio, rejected = need("audio_filepath"), None
+        question = entry["input"] if isinstance(entry.get("input"), str) and entry["input"].strip() else ASR_QUESTION
+        answer = need("transcription" if stage == 1 else "target")
+        if stage == 4:
+            rejected = need("rejected")
+    else:
+        raise UserError(f"{where}: has neither 'messages' nor 'audio_filepath'")
+    if stage == 4 and not isinstance(rejected, str):
+        raise UserError(f"{where}: stage 4 needs a rejected_response")
+    if not question.strip():
+        raise UserError(f"{where}: the question is empty")
+    for text in (question, answer, rejected or ""):
+        refuse_special_tokens(text, where)
+    if audio is not None:
+        audio = os.path.join(folder, audio)
+        if check and not os.path.isfile(audio):
+            raise UserError(f"{where}: no such audio file: {audio}")
+    return Example(
+        id, audio, question, answer, rejected, entry.get("transcript"), entry.get("label"),
+        str(entry.get("dataset", "")), number("offset", 0.0), number("duration", None), where,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# audio
+
+
+def load_audio(path, offset=0.0, duration=None, limit=None):
+    """Reads a clip as 16 kHz mono float32.
+
+    offset, duration: seconds, to read a part.  limit: at most this many seconds are returned.
+    Returns samples (n,) and a list of notes for the user (clip was cut, clip is silent).
+    Raises UserError for what is no usable recording.
+    """
+    if os.path.isdir(path):
+        raise UserError(f"{path}: is a folder, not a recording")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file")
+    if os.path.getsize(path) == 0:
+        raise UserError(f"{path}: the file is empty")
+    notes = []
+    try:
+        with soundfile.SoundFile(path) as f:
+            rate, total = f.samplerate, f.frames
+            # libsndfile would read what is left of a truncated WAV and say nothing
+            if f.format in ("WAV", "WAVEX") and is_cut_wav(path):
+                raise UserError(f"{path}: the file is cut short")
+            start = round(offset * rate)
+            if start > total:
+                raise UserError(f"{path}: offset {offset} s lies behind the end of the clip")
+            f.seek(start)
+            left = total - start if duration is None else min(total - start, round(duration * rate))
+            wanted = left
+            if limit is not None and left > math.ceil(limit * rate):
+                notes.append(f"{path}: {left / rate:.1f} s long; the first {limit:g} s are used")
+                wanted = math.ceil(limit * rate)
+            audio = f.read(wanted, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError) as e:
+        raise UserError(f"{path}: cannot be read as audio ({getattr(e, 'error_string', e)})") from None
+    if len(audio) < wanted:
+        raise UserError(f"{path}: the file is cut short ({len(audio)} of {wanted} samples)")
+    if len(audio) == 0:
+        raise UserError(f"{path}: holds no samples")
+    if not np.isfinite(audio).all():
+        raise UserError(f"{path}: holds samples that are NaN or infinite")
+    audio = audio.mean(1)
+    if rate != SAMPLE_RATE:
+        audio = soxr.resample(audio, rate, SAMPLE_RATE)
+        if len(audio) == 0:
+            raise UserError(f"{path}: too short: not one sample at 16 kHz")
+    if limit is not None:
+        audio = audio[: round(limit * SAMPLE_RATE)]
+    if np.abs(audio).max() < 1e-4:
+        notes.append(f"{path}: the clip is silent")
+    return audio, notes
+
+
+def is_cut_wav(path):
+    """Whether a RIFF file says that it holds more bytes than it does.
+
+    Sizes of 0 and 2^31 and more are what a program writes that streams to a pipe: no claim.
+    """
+    with open(path, "rb") as f:
+        data = f.read(1 << 16)
+    at = data.find(b"data", 12)
+    size = int.from_bytes(data[at + 4 : at + 8], "little")
+    return at > 0 and 0 < size < 1 << 31 and at + 8 + size > os.path.getsize(path)
+
+
+def window_seconds(config):
+    return config.n_frames * SAMPLES_PER_FRAME / SAMPLE_RATE
+
+
+def log_mel(audio, config):
+    """Whisper's log-mel of one clip, padded with silence to the encoder's window.
+
+    audio (n,) 16 kHz.  Returns mel (n_mels, 2 * n_frames) and the number of encoder frames that
+    hold real audio: ceil(n / 160) mel frames, halved by the encoder's stride.
+    """
+    window = config.n_frames * SAMPLES_PER_FRAME
+    audio = torch.as_tensor(audio, dtype=torch.float32)[:window]
+    n_frames = (math.ceil(len(audio) / HOP_LENGTH) - 1) // 2 + 1
+    padded = torch.nn.functional.pad(audio, (0, window - len(audio)))
+    return log_mel_spectrogram(padded, n_mels=config.n_mels), n_frames
+
+
+# ---------------------------------------------------------------------------------------------
+# the prompt
+
+SYSTEM = "You are a helpful voice assistant."
+BEFORE_AUDIO = "This is the audio:"
+
+
+def refuse_special_tokens(text, where):
+    """A question or answer that spells a control token would be read as one."""
+    for token in SPECIAL_TOKENS.values():
+        if token in text:
+            raise UserError(f"{where}: the text contains the control token {token}")
+
+
+def prompt_text(question, system=SYSTEM):
+    """LLaDA's chat format, byte for byte; the literal <audio> stays."""
+    header = lambda role: f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+    return (
+        f"<|startoftext|>{header('system')}{system}<|eot_id|>"
+        f"{header('user')}{BEFORE_AUDIO} <audio>. {question}<|eot_id|>{header('assistant')}"
+    )
+
+
+def build_prompt(tokenizer, question, system=SYSTEM):
+    """-> token ids (list), audio_at: the audio tokens go in front of the token that begins " <audio>"."""
+    refuse_special_tokens(question, "question")
+    text = prompt_text(question, system)
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    at = len(prompt_text("", system).split(" <audio>")[0])  # in characters; not searched for in the question
+    audio_at = next(i for i, (_, end) in enumerate(encoding.offsets) if end > at)
+    return encoding.ids, audio_at
+
+
+def answer_ids(tokenizer, answer, config):
+    """The response and its end of turn; what follows on the canvas is end marks."""
+    return tokenizer.encode(answer, add_special_tokens=False).ids + [config.eot_id]
+
+
+def answer_text(tokenizer, ids, config):
+    """What is printed: everything before the first end of turn or end mark, specials removed."""
+    ids = list(ids)
+    for i, token in enumerate(ids):
+        if token in (config.eot_id, config.eos_id):
+            ids = ids[:i]
+            break
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def canvas_length(n, extra):
+    """The next multiple of 16 after n tokens, plus `extra` further 16s: at least one end mark follows."""
+    return (n // CANVAS + 1 + extra) * CANVAS
+
+
+# ---------------------------------------------------------------------------------------------
+# batches
+
+
+def encode_text(example, tokenizer, config, generator=None, answer=None):
+    """Prompt, answer and canvas of one example -> {"ids", "is_answer", "audio_at"}.
+
+    The canvas depends on the example and `generator` alone, never on the batch.
+    answer: take this text instead (the rejected one).  Raises UserError when too long.
+    """
+    ids, audio_at = build_prompt(tokenizer, example.question)
+    reply = answer_ids(tokenizer, example.answer if answer is None else answer, config)
+    extra = int(torch.randint(3, (1,), generator=generator))
+    canvas = canvas_length(len(reply), extra)
+    if len(ids) + len(reply) > MAX_TEXT:
+        raise UserError(f"{example.where}: {len(ids) + len(reply)} tokens of text; at most {MAX_TEXT} in training")
+    audio_tokens = config.n_queries + config.n_frames // 4
+    if len(ids) + audio_tokens + canvas > config.context:
+        raise UserError(f"{example.where}: text and audio do not fit the model's {config.context} positions")
+    is_answer = [False] * len(ids) + [True] * canvas
+    return {"ids": ids + reply + [config.eos_id] * (canvas - len(reply)), "is_answer": is_answer, "audio_at": audio_at}
+
+
+def collate(items, config):
+    """Clean batch from items of encode_text, each with "mel" and "n_frames" where there is audio.
+
+    Returns a dict: ids (B, T), valid (B, T) (False on padding: never read it off the ids, the
+    end mark is also the padding id), is_answer (B, T), audio_at (B,), and if the items have
+    audio mel (B, n_mels, 2 * n_frames), n_frames (B,).
+    """
+    T = max(len(item["ids"]) for item in items)
+    pad = lambda values, fill: values + [fill] * (T - len(values))
+    batch = {
+        "ids": torch.tensor([pad(item["ids"], config.eos_id) for item in items]),
+        "valid": torch.tensor([pad([True] * len(item["ids"]), False) for item in items]),
+        "is_answer": torch.tensor([pad(item["is_answer"], False) for item in items]),
+        "audio_at": torch.tensor([item["audio_at"] for item in items]),
+    }
+    if "mel" in items[0]:
+        batch["mel"] = torch.stack([item["mel"] for item in items])
+        batch["n_frames"] = torch.tensor([item["n_frames"] for item in items])
+    return batch
+
+
+def bucket(lengths, batch_size, generator=None, spread=50):
+    """Random batches of similar length: shuffle, sort within runs of `spread` batches, shuffle the batches.
+
+    lengths: one number per example (tokens, seconds).  Returns lists of indices that cover each
+    example once; only one batch may be smaller than batch_size.
+    """
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    batches = []
+    for start in range(0, len(order), batch_size * spread):
+        run = sorted(order[start : start + batch_size * spread], key=lambda i: lengths[i])
+        batches += [run[i : i + batch_size] for i in range(0, len(run), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+if __name__ == "__main__":
+    import sys
+
+    from model import PRESETS, load_tokenizer, ASSETS
+
+    if len(sys.argv) < 2:
+        sys.exit("usage: python data.py CLIP [QUESTION]")
+    config, tokenizer = PRESETS["tiny"], load_tokenizer(ASSETS["tiny"])
+    audio, notes = load_audio(sys.argv[1], limit=window_seconds(config))
+    mel, n_frames = log_mel(audio, config)
+    ids, audio_at = build_prompt(tokenizer, " ".join(sys.argv[2:]) or "What do you hear?")
+    print(*notes, sep="\n", end="")
+    print(f"{len(audio) / SAMPLE_RATE:.2f} s at 16 kHz -> mel {tuple(mel.shape)} -> {n_frames} encoder frames")
+    print(f"-> {config.n_queries} acoustic + {max(n_frames // 4, 1)} semantic tokens, in front of token {audio_at}:\n")
+    tokens = [tokenizer.id_to_token(i).replace("Ġ", "_").replace("Ċ", "\\n") for i in ids]
+    print(" ".join(tokens[:audio_at]), "\n   [ audio ]\n" + " ".join(tokens[audio_at:]))

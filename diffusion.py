@@ -1,0 +1,190 @@
+"""Masked diffusion on text: the corruption, the 1/t loss, and the Monte-Carlo likelihood.
+
+A masked diffusion model learns to fill in blanks.  Forward: hide each answer token with
+probability t.  Backward: a bidirectional network guesses the hidden tokens.  The whole theory
+fits in one sentence: weigh the cross-entropy of the hidden tokens by 1/t, average over
+t ~ U(0, 1], and the result bounds -log p(answer) from above (paper, Eq. 1).
+
+Only the answer is ever hidden.  Audio and prompt stay in sight (Eq. 2 and L_sft-a).
+
+Everything here takes `predict`, any callable (noisy ids, where) -> logits at `where`, so the
+same few lines run on an 8-billion-parameter network and on a toy whose likelihood can be
+enumerated.  `python diffusion.py` does the latter and shows both halves of the story.
+
+How it differs from LLaDA's and the authors' code, and why:
+  * logits are asked for at masked positions only; a vocabulary of 126,464 makes the rest waste;
+  * the likelihood's mask counts are stratified so that every count is equally likely in every
+    draw (LLaDA's rounding favours some counts, which biases the estimate);
+  * randomness comes in as a generator, one for all rows or one for each, so that the noise an
+    example sees need not depend on its batch or on the number of GPUs.
+"""
+
+import torch
+import torch.nn.functional as F
+
+EPS = 1e-3  # t is floored here: 1/t would explode when no token happens to be masked for long
+
+
+def draw_uniform(n, generator=None, row=0):
+    """n numbers from [0, 1) by `generator`, which may be None, one Generator, or one per row."""
+    if isinstance(generator, (list, tuple)):
+        generator = generator[row]
+    return torch.rand(n, generator=generator)
+
+
+def draw_t(batch, generator=None, eps=EPS):
+    """Mask ratios t ~ U(0, 1], floored as t <- (1 - eps) t + eps.  Returns (batch,) floats."""
+    u = torch.cat([1 - draw_uniform(1, generator, row) for row in range(batch)])  # (0, 1]
+    return (1 - eps) * u + eps
+
+
+def corrupt(ids, is_answer, mask_id, t=None, is_masked=None, generator=None):
+    """Forward process: each answer token becomes [MASK] with probability t (Eq. 1, 2).
+
+    ids, is_answer: (B, T) long and bool.  t: (B,) in (0, 1]; drawn when neither t nor is_masked
+    is given.  is_masked: (B, T) bool, to use masks drawn elsewhere (ELBO, VRPO).
+    Returns noisy ids (B, T) and is_masked (B, T); nothing outside is_answer is ever masked.
+
+    Random numbers are drawn for answer tokens alone, row by row: padding a batch to another
+    length does not change which tokens are hidden.
+    """
+    if is_masked is None:
+        if t is None:
+            t = draw_t(len(ids), generator)
+        is_masked = torch.zeros_like(is_answer)
+        for row in range(len(ids)):
+            at = is_answer[row].nonzero().squeeze(1)
+            hide = draw_uniform(len(at), generator, row).to(at.device) < t[row].item()
+            is_masked[row, at[hide]] = True
+    is_masked = is_masked & is_answer
+    return torch.where(is_masked, mask_id, ids), is_masked
+
+
+def masked_nll(predict, ids, noisy, is_masked):
+    """-log p(ids | noisy) summed over each row's masked tokens.  Returns (B,) in fp32."""
+    total = torch.zeros(len(ids), device=ids.device)
+    if not is_masked.any():  # small t may hide nothing: nothing to learn, no network call needed
+        return total
+    logits = predict(noisy, is_masked)  # (N, vocab)
+    nll = F.cross_entropy(logits.float(), ids[is_masked], reduction="none")  # (N,)
+    row = is_masked.nonzero()[:, 0]  # which row each of the N tokens belongs to
+    return total.index_add(0, row, nll)
+
+
+def sft_loss(predict, ids, is_answer, mask_id, t=None, is_masked=None, generator=None, per_token=True):
+    """L_sft-a: cross-entropy of the masked answer tokens, weighed by 1/t (Eq. 1, 2).
+
+    ids, is_answer: (B, T), the clean batch and where its answers stand, end marks included.
+    t (B,) may be given, or t and is_masked (B, T) together; what is not given is drawn.
+    per_token divides by the length of each answer's canvas, as LLaDA's guidelines do; without
+    it the value is the paper's plain sum, an upper bound on -log p(answer).
+    Returns (B,): one loss per example.  Average it over the GLOBAL batch, not per process.
+    """
+    if t is None:
+        if is_masked is not None:
+            raise ValueError("is_masked without t: the weight 1/t would be unknown")
+        t = draw_t(len(ids), generator)
+    noisy, is_masked = corrupt(ids, is_answer, mask_id, t, is_masked, generator)
+    loss = masked_nll(predict, ids, noisy, is_masked) / t.to(ids.device)
+    if per_token:
+        loss = loss / is_answer.sum(1)
+    return loss
+
+
+def stratified_counts(length, n, k):
+    """n mask counts in 1..length from one start k in 1..length: l_j = (k-1 + floor(j L/n)) mod L + 1.
+
+    The n counts spread evenly over the range, yet each one alone is uniform when k is: the
+    strata cut the variance and leave no bias (LLaDA rounds instead, which favours some counts).
+    """
+    return [(k - 1 + j * length // n) % length + 1 for j in range(n)]
+
+
+def draw_counts(is_answer, n, generator=None):
+    """Masks for the Monte-Carlo ELBO: exact counts instead of coin flips, stratified over n draws.
+
+    A draw masks exactly l answer tokens chosen at random, l uniform on 1..L, and weighs L / l.
+    is_answer: (B, T).  Returns is_masked (n, B, T) and weight (n, B).  Draw them once and use
+    them for policy, reference and gradient alike: that is VRPO's antithetic sampling (paper 3.5).
+    """
+    B, T = is_answer.size()
+    is_masked = torch.zeros(n, B, T, dtype=torch.bool, device=is_answer.device)
+    weight = torch.zeros(n, B, device=is_answer.device)
+    for row in range(B):
+        at = is_answer[row].nonzero().squeeze(1)
+        L = len(at)
+        if L == 0:
+            raise ValueError(f"row {row} has no answer token")
+        k = int(draw_uniform(1, generator, row).item() * L) + 1
+        for j, count in enumerate(stratified_counts(L, n, k)):
+            order = draw_uniform(L, generator, row).argsort().to(at.device)
+            is_masked[j, row, at[order[:count]]] = True
+            weight[j, row] = L / count
+    return is_masked, weight
+
+
+def elbo(predict, ids, is_masked, weight, mask_id):
+    """Samples of the evidence lower bound on log p(answer | audio, prompt) (Eq. 3).
+
+    is_masked (n, B, T) and weight (n, B) come from draw_counts.  Returns (n, B); the mean over
+    n is the estimate of Eq. 3.  Not divided by the answer's length.
+    """
+    samples = []
+    for masks, w in zip(is_masked, weight):
+        noisy, masks = corrupt(ids, masks, mask_id, is_masked=masks)
+        samples.append(-w * masked_nll(predict, ids, noisy, masks))
+    return torch.stack(samples)
+
+
+class Toy:
+    """A joint distribution over `length` tokens of `vocab` kinds, small enough to enumerate.
+
+    Called as `predict`, it answers with the exact conditionals p(token | visible tokens), which
+    is what a perfectly trained network would say.  [MASK] is the id `vocab`.
+    """
+
+    def __init__(self, length=4, vocab=3, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        self.vocab, self.mask_id = vocab, vocab
+        self.all = torch.cartesian_prod(*[torch.arange(vocab)] * length)  # (vocab ** length, length)
+        self.p = torch.randn(len(self.all), generator=g, dtype=torch.float64).mul(2).softmax(0)
+
+    def __call__(self, noisy, where):
+        logits = []
+        for row, pos in where.nonzero().tolist():
+            seen = noisy[row] != self.mask_id
+            agrees = (self.all[:, seen] == noisy[row][seen]).all(1)
+            mass = [self.p[agrees & (self.all[:, pos] == v)].sum() for v in range(self.vocab)]
+            logits.append(torch.stack(mass).log())
+        return torch.stack(logits)
+
+    def log_prob(self, ids):
+        """log p of one sequence (length,)."""
+        return self.p[(self.all == ids).all(1)].log().sum()
+
+
+if __name__ == "__main__":
+    sentence = "the speaker sounds happy and a dog barks in the background".split()
+    ids, is_answer = torch.arange(len(sentence))[None], torch.ones(1, len(sentence), dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    print("Forward: every token is hidden with probability t.\n")
+    for t in (0.1, 0.4, 0.7, 1.0):
+        noisy, _ = corrupt(ids, is_answer, -1, torch.tensor([t]), generator=generator)
+        print(f"  t = {t:.1f}  " + " ".join(sentence[i] if i >= 0 else "_" * len(w) for w, i in zip(sentence, noisy[0])))
+
+    toy = Toy()
+    x = toy.all[(toy.p - toy.p.median()).abs().argmin()]
+    print(f"\nBackward: a toy of {len(toy.all)} sentences with exact conditionals; the bound is tight.")
+    print(f"\n  exact          log p = {toy.log_prob(x):.4f}")
+    draws, is_answer = 2000, torch.ones(1, len(x), dtype=torch.bool)
+    estimates = {
+        "1/t loss (Eq. 1)": [
+            -sft_loss(toy, x[None], is_answer, toy.mask_id, generator=generator, per_token=False) for _ in range(draws)
+        ],
+        "ELBO, n=4 (Eq. 3)": [
+            elbo(toy, x[None], *draw_counts(is_answer, 4, generator), toy.mask_id).mean(0) for _ in range(draws // 4)
+        ],
+    }
+    for name, values in estimates.items():
+        values = torch.cat(values)
+        print(f"  {name:18} {values.mean():.4f} +- {values.std() / len(values) ** 0.5:.4f}   one estimate's deviation {values.std():.3f}")

@@ -1,0 +1,446 @@
+r"""DIFFA-2: Whisper's encoder, two adapters, and LLaDA, spliced into one masked-diffusion model.
+
+   mel (80 or 128, 3000) -> Encoder (frozen) -> AcousticAdapter  64 tokens --+
+                                            \-> SemanticAdapter  12.5 a second --+
+   "... This is the audio:" + [those tokens] + " <audio>. What emotion?" + [MASK] [MASK] [MASK] ...
+                                     |
+                             LLaDA: a Llama without the causal mask
+                                     |
+                        logits for the [MASK]s asked for, and for nothing else
+
+The backbone is written out because this project teaches it; the encoder is openai-whisper's own
+class with two changes (it returns the tapped layers, and its window is a setting).  Rows of a
+batch may differ in prompt, clip and answer: padding is masked everywhere and RoPE counts valid
+tokens only, so a row's logits are the same alone and in company.
+
+Weights: `save` and `load` use one safetensors file whose header holds Config and stage.
+"""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from whisper.model import AudioEncoder, sinusoids
+
+from adapters import AcousticAdapter, SemanticAdapter, add_lora, count
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+class UserError(Exception):
+    """Something the user can put right: shown as one line, exit status 2."""
+
+
+@dataclass(frozen=True)
+class Config:
+    # Whisper encoder (defaults: large-v3)
+    n_mels: int = 128
+    n_frames: int = 1500  # encoder frames in the window, 50 a second: 30 s
+    audio_width: int = 1280
+    audio_heads: int = 20
+    audio_layers: int = 32
+    taps: tuple = (3, 7, 11, 15, 19, 23, 27, 31)  # hidden states the Q-Former reads; 0 = before block 0
+    # adapters
+    qformer_ffn: int = 3072
+    n_queries: int = 64
+    n_soft_prompts: int = 20  # stage 1 only
+    # LLaDA (defaults: 8B)
+    vocab: int = 126464
+    width: int = 4096
+    layers: int = 32
+    heads: int = 32
+    ffn: int = 12288
+    rope_theta: float = 500000.0
+    norm_eps: float = 1e-5
+    context: int = 4096  # audio + prompt + answer
+    causal: bool = False  # True: the autoregressive twin
+    # LoRA (rank 0: none)
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.05
+    # special tokens of LLaDA's chat format; `with_tokenizer` reads another tokenizer's
+    bos_id: int = 126080  # <|startoftext|>
+    eos_id: int = 126081  # <|endoftext|>: end of answer, and padding
+    mask_id: int = 126336  # <|mdm_mask|>
+    start_header_id: int = 126346
+    end_header_id: int = 126347
+    eot_id: int = 126348
+
+    def __post_init__(self):
+        if self.width % self.heads or self.audio_width % self.audio_heads:
+            raise ValueError("a width must be a multiple of its number of heads")
+        if max(self.taps) > self.audio_layers:
+            raise ValueError(f"tap {max(self.taps)} of an encoder with {self.audio_layers} layers")
+
+    def with_tokenizer(self, tokenizer):
+        """The same sizes with this tokenizer's vocabulary and special ids."""
+        ids = {}
+        for field, token in SPECIAL_TOKENS.items():
+            ids[field] = tokenizer.token_to_id(token)
+            if ids[field] is None:
+                raise UserError(f"the tokenizer has no {token}: it is not one of LLaDA's")
+        return dataclasses.replace(self, vocab=max(tokenizer.get_vocab_size(), max(ids.values()) + 1), **ids)
+
+
+SPECIAL_TOKENS = {  # Config field -> its text in the tokenizer
+    "bos_id": "<|startoftext|>",
+    "eos_id": "<|endoftext|>",
+    "mask_id": "<|mdm_mask|>",
+    "start_header_id": "<|start_header_id|>",
+    "end_header_id": "<|end_header_id|>",
+    "eot_id": "<|eot_id|>",
+}
+
+PRESETS = {
+    "diffa2": Config(),
+    "diffa1": Config(n_mels=80, audio_width=768, audio_heads=12, audio_layers=12, taps=(2, 5, 8, 11), lora_rank=0),
+    # the same code with small numbers: 10 s of audio, a vocabulary set by its tokenizer
+    "tiny": Config(
+        n_mels=80, n_frames=500, audio_width=192, audio_heads=4, audio_layers=4, taps=(1, 2, 3, 4), qformer_ffn=768,
+        vocab=640, width=256, layers=6, heads=4, ffn=384, rope_theta=10000.0, context=1024,
+        bos_id=0, eos_id=1, mask_id=2, start_header_id=3, end_header_id=4, eot_id=5,
+    ),
+}  # fmt: skip
+ASSETS = {"tiny": os.path.join(HERE, "assets", "tiny")}  # presets whose weights come with the code
+
+
+# ---------------------------------------------------------------------------------------------
+# the ear
+
+
+class Encoder(AudioEncoder):
+    """openai-whisper's encoder, returning chosen hidden states beside its final output."""
+
+    def __init__(self, c):
+        super().__init__(c.n_mels, c.n_frames, c.audio_width, c.audio_heads, c.audio_layers)
+        # fixed sinusoids need no place in a checkpoint
+        self.register_buffer("positional_embedding", sinusoids(c.n_frames, c.audio_width), persistent=False)
+
+    def forward(self, mel, taps=()):
+        """mel (B, n_mels, 2 * n_frames).  Returns taps (B, n_taps, n_frames, d), final (B, n_frames, d).
+
+        Tap k is transformers' hidden_states[k]: 0 the input of the first block, k the output of
+        openai-whisper's blocks[k - 1].  The final output has passed ln_post, the taps have not.
+        """
+        x = F.gelu(self.conv1(mel))
+        x = F.gelu(self.conv2(x)).transpose(1, 2)  # (B, n_frames, d)
+        if x.size(1) != len(self.positional_embedding):
+            raise ValueError(f"mel of {mel.size(2)} frames; the encoder takes {2 * len(self.positional_embedding)}")
+        x = x + self.positional_embedding.to(x.dtype)
+        tapped = {0: x} if 0 in taps else {}
+        for k, block in enumerate(self.blocks, start=1):
+            x = block(x)
+            if k in taps:
+                tapped[k] = x
+        return torch.stack([tapped[k] for k in taps], 1) if taps else None, self.ln_post(x)
+
+
+# ---------------------------------------------------------------------------------------------
+# the backbone
+
+
+class RMSNorm(nn.Module):
+    """Normalised in fp32, cast back, then scaled: LLaDA's order of the three."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rope_table(position, head_dim, theta):
+    """cos and sin of rotary position embedding, in fp32.  position (B, T) -> two (B, 1, T, head_dim)."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=position.device).float() / head_dim)
+    angle = position[:, None, :, None].float() * frequency  # (B, 1, T, head_dim / 2)
+    angle = torch.cat([angle, angle], -1)  # half-split, as Llama's
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, rope):
+    """Applies RoPE to x (B, H, T, head_dim) in fp32."""
+    cos, sin = rope
+    a, b = x.float().chunk(2, -1)
+    return (x.float() * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
+
+
+class Cache:
+    """Keys and values of every layer for a whole row, prompt, audio and answer.
+
+    A pass over the whole row fills it.  A later pass over columns start..start+T recomputes
+    those alone and overwrites their entries.  Attention here looks both ways, so entries left
+    in place go stale when a token changes: exact for unchanged tokens, approximate otherwise
+    (Fast-dLLM, Wu et al. 2025).
+    """
+
+    def __init__(self):
+        self.k, self.v, self.valid, self.position = {}, {}, None, None
+
+    def update(self, layer, k, v, start):
+        """Stores k, v (B, H, T, head_dim) of columns from `start` (None: all).  Returns the whole rows."""
+        if start is None:
+            self.k[layer], self.v[layer] = k, v
+        else:
+            self.k[layer][:, :, start : start + k.size(2)] = k
+            self.v[layer][:, :, start : start + v.size(2)] = v
+        return self.k[layer], self.v[layer]
+
+
+class Block(nn.Module):
+    """LLaDA's layer: pre-norm attention and a gated SiLU feed-forward, no biases."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.heads = c.heads
+        linear = lambda i, o: nn.Linear(i, o, bias=False)
+        self.attn_norm, self.ff_norm = RMSNorm(c.width, c.norm_eps), RMSNorm(c.width, c.norm_eps)
+        self.q_proj, self.k_proj, self.v_proj = (linear(c.width, c.width) for _ in range(3))
+        self.attn_out = linear(c.width, c.width)
+        self.ff_proj, self.up_proj = linear(c.width, c.ffn), linear(c.width, c.ffn)  # gate and value
+        self.ff_out = linear(c.ffn, c.width)
+
+    def forward(self, x, rope, mask, cache=None, layer=None, start=None):
+        B, T, C = x.size()
+        y = self.attn_norm(x)
+        heads = lambda z: z.view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, head_dim)
+        q, k, v = heads(self.q_proj(y)), heads(self.k_proj(y)), heads(self.v_proj(y))
+        q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = cache.update(layer, k, v, start)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # every token sees every token
+        x = x + self.attn_out(y.transpose(1, 2).reshape(B, T, C))
+        y = self.ff_norm(x)
+        return x + self.ff_out(F.silu(self.ff_proj(y)) * self.up_proj(y))
+
+
+class LLaDA(nn.Module):
+    """The masked-diffusion language model; names of parts are those of the released weights."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+        self.wte = nn.Embedding(c.vocab, c.width)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.ln_f = RMSNorm(c.width, c.norm_eps)
+        self.ff_out = nn.Linear(c.width, c.vocab, bias=False)  # the head, not tied to wte
+
+    def forward(self, x, valid, cache=None, start=None):
+        """x (B, T, width) embeddings, valid (B, T).  Returns hidden states after ln_f (B, T, width).
+
+        With `cache` and start=None the whole row is computed and the cache filled; with `start`,
+        x holds columns start..start+T of a row that the cache has seen.
+        """
+        if start is None:
+            position = (valid.cumsum(1) - 1).clamp(min=0)  # padding takes no position
+            seen, seen_position = valid, position
+            if cache is not None:
+                cache.valid, cache.position = valid, position
+        else:
+            seen, seen_position = cache.valid, cache.position
+            position = cache.position[:, start : start + x.size(1)]
+        mask = None if seen.all() else seen[:, None, None, :]  # (B, 1, 1, keys)
+        if self.c.causal:
+            past = seen_position[:, None, None, :] <= position[:, None, :, None]  # (B, 1, T, keys)
+            mask = past if mask is None else past & mask
+        rope = rope_table(position, self.c.width // self.c.heads, self.c.rope_theta)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rope, mask, cache, layer, start)
+        return self.ln_f(x)
+
+
+# ---------------------------------------------------------------------------------------------
+# the whole
+
+
+def splice_order(n_text, n_audio, audio_at):
+    """Where each column of the spliced row comes from, as an index into [text | audio].
+
+    audio_at (B,): the audio goes in front of this text token.  Returns (B, n_text + n_audio).
+    """
+    column = torch.arange(n_text + n_audio, device=audio_at.device)[None]  # (1, T + A)
+    at = audio_at[:, None]
+    is_audio = (column >= at) & (column < at + n_audio)
+    return torch.where(is_audio, n_text + column - at, column - n_audio * (column >= at + n_audio))
+
+
+class DIFFA2(nn.Module):
+    def __init__(self, config, lora=False):
+        super().__init__()
+        c = self.config = config
+        self.stage = 0  # what the weights have been trained for; saved and loaded with them
+        self.encoder = Encoder(c)
+        self.semantic = SemanticAdapter(c.audio_width, c.width)
+        self.acoustic = AcousticAdapter(
+            c.audio_width, c.width, len(c.taps), c.audio_heads, c.qformer_ffn, c.n_queries
+        )
+        self.soft_prompts = nn.Parameter(torch.randn(c.n_soft_prompts, c.width) * 0.02)
+        self.backbone = LLaDA(c)
+        if lora:
+            self.add_lora()
+
+    def add_lora(self):
+        c = self.config
+        if c.lora_rank:
+            add_lora(self.backbone, c.lora_rank, c.lora_alpha, c.lora_dropout)
+
+    def encode(self, mel):
+        """mel (B, n_mels, 2 * n_frames) -> taps (B, n_taps, n_frames, d), final (B, n_frames, d).  Frozen."""
+        with torch.no_grad():
+            return self.encoder(mel, self.config.taps)
+
+    def adapt(self, taps, final, n_frames, stage):
+        """The audio tokens the backbone reads: audio (B, A, D), is_audio (B, A).
+
+        Stage 1: 20 soft prompts, then the semantic tokens.  From stage 2: 64 acoustic tokens,
+        then the semantic ones.  n_frames (B,): encoder frames of real audio.
+        """
+        semantic, is_audio = self.semantic(final, n_frames)
+        if stage == 1:
+            first = self.soft_prompts.to(semantic.dtype).expand(len(semantic), -1, -1)
+        else:
+            first = self.acoustic(taps)
+        always = torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)
+        return torch.cat([first, semantic], 1), torch.cat([always, is_audio], 1)
+
+    def forward(self, ids, valid, where, audio=None, is_audio=None, audio_at=None, cache=None, start=None):
+        """Logits (N, vocab) at the N text positions `where` is True, in row-major order.
+
+        ids, valid, where: (B, T) text, canvas included.  audio (B, A, D) and is_audio (B, A) go in
+        front of text token audio_at (B,); audio=None is text alone.  The spliced row has T + A
+        columns.  With `cache`, see LLaDA.forward; `start` counts spliced columns, and ids, valid,
+        where are then just the columns to recompute, all of them text.
+        """
+        x = self.backbone.wte(ids)
+        if audio is not None:
+            order = splice_order(ids.size(1), audio.size(1), audio_at)
+            x = torch.cat([x, audio.to(x.dtype)], 1)
+            x = x.gather(1, order[:, :, None].expand(-1, -1, x.size(2)))
+            valid = torch.cat([valid, is_audio], 1).gather(1, order)
+            where = torch.cat([where, torch.zeros_like(is_audio)], 1).gather(1, order)
+        h = self.backbone(x, valid, cache, start)
+        return self.backbone.ff_out(h[where])  # rows that nobody reads never meet the vocabulary
+
+
+# ---------------------------------------------------------------------------------------------
+# weights
+
+
+def build(config, device="cpu", lora=False, seed=None):
+    """A model with fresh random weights, small normal ones in the backbone."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    model = DIFFA2(config, lora=lora)
+    for name, p in model.backbone.named_parameters():
+        if p.dim() == 2 and "lora" not in name:
+            nn.init.normal_(p, std=0.02)
+    return model.to(device)
+
+
+def save(model, tokenizer, folder, dtype=torch.bfloat16):
+    """Writes folder/model.safetensors (Config and stage in its header) and folder/tokenizer.json.
+
+    Each file is written under a temporary name and renamed: a reader finds the old one or the new.
+    """
+    os.makedirs(folder, exist_ok=True)
+    weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
+    header = {"config": json.dumps(dataclasses.asdict(model.config)), "stage": str(model.stage)}
+    for name, write in (
+        ("tokenizer.json", lambda path: tokenizer.save(path)),
+        ("model.safetensors", lambda path: save_file(weights, path, metadata=header)),
+    ):
+        temporary = os.path.join(folder, f".{name}.tmp")
+        try:
+            write(temporary)
+            os.replace(temporary, os.path.join(folder, name))
+        finally:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+
+
+def load_tokenizer(folder):
+    path = os.path.join(folder, "tokenizer.json")
+    if not os.path.exists(path):
+        raise UserError(f"{folder}: no tokenizer.json beside the weights")
+    try:
+        return Tokenizer.from_file(path)
+    except Exception as e:  # the library raises a bare Exception for every kind of bad file
+        raise UserError(f"{path}: not a tokenizer file ({e})") from None
+
+
+def load(name_or_path, device=None, dtype=None):
+    """A preset with shipped weights ("tiny") or a checkpoint folder -> model, tokenizer.
+
+    Strict: every key and shape is accounted for.  LoRA, if the checkpoint has it, is kept apart;
+    adapters.merge_lora(model) folds it in.  Raises UserError with one line for anything wrong.
+    """
+    device = pick_device(device)
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    folder = ASSETS.get(name_or_path, name_or_path)
+    path = os.path.join(folder, "model.safetensors")
+    if name_or_path in PRESETS and name_or_path not in ASSETS:
+        raise UserError(f"the weights of {name_or_path} do not come with this code, and cannot be loaded yet; use --model tiny")
+    if not os.path.exists(path):
+        known = ", ".join(PRESETS)
+        raise UserError(f"no model {name_or_path!r}: give one of {known}, or a folder that holds model.safetensors")
+    tokenizer = load_tokenizer(folder)
+    try:
+        with safe_open(path, "pt", device="cpu") as f:
+            header = f.metadata() or {}
+            weights = {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path}: cut short or not a safetensors file ({e})") from None
+    if "config" not in header or "stage" not in header:
+        raise UserError(f"{path}: has no Config in its header; it was not written by this code")
+    fields = json.loads(header["config"])
+    config = Config(**{**fields, "taps": tuple(fields["taps"])})
+    with torch.device("meta"):
+        model = DIFFA2(config, lora=any("lora_A" in k for k in weights))
+    model.stage = int(header["stage"])
+    fill(model, weights, path, device, dtype)
+    return model.eval(), tokenizer
+
+
+def fill(model, weights, path, device, dtype):
+    """Gives a model on the meta device its weights, each key and shape checked first."""
+    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    for key, shape in expected.items():
+        if key not in weights:
+            raise UserError(f"{path}: {key} is missing")
+        if tuple(weights[key].shape) != shape:
+            raise UserError(f"{path}: {key} has shape {tuple(weights[key].shape)}, not {shape}")
+    for key in weights:
+        if key not in expected:
+            raise UserError(f"{path}: {key} has no place in this model")
+    model.load_state_dict({k: v.to(device, dtype) for k, v in weights.items()}, assign=True)
+    c = model.config
+    model.encoder.positional_embedding = sinusoids(c.n_frames, c.audio_width).to(device, dtype)
+
+
+def pick_device(name=None):
+    """A torch.device; by default the GPU if there is one."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError) as e:
+        raise UserError(f"device {name!r} cannot be used: {str(e).splitlines()[0]}") from None
+    return device
+
+
+if __name__ == "__main__":
+    with torch.device("meta"):
+        for name, config in PRESETS.items():
+            model = DIFFA2(config, lora=True)
+            print(f"\n{name}: {count(model):,} parameters")
+            for part in ("encoder", "semantic", "acoustic", "backbone"):
+                print(f"  {part:10}{count(getattr(model, part)):>16,}")
