@@ -16,6 +16,7 @@ tokens only, so a row's logits are the same alone and in company.
 Weights: `save` and `load` use one safetensors file whose header holds Config and stage.
 """
 
+import argparse
 import dataclasses
 import json
 import os
@@ -36,6 +37,13 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 class UserError(Exception):
     """Something the user can put right: shown as one line, exit status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as every other wrong input: one line, exit status 2."""
+
+    def error(self, message):
+        raise UserError(message)
 
 
 @dataclass(frozen=True)
@@ -337,10 +345,14 @@ class DIFFA2(nn.Module):
 
 
 def build(config, device="cpu", lora=False, seed=None):
-    """A model with fresh random weights, small normal ones in the backbone."""
+    """A model with fresh random weights: what stage 0 and the tests start from."""
     if seed is not None:
         torch.manual_seed(seed)
     model = DIFFA2(config, lora=lora)
+    for conv in (model.encoder.conv1, model.encoder.conv2):
+        # PyTorch's default lets the sound through at a tenth of the positions' loudness
+        nn.init.kaiming_normal_(conv.weight)
+        nn.init.zeros_(conv.bias)
     for name, p in model.backbone.named_parameters():
         if p.dim() == 2 and "lora" not in name:
             nn.init.normal_(p, std=0.02)

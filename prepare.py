@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from data import ASR_QUESTION, SAMPLE_RATE, build_prompt, encode_text, load_audio, prompt_text, read_manifest
-from model import PRESETS, SPECIAL_TOKENS, UserError, load_tokenizer
+from model import PRESETS, SPECIAL_TOKENS, Parser, UserError, load_tokenizer
 
 DIGITS = "zero one two three four five six seven eight nine".split()
 
@@ -276,6 +276,8 @@ ESPEAK_VARIANTS = ("m1", "m2", "m4", "m5", "m6", "f1", "f3", "f4")
 
 def speak(text, path, voice="en-us", speed=150, pitch=50):
     """text -> WAV by espeak-ng."""
+    if not shutil.which("espeak-ng"):
+        raise UserError("espeak-ng is not installed: apt install espeak-ng")
     subprocess.run(["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "-w", path, text], check=True)
 
 
@@ -360,6 +362,23 @@ def tour(audio, out, seed=0, n_strings=4000, repeat=4):
     print(f"{out}/tokenizer.json: {tokenizer.get_vocab_size()} entries")
 
 
+def demo(out):
+    """The clips that come with the code: espeak-ng's speech in voices kept out of training, and synthesis."""
+    os.makedirs(out, exist_ok=True)
+    for name, text, voice in DEMOS:
+        speak(text, os.path.join(out, name + ".wav"), voice, speed=140)
+    rng, n = np.random.default_rng(0), 5 * SAMPLE_RATE
+    ticks = np.zeros(n)
+    for i, start in enumerate(range(SAMPLE_RATE // 4, n - 400, SAMPLE_RATE // 2)):
+        t = np.arange(400) / SAMPLE_RATE
+        ticks[start : start + 400] += np.exp(-t * 400) * np.sin(2 * np.pi * (2400 if i % 2 else 1800) * t)
+    ticks += 0.002 * rng.standard_normal(n)
+    soundfile.write(os.path.join(out, "clock.wav"), 0.5 * ticks, SAMPLE_RATE)
+
+
+DEMOS = [("seven", "seven", "en-us+m3"), ("digits", "four, nine, two", "en-us+f2")]
+
+
 def show(path, n, tokenizer_folder):
     """Prints n examples as the model sees them: prompt, splice, answer and canvas."""
     tokenizer, config = load_tokenizer(tokenizer_folder), PRESETS["tiny"]
@@ -375,7 +394,7 @@ def show(path, n, tokenizer_folder):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     p = commands.add_parser("tour", help="all manifests of the small model")
     p.add_argument("--audio", required=True, help="folder that holds fsdd, speech_commands and esc10")
@@ -386,16 +405,20 @@ def main(argv=None):
     p.add_argument("manifest")
     p.add_argument("-n", type=int, default=5)
     p.add_argument("--tokenizer", default=None, help="folder of tokenizer.json (default: the manifest's)")
+    p = commands.add_parser("demo", help="the clips of assets/demo (needs espeak-ng)")
+    p.add_argument("--out", default="assets/demo")
     for name in CORPORA:
         p = commands.add_parser(name, help=f"a manifest of the {name} corpus ({CORPORA[name].licence})")
         p.add_argument("source")
         p.add_argument("--out", required=True)
         p.add_argument("--split", choices=("train", "test", "all"), default="all")
         p.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         if args.command == "tour":
             tour(args.audio, args.out, args.seed, args.strings)
+        elif args.command == "demo":
+            demo(args.out)
         elif args.command == "show":
             show(args.manifest, args.n, args.tokenizer or os.path.dirname(os.path.abspath(args.manifest)))
         else:

@@ -35,7 +35,7 @@ from data import (
     SAMPLE_RATE, SAMPLES_PER_FRAME, bucket, collate, encode_text, load_audio, log_mel, read_manifest, window_seconds,
 )  # fmt: skip
 from diffusion import sft_loss
-from model import PRESETS, UserError, build, load, load_tokenizer, pick_device, save
+from model import PRESETS, Parser, UserError, build, load, load_tokenizer, pick_device, save
 
 
 # ---------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ STAGES = {
         3: Stage((*ADAPTERS, "lora"), lr=5e-5, batch=196, warmup=1000, epochs=10),
     },
     "tiny": {
-        0: Stage(("encoder.", "backbone."), lr=1e-3, batch=32, warmup=100, steps=1600),
+        0: Stage(("encoder.", "backbone."), lr=1e-3, batch=8, warmup=200, steps=4000),
         1: Stage(("semantic.", "soft_prompts"), lr=1e-3, batch=32, warmup=50, steps=900),
         2: Stage(ADAPTERS, lr=5e-4, batch=32, warmup=50, steps=1500),
         3: Stage((*ADAPTERS, "lora"), lr=3e-4, batch=32, warmup=50, steps=900),
@@ -124,7 +124,7 @@ def augment(audio, config, generator):
     return audio[: config.n_frames * SAMPLES_PER_FRAME].astype(np.float32)
 
 
-def mask_mel(mel, generator, n_time=2, n_freq=2, time=60, freq=12):
+def mask_mel(mel, generator, n_time=2, n_freq=2, time=25, freq=8):
     """SpecAugment: blanks out bands of time and of frequency with the clip's mean."""
     mel, fill = mel.clone(), mel.mean()
     for n, most, axis in ((n_time, time, 1), (n_freq, freq, 0)):
@@ -140,7 +140,7 @@ def make_batch(examples, tokenizer, config, generators):
     for example, g in zip(examples, generators):
         item = encode_text(example, tokenizer, config, g)
         mel, item["n_frames"] = log_mel(augment(clip_of(example, config), config, g), config)
-        item["mel"] = mask_mel(mel, g, time=30, freq=8)
+        item["mel"] = mask_mel(mel, g)
         items.append(item)
     return collate(items, config)
 
@@ -174,8 +174,15 @@ def question_loss(model, batch, generators, stage):
 # stage 0: the stand-ins for Whisper and LLaDA
 
 
+CTC_WEIGHT = 0.1  # per word it starts a hundred times larger than the label's loss
+
+
 class Pretraining(nn.Module):
-    """Heads on the encoder that stage 0 needs and nobody else: words by CTC, kinds of sound by mean."""
+    """Heads on the encoder that stage 0 needs and nobody else.
+
+    CTC names the words in order; the label head names each clip, word or sound, from the mean of
+    its frames.  CTC alone sat on its plateau (blanks everywhere) for hundreds of steps.
+    """
 
     def __init__(self, examples, config):
         super().__init__()
@@ -184,9 +191,9 @@ class Pretraining(nn.Module):
         for e in single.values():
             self.pools[e.dataset][e.transcript or e.label].append(e)
         self.words = sorted({w for e in single.values() if e.transcript for w in e.transcript.split()})
-        self.labels = sorted({e.label for e in single.values() if e.label})
+        self.labels = sorted({e.transcript or e.label for e in single.values()})
         self.ctc = nn.Linear(config.audio_width, 1 + len(self.words))  # class 0: CTC's blank
-        self.label = nn.Linear(config.audio_width, max(1, len(self.labels)))
+        self.label = nn.Linear(config.audio_width, len(self.labels))
         self.config = config
 
     def draw_clip(self, rng):
@@ -209,15 +216,13 @@ class Pretraining(nn.Module):
             example = self.draw_clip(rng)
             clip = augment(clip_of(example, self.config), self.config, generator)
             if at + len(clip) > window:
-                if words or labels:
+                if labels:
                     break
                 at = 0
             audio[at : at + len(clip)] += clip
-            if example.transcript:
-                words += [1 + self.words.index(w) for w in example.transcript.split()]
-            else:
-                first, last = at // SAMPLES_PER_FRAME, (at + len(clip)) // SAMPLES_PER_FRAME
-                labels.append((self.labels.index(example.label), first, max(last, first + 1)))
+            words += [1 + self.words.index(w) for w in (example.transcript or "").split()]
+            first, last = at // SAMPLES_PER_FRAME, (at + len(clip)) // SAMPLES_PER_FRAME
+            labels.append((self.labels.index(example.transcript or example.label), first, max(last, first + 1)))
             at += len(clip) + int(rng.uniform(0.02, 0.6) * SAMPLE_RATE)
             if alone or at > stop:
                 break
@@ -226,18 +231,16 @@ class Pretraining(nn.Module):
         return mask_mel(log_mel(audio, self.config)[0], generator), words, labels
 
     def forward(self, encoder, packs):
-        """Mean CTC loss per word plus cross-entropy of the labels."""
+        """CTC loss per word, cross-entropy of the labels."""
         _, final = encoder(torch.stack([mel for mel, _, _ in packs]).to(self.ctc.weight.device))
         log_p = self.ctc(final).float().log_softmax(-1).transpose(0, 1)  # (F, B, 1 + words)
         lengths = torch.tensor([len(w) for _, w, _ in packs])
         targets = torch.tensor([i for _, w, _ in packs for i in w])
         frames = torch.full((len(packs),), len(log_p))
         loss = F.ctc_loss(log_p, targets, frames, lengths, reduction="sum", zero_infinity=True) / max(1, len(targets))
-        means = [final[b, i:j].mean(0) for b, (_, _, found) in enumerate(packs) for _, i, j in found]
-        if means:
-            wanted = torch.tensor([k for _, _, found in packs for k, _, _ in found], device=final.device)
-            loss = loss + F.cross_entropy(self.label(torch.stack(means)).float(), wanted, label_smoothing=0.1)
-        return loss
+        means = torch.stack([final[b, i:j].mean(0) for b, (_, _, found) in enumerate(packs) for _, i, j in found])
+        wanted = torch.tensor([k for _, _, found in packs for k, _, _ in found], device=final.device)
+        return loss, F.cross_entropy(self.label(means).float(), wanted, label_smoothing=0.1)
 
 
 def text_loss(model, examples, tokenizer, generators):
@@ -281,7 +284,7 @@ def text_loss(model, examples, tokenizer, generators):
 # the loop
 
 
-def train(model, tokenizer, examples, stage, row, out, seed=0, steps=None, save_every=200):
+def train(model, tokenizer, examples, stage, row, out, seed=0, steps=None, save_every=500):
     """Runs one stage and leaves `out` as a checkpoint folder.  Returns the list of losses."""
     config, device = model.config, next(model.parameters()).device
     steps = steps or row.steps or math.ceil(row.epochs * len(examples) / row.batch)
@@ -313,11 +316,10 @@ def train(model, tokenizer, examples, stage, row, out, seed=0, steps=None, save_
                 group["lr"] = lr
             with torch.autocast(device.type, dtype=torch.bfloat16):
                 if stage == 0:
-                    packs = [heads.pack(rng, generators[i]) for i in range(max(1, len(generators) * 3 // 8))]
-                    parts = {
-                        "ear": heads(model.encoder, packs),
-                        "text": text_loss(model, chosen_examples, tokenizer, generators).mean(),
-                    }
+                    packs = [heads.pack(rng, generators[i]) for i in range(max(1, len(generators) // 2))]
+                    ctc, label = heads(model.encoder, packs)
+                    parts = {"ctc": CTC_WEIGHT * ctc, "label": label}
+                    parts["text"] = text_loss(model, chosen_examples, tokenizer, generators).mean()
                 else:
                     batch = make_batch(chosen_examples, tokenizer, config, generators)
                     batch = {k: v.to(device) for k, v in batch.items()}
@@ -329,7 +331,7 @@ def train(model, tokenizer, examples, stage, row, out, seed=0, steps=None, save_
             optimizer.step()
             losses.append(loss.item())
             for name, value in parts.items():
-                smooth[name] += (value.item() - smooth[name]) * max(0.02, 1 / (step + 1))
+                smooth[name] += (value.item() - smooth[name]) * max(0.01, 1 / (step + 1))
             shown = {name: f"{value:.3f}" for name, value in smooth.items()}
             progress.set_postfix(shown | {"lr": f"{lr:.1e}", "norm": " ".join(f"{n:.2f}" for n in norms)}, refresh=False)
             progress.update()
@@ -340,7 +342,7 @@ def train(model, tokenizer, examples, stage, row, out, seed=0, steps=None, save_
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, required=True, choices=range(5))
     parser.add_argument("--model", default="diffa2", choices=sorted(PRESETS))
     parser.add_argument("--data", help="manifest (default: data/stageN.jsonl)")
@@ -349,8 +351,8 @@ def main(argv=None):
     parser.add_argument("--max-steps", type=int)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--device")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         run(args)
     except UserError as e:
         print(f"train.py: {e}", file=sys.stderr)

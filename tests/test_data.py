@@ -1,0 +1,299 @@
+"""Manifests, audio of every kind, the prompt byte for byte, and clean batches."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import whisper.audio
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from data import (
+    ASR_QUESTION, CANVAS, answer_ids, answer_text, bucket, build_prompt, canvas_length, collate, encode_text, load_audio,
+    log_mel, prompt_text, read_manifest, window_seconds,
+)  # fmt: skip
+from model import PRESETS, SPECIAL_TOKENS, UserError
+
+
+def tone(rate, seconds=0.5, hertz=440.0, channels=1):
+    wave = 0.5 * np.sin(2 * np.pi * hertz * np.arange(int(rate * seconds)) / rate)
+    return np.repeat(wave[:, None], channels, 1)
+
+
+# --------------------------------------------------------------------------------------- audio
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 16000, 22050, 44100, 48000, 96000, 192000])
+def test_any_rate_comes_out_as_16_khz(tmp_path, rate):
+    path = str(tmp_path / "a.wav")
+    soundfile.write(path, tone(rate), rate)
+    audio, notes = load_audio(path)
+    assert audio.dtype == np.float32 and not notes and abs(len(audio) - 8000) <= 1
+    expected = tone(16000)[: len(audio), 0]
+    middle = slice(1000, 7000)
+    assert np.abs(audio[middle] - expected[middle]).max() < 0.01
+
+
+@pytest.mark.parametrize(
+    "kind, subtype",
+    [("wav", s) for s in ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW")]
+    + [("flac", "PCM_16"), ("flac", "PCM_24"), ("ogg", "VORBIS"), ("mp3", None)],
+)
+def test_any_depth_and_format(tmp_path, kind, subtype):
+    path = str(tmp_path / f"a.{kind}")
+    soundfile.write(path, tone(16000, 1.0), 16000, subtype=subtype)
+    audio, _ = load_audio(path)
+    assert abs(np.sqrt((audio[3000:13000] ** 2).mean()) - 0.5 / 2**0.5) < 0.02
+
+
+@pytest.mark.parametrize("channels", range(1, 9))
+def test_channels_are_averaged(tmp_path, channels):
+    path = str(tmp_path / "a.wav")
+    wave = tone(16000, channels=channels) * np.linspace(0, 1, channels + 1)[1:]
+    soundfile.write(path, wave, 16000, subtype="FLOAT")
+    np.testing.assert_allclose(load_audio(path)[0], wave.mean(1), atol=1e-6)
+
+
+def test_offset_duration_and_limit(tmp_path):
+    path = str(tmp_path / "a.wav")
+    ramp = np.linspace(-0.5, 0.5, 32000)
+    soundfile.write(path, ramp, 16000, subtype="FLOAT")
+    audio, notes = load_audio(path, offset=0.5, duration=0.25)
+    np.testing.assert_allclose(audio, ramp[8000:12000], atol=1e-6)
+    assert not notes
+    audio, notes = load_audio(path, limit=1.0)
+    np.testing.assert_allclose(audio, ramp[:16000], atol=1e-6)
+    assert "2.0 s long" in notes[0] and "first 1 s" in notes[0]
+    with pytest.raises(UserError, match="offset"):
+        load_audio(path, offset=5.0)
+
+
+def test_silence_is_noted(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(8000), 16000)
+    assert "silent" in load_audio(str(tmp_path / "a.wav"))[1][0]
+
+
+def test_streamed_wav_without_a_size_is_read(tmp_path):
+    """A program that writes to a pipe cannot know the size and leaves 0xFFFFFFFF: no truncation."""
+    path = tmp_path / "a.wav"
+    soundfile.write(path, tone(16000), 16000)
+    data = bytearray(path.read_bytes())
+    at = data.find(b"data")
+    data[at + 4 : at + 8] = data[4:8] = b"\xff\xff\xff\xff"
+    path.write_bytes(data)
+    assert len(load_audio(str(path))[0]) == 8000
+
+
+def test_mel_is_whispers_clip_by_clip():
+    c = PRESETS["tiny"]
+    rng = np.random.default_rng(0)
+    quiet, loud = 0.01 * rng.standard_normal(24000).astype(np.float32), rng.standard_normal(50000).astype(np.float32)
+    mel, n_frames = log_mel(quiet, c)
+    expected = whisper.audio.log_mel_spectrogram(whisper.audio.pad_or_trim(quiet, 160000), n_mels=80)
+    assert torch.equal(mel, expected) and mel.shape == (80, 1000) and n_frames == 75
+    together = whisper.audio.log_mel_spectrogram(np.stack([whisper.audio.pad_or_trim(a, 160000) for a in (quiet, loud)]), n_mels=80)
+    assert not torch.allclose(together[0], mel)  # the trap: a batch shares one maximum
+    assert log_mel(loud, PRESETS["diffa2"])[0].shape == (128, 3000)
+
+
+def test_frame_counts():
+    """mel frames = ceil(samples / 160), encoder frames = (mel frames - 1) // 2 + 1; 30 s -> 1500."""
+    c = PRESETS["diffa2"]
+    for samples, frames in ((1, 1), (160, 1), (161, 1), (320, 1), (321, 2), (960, 3), (961, 4), (16000, 50), (480000, 1500), (500000, 1500)):
+        assert log_mel(np.full(samples, 0.1, np.float32), c)[1] == frames
+    assert window_seconds(c) == 30 and window_seconds(PRESETS["tiny"]) == 10
+
+
+# --------------------------------------------------------------------------------------- prompt
+
+
+def test_prompt_byte_for_byte():
+    assert prompt_text("What emotion?") == (
+        "<|startoftext|><|start_header_id|>system<|end_header_id|>\n\nYou are a helpful voice assistant.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nThis is the audio: <audio>. What emotion?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+
+
+def tokens_of(tokenizer, text):
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_audio_goes_before_the_token_that_begins_the_placeholder(trim_offsets, tokenizer):
+    """len(tokens up to and including "This is the audio: ") - 1, whatever the question contains."""
+    from tokenizers import processors
+
+    t = Tokenizer.from_str(tokenizer.to_str())
+    t.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)  # some trim the space off the offsets
+    for question in ("What emotion?", "This is the audio: <audio>. Which one?", "\n\n", " ", "é <audio>"):
+        ids, at = build_prompt(t, question)
+        head = prompt_text(question).split(" <audio>")[0]
+        assert at == len(tokens_of(t, head + " ")) - 1
+        assert t.decode(ids[:at], skip_special_tokens=False) == head
+        assert t.decode(ids[at:], skip_special_tokens=False).startswith(" <audio>. ")
+        assert ids == tokens_of(t, prompt_text(question)) and ids.count(t.token_to_id("<|startoftext|>")) == 1
+
+
+def test_control_tokens_in_a_question_are_refused(tokenizer):
+    for token in SPECIAL_TOKENS.values():
+        with pytest.raises(UserError, match="control token"):
+            build_prompt(tokenizer, f"hello {token} world")
+
+
+def test_answer_text_stops_at_the_first_mark(tokenizer, config):
+    ids = answer_ids(tokenizer, " Rain. ", config)
+    assert ids[-1] == config.eot_id
+    assert answer_text(tokenizer, ids + [config.eos_id] * 3, config) == "Rain."
+    assert answer_text(tokenizer, ids[:-1] + [config.eos_id] + ids, config) == "Rain."
+    assert answer_text(tokenizer, [config.eot_id], config) == ""
+
+
+def test_canvas(tokenizer, config, tmp_path):
+    """The next multiple of 16 after the end of turn plus 0-2 further 16s; always an end mark; never the batch's doing."""
+    assert [canvas_length(n, 0) for n in (1, 15, 16, 17, 31, 32)] == [16, 16, 32, 32, 32, 48]
+    (tmp_path / "m.jsonl").write_text(json.dumps({"messages": [user("Hm?"), assistant("Rain.")]}))
+    example = read_manifest(str(tmp_path / "m.jsonl"))[0]
+    lengths = set()
+    for seed in range(40):
+        item = encode_text(example, tokenizer, config, torch.Generator().manual_seed(seed))
+        canvas = [t for t, a in zip(item["ids"], item["is_answer"]) if a]
+        assert len(canvas) % CANVAS == 0 and item["is_answer"] == sorted(item["is_answer"])
+        reply = answer_ids(tokenizer, "Rain.", config)
+        assert canvas[: len(reply)] == reply and set(canvas[len(reply) :]) == {config.eos_id}
+        assert item["ids"][: -len(canvas)] == build_prompt(tokenizer, "Hm?")[0]
+        lengths.add(len(canvas))
+    assert lengths == {16, 32, 48}
+
+
+def test_text_that_does_not_fit_is_refused(tokenizer, config, tmp_path):
+    (tmp_path / "m.jsonl").write_text(json.dumps({"messages": [user("Hm?"), assistant("rain " * 600)]}))
+    with pytest.raises(UserError, match="m.jsonl:1"):
+        encode_text(read_manifest(str(tmp_path / "m.jsonl"))[0], tokenizer, config)
+
+
+def test_collate_pads_with_validity_of_its_own(config):
+    items = [
+        {"ids": [7, 8, config.eos_id], "is_answer": [False, True, True], "audio_at": 1, "mel": torch.zeros(2, 4), "n_frames": 2},
+        {"ids": [7, 8, 9, 10, config.eos_id], "is_answer": [False, False, False, True, True], "audio_at": 2, "mel": torch.ones(2, 4), "n_frames": 1},
+    ]
+    batch = collate(items, config)
+    assert batch["ids"].tolist() == [[7, 8, config.eos_id] + [config.eos_id] * 2, items[1]["ids"]]
+    assert batch["valid"].tolist() == [[True] * 3 + [False] * 2, [True] * 5]
+    assert batch["is_answer"].sum(1).tolist() == [2, 2] and not (batch["is_answer"] & ~batch["valid"]).any()
+    assert batch["audio_at"].tolist() == [1, 2] and batch["mel"].shape == (2, 2, 4) and batch["n_frames"].tolist() == [2, 1]
+
+
+def test_buckets_cover_everything_once_with_similar_lengths():
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 300, (1003,), generator=g).tolist()
+    batches = bucket(lengths, 8, g)
+    assert sorted(i for b in batches for i in b) == list(range(1003))
+    assert sorted(map(len, batches))[1:] == [8] * 125
+    waste = lambda groups: sum(max(lengths[i] for i in b) * len(b) for b in groups) / sum(lengths)
+    unsorted = [list(range(i, min(i + 8, 1003))) for i in range(0, 1003, 8)]
+    assert waste(batches) < 1.1 < 1.5 < waste(unsorted)
+    assert batches != bucket(lengths, 8, g)
+
+
+# --------------------------------------------------------------------------------------- manifests
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.fixture
+def clip(tmp_path):
+    os.makedirs(tmp_path / "clips", exist_ok=True)
+    soundfile.write(tmp_path / "clips" / "a.wav", tone(16000), 16000)
+    return "clips/a.wav"
+
+
+def manifest(tmp_path, *lines, name="m.jsonl"):
+    path = tmp_path / name
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + "\n")
+    return str(path)
+
+
+def test_canonical_manifest(tmp_path, clip):
+    line = {"messages": [user("<audio>What emotion?"), assistant("Sad.")], "audios": [clip], "rejected_response": "Happy."}
+    (e,) = read_manifest(manifest(tmp_path, line, ""), stage=4)
+    assert (e.question, e.answer, e.rejected) == ("What emotion?", "Sad.", "Happy.")
+    assert e.audio == str(tmp_path / "clips" / "a.wav") and e.where.endswith("m.jsonl:1")
+
+
+def test_nemo_manifest(tmp_path, clip):
+    (e,) = read_manifest(manifest(tmp_path, {"audio_filepath": clip, "duration": 0.2, "offset": 0.1, "text": "one two"}))
+    assert (e.question, e.answer, e.offset, e.duration) == (ASR_QUESTION, "one two", 0.1, 0.2)
+
+
+def test_authors_manifest(tmp_path, clip):
+    entry = {"audio_id": "x", "audio_filepath": clip, "input": "Q?", "target": "T", "transcription": "words", "rejected": "R",
+             "chosen": "ignored", "duration": 0.5, "dataset": "d", "seed_transcript": "s"}  # fmt: skip
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps([entry, entry]))
+    assert [e.answer for e in read_manifest(str(path), stage=1)] == ["words", "words"]
+    e = read_manifest(str(path), stage=4)[1]
+    assert (e.id, e.question, e.answer, e.rejected, e.dataset) == (1, "Q?", "T", "R", "d")
+    path.write_text(json.dumps([{**entry, "input": ""}]))
+    assert read_manifest(str(path), stage=1)[0].question == ASR_QUESTION
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("{not json", "not JSON"),
+        ("[1]", "not a JSON object"),
+        ('"text"', "not a JSON object"),
+        ({"foo": 1}, "messages"),
+        ({"messages": [user("Q")], "audios": []}, "one of role user and one of role assistant"),
+        ({"messages": [user("Q"), {"role": "assistant"}]}, "content"),
+        ({"messages": [user("<audio>"), assistant("A")]}, "question is empty"),
+        ({"messages": [user("Q"), assistant("A")], "audios": ["a.wav", "b.wav"]}, "more than one audio"),
+        ({"messages": [user("<audio><audio>Q"), assistant("A")], "audios": ["a.wav"]}, "more than one audio"),
+        ({"messages": [user("Q"), assistant("A")], "audios": ["missing.wav"]}, "missing.wav"),
+        ({"messages": [user("Q <|eot_id|>"), assistant("A")]}, "control token"),
+        ({"audio_filepath": "clips/a.wav", "target": "T"}, "audio_id"),
+        ({"audio_filepath": "clips/a.wav", "audio_id": 1}, "target"),
+        ({"audio_filepath": "clips/a.wav", "text": 5}, "text"),
+        ({"audio_filepath": "clips/a.wav", "text": "a", "offset": -1}, "offset"),
+        ({"audio_filepath": "clips/a.wav", "text": "a", "duration": "x"}, "duration"),
+    ],
+)
+def test_bad_manifest_lines_name_file_and_line(tmp_path, clip, line, says):
+    good = {"audio_filepath": clip, "text": "a"}
+    with pytest.raises(UserError) as e:
+        read_manifest(manifest(tmp_path, good, good, line))
+    assert "m.jsonl:3" in str(e.value) and says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_bad_manifests(tmp_path, clip):
+    with pytest.raises(UserError, match="no such manifest"):
+        read_manifest(str(tmp_path / "none.jsonl"))
+    with pytest.raises(UserError, match="holds no example"):
+        read_manifest(manifest(tmp_path, ""))
+    with pytest.raises(UserError, match="entry 2"):
+        read_manifest(manifest(tmp_path, json.dumps([{"audio_id": 1, "audio_filepath": clip, "target": "T"}, 5]), name="m.json"))
+    with pytest.raises(UserError, match="not JSON"):
+        read_manifest(manifest(tmp_path, '[{"audio_id": 1}', name="m.json"))
+    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not a text file"):
+        read_manifest(str(tmp_path / "b.jsonl"))
+    with pytest.raises(UserError, match="rejected"):
+        read_manifest(manifest(tmp_path, {"messages": [user("Q"), assistant("A")], "audios": [clip]}), stage=4)
+
+
+def test_llada_style_tokenizer_position():
+    """A byte-level tokenizer with no merges at all: the position still falls before the space of ' <audio>'."""
+    t = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    t.add_special_tokens(list(SPECIAL_TOKENS.values()))
+    ids, at = build_prompt(t, "Hm?")
+    assert t.decode(ids[at : at + 8]) == " <audio>"

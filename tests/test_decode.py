@@ -1,0 +1,406 @@
+"""The samplers against a slow reference, Eq. 8 against brute force, rows against themselves alone, bad input."""
+
+import json
+import math
+import os
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from decode import (
+    ask, choose, close_after_end, count_by_factor, count_by_threshold, generate, main, most_confident, schedule,
+)  # fmt: skip
+from model import UserError, load
+
+
+# ---------------------------------------------------------------------------------- a slow reference
+
+
+def reference(model, prompt, audio, audio_at, answer_length, block, steps=None, factor=1.0, threshold=None):
+    """The paper's 3.6 and B.4 for one prompt, in plain lists: predict everything, keep the surest, stop at the end mark."""
+    c = model.config
+    answer, calls = [c.mask_id] * answer_length, 0
+    for first in range(0, answer_length, block):
+        inside = range(first, first + block)
+        per_block = steps and steps // (answer_length // block)
+        step = 0
+        while any(answer[i] == c.mask_id for i in inside):
+            ids = torch.tensor([prompt + answer])
+            everywhere = torch.ones_like(ids, dtype=torch.bool)
+            sound = torch.ones(1, audio.size(1), dtype=torch.bool)
+            with torch.no_grad():
+                logits = model(ids, everywhere, everywhere, audio, sound, torch.tensor([audio_at]))[len(prompt) :]
+            calls += 1
+            logits[:, c.mask_id] = -math.inf
+            p, token = logits.softmax(-1).max(-1)
+            candidates = sorted((i for i in inside if answer[i] == c.mask_id), key=lambda i: (-p[i].item(), i))
+            if steps:
+                keep = block // per_block + (1 if step < block % per_block else 0)
+            elif threshold is not None:
+                keep = max(1, sum(p[i].item() > threshold for i in candidates))
+            else:
+                keep = max([n for n in range(1, len(candidates) + 1) if (n + 1) * (1 - p[candidates[n - 1]].item()) < factor], default=1)
+            for i in candidates[:keep]:
+                answer[i] = token[i].item()
+            for i, t in enumerate(answer):
+                if t == c.mask_id:
+                    break
+                if t == c.eos_id:
+                    answer[i:] = [c.eos_id] * (answer_length - i)
+                    break
+            step += 1
+    return answer, calls
+
+
+def scene(model, n_prompts=(9, 14, 20), n_audio=(2, 5, 11), seed=0):
+    """Prompts of three lengths x clips of three lengths, as one padded batch and as rows."""
+    g, c = torch.Generator().manual_seed(seed), model.config
+    rows = [(torch.randint(6, c.vocab, (p,), generator=g).tolist(), torch.randn(1, a, c.width, generator=g), p // 2)
+            for p in n_prompts for a in n_audio]  # fmt: skip
+    A = max(n_audio)
+    audio, is_audio = torch.randn(len(rows), A, c.width, generator=g), torch.zeros(len(rows), A, dtype=torch.bool)
+    for i, (_, sound, _) in enumerate(rows):
+        audio[i, : sound.size(1)], is_audio[i, : sound.size(1)] = sound[0], True
+    return rows, ([r[0] for r in rows], audio, is_audio, [r[2] for r in rows])
+
+
+TABLE_B4 = [(16, 16, 16), (2, 2, 2), (16, 4, 16), (32, 4, 32)]  # 128/128/128, 16/16/16, 128/32/128, 256/32/256 over 8
+FEWER = [(16, 16, 5), (16, 4, 8), (32, 8, 12), (12, 12, 1), (12, 4, 3)]
+
+
+@pytest.mark.parametrize("answer_length, block, steps", TABLE_B4 + FEWER)
+def test_fixed_step_remasking_is_the_reference(small, answer_length, block, steps):
+    rows, batch = scene(small, (9, 14), (2, 5))
+    answers, calls = generate(small, *batch, answer_length=answer_length, block=block, steps=steps)
+    for i, (prompt, audio, at) in enumerate(rows):
+        assert (answers[i].tolist(), calls[i].item()) == reference(small, prompt, audio, at, answer_length, block, steps=steps)
+    assert (answers != small.config.mask_id).all() and calls.max() <= steps
+
+
+@pytest.mark.parametrize("answer_length, block", [(16, 16), (2, 2), (16, 4), (32, 4)])
+@pytest.mark.parametrize("rule", [{"factor": 0.3}, {"factor": 1.0}, {"factor": 3.0}, {"threshold": 0.2}, {"threshold": 1.0}])
+def test_parallel_decoding_is_the_reference(small, answer_length, block, rule):
+    rows, batch = scene(small, (9, 14), (2, 5))
+    answers, calls = generate(small, *batch, answer_length=answer_length, block=block, **rule)
+    for i, (prompt, audio, at) in enumerate(rows):
+        assert (answers[i].tolist(), calls[i].item()) == reference(small, prompt, audio, at, answer_length, block, **rule)
+
+
+def test_the_small_model_is_sure_now_and_then(small):
+    """The tests above mean something only if factor decoding commits several tokens at some calls and one at others."""
+    _, batch = scene(small)
+    _, calls = generate(small, *batch, answer_length=16, block=16, factor=1.0)
+    assert calls.min() < 16 and calls.max() > 1 and len(set(calls.tolist())) > 1
+
+
+def test_end_mark_stops_and_closes(small):
+    """Heads that love the end mark more or less: rows stop early where the reference does."""
+    model, c = small, small.config
+    rows, batch = scene(model, (9, 14), (2, 5))
+    stopped = 0
+    for seed in range(6):
+        with torch.no_grad():
+            direction = torch.randn(c.width, generator=torch.Generator().manual_seed(seed))
+            model.backbone.ff_out.weight[c.eos_id] = direction * 3
+        answers, calls = generate(model, *batch, answer_length=16, block=4, factor=1.0)
+        for i, (prompt, audio, at) in enumerate(rows):
+            expected, n = reference(model, prompt, audio, at, 16, 4)
+            assert (answers[i].tolist(), calls[i].item()) == (expected, n)
+            stopped += calls[i].item() < 4
+    assert stopped > 0  # some rows ended before their later blocks: four blocks need four calls at least
+
+
+def test_mask_is_never_emitted(small):
+    """Even by a head that prefers it to everything."""
+    with torch.no_grad():
+        small.backbone.ff_out.weight[small.config.mask_id] *= 50
+    _, batch = scene(small)
+    for options in ({"steps": 8}, {"factor": 1.0}, {"threshold": 0.0}, {"factor": 1.0, "temperature": 2.0}):
+        answers, _ = generate(small, *batch, answer_length=8, block=4, **options)
+        assert (answers != small.config.mask_id).all()
+
+
+@pytest.mark.parametrize("options", [{"steps": 8}, {"factor": 1.0}, {"factor": 1.0, "cache": "prefix"}, {"steps": 16, "cache": "dual"}])
+def test_a_row_gets_what_it_gets_alone(small, options):
+    """Three prompt lengths x three clip lengths."""
+    rows, batch = scene(small)
+    answers, calls = generate(small, *batch, answer_length=16, block=8, **options)
+    for i, (prompt, audio, at) in enumerate(rows):
+        sound = torch.ones(1, audio.size(1), dtype=torch.bool)
+        alone, n = generate(small, [prompt], audio, sound, [at], answer_length=16, block=8, **options)
+        assert torch.equal(answers[i], alone[0]) and calls[i] == n[0]
+
+
+def test_seeds(small):
+    """Sampling depends on a row's own generator, not on its place in the batch; other seeds, other answers."""
+    rows, batch = scene(small)
+    seeded = lambda seeds: [torch.Generator().manual_seed(s) for s in seeds]
+    options = dict(answer_length=16, block=8, temperature=1.5)
+    answers, _ = generate(small, *batch, generator=seeded(range(9)), **options)
+    again, _ = generate(small, *batch, generator=seeded(range(9)), **options)
+    assert torch.equal(answers, again)
+    for i, (prompt, audio, at) in enumerate(rows):
+        sound = torch.ones(1, audio.size(1), dtype=torch.bool)
+        alone, _ = generate(small, [prompt], audio, sound, [at], generator=seeded([i]), **options)
+        assert torch.equal(answers[i], alone[0])
+    assert not torch.equal(answers, generate(small, *batch, generator=seeded(range(9, 18)), **options)[0])
+
+
+def test_text_alone(small):
+    prompts = [[7, 8, 9], [10, 11, 12, 13, 14]]
+    answers, _ = generate(small, prompts, answer_length=8, block=4, steps=8)
+    alone, _ = generate(small, prompts[:1], answer_length=8, block=4, steps=8)
+    assert torch.equal(answers[0], alone[0])
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_cache_refreshed_at_each_call_is_no_cache(small, cache):
+    _, batch = scene(small)
+    options = dict(answer_length=16, block=4, steps=16)
+    plain, _ = generate(small, *batch, **options)
+    fresh, _ = generate(small, *batch, cache=cache, refresh=1, **options)
+    assert torch.equal(plain, fresh)
+    # a block's first call is exact; with one call a block nothing is approximate
+    one = dict(answer_length=16, block=4, steps=4)
+    assert torch.equal(generate(small, *batch, **one)[0], generate(small, *batch, cache=cache, **one)[0])
+
+
+# ---------------------------------------------------------------------------------- the rules
+
+
+def brute_force(confidences, factor):
+    """Eq. 8 tried for every n."""
+    return max([n for n in range(1, len(confidences) + 1) if (n + 1) * (1 - confidences[n - 1]) < factor], default=1)
+
+
+def test_factor_rule_against_brute_force():
+    g = torch.Generator().manual_seed(0)
+    for n in range(1, 12):
+        for factor in (0.1, 0.5, 1.0, 2.0, 20.0):
+            c = torch.rand(300, n, generator=g, dtype=torch.float64) ** torch.tensor([0.02, 0.2, 1.0])[torch.randint(3, (300, 1), generator=g)]
+            c = (c * 20).round() / 20  # ties and ones
+            c = c.sort(1, descending=True).values
+            assert count_by_factor(c, factor).tolist() == [brute_force(row, factor) for row in c.tolist()]
+
+
+def test_factor_rule_at_its_edges():
+    row = lambda *c: torch.tensor([c], dtype=torch.float64)
+    assert count_by_factor(row(0.9, 0.9, 0.5), 1.0).item() == 2  # only the last candidate fails: it stays masked
+    assert count_by_factor(row(0.1, 0.1), 1.0).item() == 1  # none passes: one is kept all the same
+    assert count_by_factor(row(1.0, 1.0, 1.0), 0.001).item() == 3
+    assert count_by_factor(row(0.75, 0.75), 0.5).item() == 1  # 2 x 0.25 < 0.5 is false: strictly less
+    assert count_by_factor(row(0.9, float("-inf")), 100.0).item() == 1  # what is not masked is no candidate
+
+
+def test_threshold_rule():
+    c = torch.tensor([[0.9, 0.8, 0.3], [0.5, 0.4, float("-inf")]])
+    assert count_by_threshold(c, 0.8).tolist() == [1, 1]
+    assert count_by_threshold(c, 0.35).tolist() == [2, 2]
+
+
+def test_ties_go_to_the_lower_position():
+    c = torch.tensor([[0.5, 0.7, 0.7, 0.7, float("-inf")]])
+    keep = lambda n: most_confident(c, lambda ranked: torch.tensor([n]))[0].nonzero().flatten().tolist()
+    assert [keep(n) for n in (1, 2, 3, 4, 5)] == [[1], [1, 2], [1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
+
+
+def test_schedule_is_even_with_the_remainder_first():
+    assert schedule(16, 5) == [4, 3, 3, 3, 3] and schedule(4, 4) == [1] * 4 and schedule(7, 2) == [4, 3]
+
+
+def test_close_after_end():
+    M, E = 9, 1
+    canvas = torch.tensor([[5, E, 6, M], [M, E, 6, 7], [E, M, M, M], [5, 6, E, 7]])
+    close_after_end(canvas, M, E)
+    assert canvas.tolist() == [[5, E, E, E], [M, E, 6, 7], [E, E, E, E], [5, 6, E, E]]
+
+
+def test_sampling_draws_from_the_softmax():
+    """Gumbel-max at temperature T draws from softmax(logits / T); confidence stays that of the softmax itself."""
+    logits, n = torch.tensor([0.0, 1.0, 2.0, 5.0]), 20000
+    for temperature in (0.5, 1.0, 2.0):
+        rows = torch.zeros(n, dtype=torch.long)
+        token, confidence = choose(logits.repeat(n, 1), 3, temperature, rows, torch.Generator().manual_seed(0))
+        p = (logits[:3] / temperature).softmax(0)
+        seen = torch.bincount(token, minlength=4)
+        assert seen[3] == 0  # [MASK], the likeliest, is no candidate
+        assert ((seen[:3] / n - p).abs() < 4 * (p * (1 - p) / n).sqrt()).all()
+        torch.testing.assert_close(confidence, logits[:3].softmax(0)[token])
+
+
+# ---------------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture
+def clip(tmp_path):
+    path = str(tmp_path / "clip.wav")
+    soundfile.write(path, 0.3 * np.sin(np.arange(12000) / 20), 16000)
+    return path
+
+
+def test_several_clips_as_json(small_folder, clip, tmp_path, capsys):
+    other = str(tmp_path / "other.flac")
+    soundfile.write(other, np.random.default_rng(0).uniform(-0.3, 0.3, 30000), 48000)
+    assert main([clip, other, "What is this?", "--model", small_folder, "--json", "--answer-length", "8", "--steps", "4"]) == 0
+    out, err = capsys.readouterr()
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [x["audio"] for x in lines] == [clip, other] and err == ""
+    for x in lines:
+        assert set(x) == {"audio", "question", "answer", "calls", "seconds", "rtf"}
+        assert 1 <= x["calls"] <= 4 and x["seconds"] > 0
+    assert lines[0]["rtf"] == pytest.approx(lines[0]["seconds"] / 0.75, rel=0.05)
+
+
+def test_answers_are_those_of_ask(small_folder, clip, capsys):
+    model, tokenizer = load(small_folder, "cpu")
+    audio = soundfile.read(clip, dtype="float32")[0]
+    expected = ask(model, tokenizer, [audio], ["Hm?"], answer_length=8, block=8)[0].text
+    assert main([clip, "Hm?", "--model", small_folder, "--answer-length", "8"]) == 0
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_show_falls_back_to_lines(small_folder, clip, capsys):
+    assert main([clip, "Hm?", "--model", small_folder, "--show", "--answer-length", "8", "--steps", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("  1  ") and "_" in lines[0] and "\033" not in "".join(lines)
+    assert "_" not in lines[-2]
+
+
+def test_show_redraws_on_a_terminal(small_folder, clip, monkeypatch):
+    import io
+    import sys
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert main([clip, "Hm?", "--model", small_folder, "--show", "--answer-length", "8"]) == 0
+    assert "\r\033[K  1  " in screen.getvalue() and any(f"\033[{n}m" in screen.getvalue() for n in (31, 32, 33))
+
+
+def test_export_writes_half_size(small_folder, tmp_path, clip, capsys):
+    out = str(tmp_path / "exported")
+    assert main(["--model", small_folder, "--export", out]) == 0
+    size = lambda folder: os.path.getsize(os.path.join(folder, "model.safetensors"))
+    assert size(out) < 0.6 * size(small_folder)
+    assert main([clip, "Hm?", "--model", out, "--answer-length", "8"]) == 0
+
+
+def wav(path, samples, rate=16000, **kind):
+    soundfile.write(path, samples, rate, **kind)
+    return path
+
+
+def cut(path, keep=0.5):
+    data = open(path, "rb").read()
+    with open(path, "wb") as f:
+        f.write(data[: int(len(data) * keep)])
+    return path
+
+
+NOISE = np.random.default_rng(0).uniform(-0.3, 0.3, 16000)
+
+
+def nan(position, value):
+    samples = NOISE.copy()
+    samples[position] = value
+    return samples
+
+
+BAD_CLIPS = {
+    "missing": (lambda d: f"{d}/none.wav", "no such file"),
+    "directory": (lambda d: str(d), "folder"),
+    "empty": (lambda d: open(f"{d}/e.wav", "w").close() or f"{d}/e.wav", "empty"),
+    "text named wav": (lambda d: open(f"{d}/t.wav", "w").write("hello, not audio") and f"{d}/t.wav", "cannot be read"),
+    "truncated wav": (lambda d: cut(wav(f"{d}/c.wav", NOISE)), "cut short"),
+    "truncated float wav": (lambda d: cut(wav(f"{d}/c.wav", NOISE, subtype="FLOAT")), "cut short"),
+    "truncated flac": (lambda d: cut(wav(f"{d}/c.flac", NOISE)), "c.flac"),
+    "header only flac": (lambda d: cut(wav(f"{d}/c.flac", NOISE), 0.002), "c.flac"),
+    "truncated ogg": (lambda d: cut(wav(f"{d}/c.ogg", NOISE), 0.3), "c.ogg"),
+    "zero samples": (lambda d: wav(f"{d}/z.wav", NOISE[:0]), "no samples"),
+    "nan": (lambda d: wav(f"{d}/n.wav", nan(9000, np.nan), subtype="FLOAT"), "NaN"),
+    "infinite": (lambda d: wav(f"{d}/i.wav", nan(0, np.inf), subtype="FLOAT"), "infinite"),
+}
+
+
+def refused(argv, capsys, says):
+    status = main(argv)
+    out, err = capsys.readouterr()
+    assert status == 2 and out == "", (status, out)
+    assert err.count("\n") == 1 and err.startswith("decode.py: ") and says in err, err
+
+
+@pytest.mark.parametrize("kind", BAD_CLIPS)
+def test_bad_clips(kind, tmp_path, small_folder, capsys):
+    make, says = BAD_CLIPS[kind]
+    refused([make(tmp_path), "What?", "--model", small_folder], capsys, says)
+
+
+@pytest.mark.parametrize(
+    "extra, says",
+    [
+        (["--model", "nonesuch"], "nonesuch"),
+        (["--device", "warp9"], "warp9"),
+        (["--device", "cuda:99"], "device"),
+        (["--answer-length", "0"], "answer length 0"),
+        (["--answer-length", "-4"], "-4"),
+        (["--answer-length", "20", "--block", "16"], "not a multiple of block 16"),
+        (["--answer-length", "16", "--block", "4", "--steps", "6"], "multiple of the 4 blocks"),
+        (["--answer-length", "16", "--steps", "17"], "exceeds"),
+        (["--steps", "0"], "steps 0"),
+        (["--steps", "4", "--factor", "1"], "not allowed with"),
+        (["--factor", "0"], "factor"),
+        (["--factor", "nan"], "factor"),
+        (["--threshold", "2"], "threshold"),
+        (["--temperature", "-1"], "temperature"),
+        (["--cache", "magic"], "magic"),
+        (["--cache-refresh", "0"], "cache-refresh"),
+        (["--answer-length", "992"], "positions"),
+        (["--nonsense"], "nonsense"),
+    ],
+)
+def test_impossible_options(extra, says, clip, small_folder, capsys):
+    model = [] if "--model" in extra else ["--model", small_folder]
+    refused([clip, "What?", *model, *extra], capsys, says)
+
+
+def test_bad_questions(clip, small_folder, capsys):
+    refused([clip, "  ", "--model", small_folder], capsys, "empty")
+    refused([clip, "", "--model", small_folder], capsys, "empty")
+    refused([clip, "word " * 2000, "--model", small_folder], capsys, "shorten the question")
+    refused([clip, "a <|eot_id|> b", "--model", small_folder], capsys, "control token")
+    refused([clip, "--model", small_folder], capsys, "recording and a question")
+    refused([], capsys, "recording and a question")
+
+
+def test_bad_checkpoints(clip, small_folder, tmp_path, capsys):
+    """Missing keys and wrong shapes are tried in test_model; here the line and the status."""
+    folder = str(tmp_path / "m")
+    shutil.copytree(small_folder, folder)
+    cut(os.path.join(folder, "model.safetensors"))
+    refused([clip, "What?", "--model", folder], capsys, "cut short")
+    os.remove(os.path.join(folder, "tokenizer.json"))
+    refused([clip, "What?", "--model", folder], capsys, "no tokenizer.json")
+
+
+def test_clips_that_work_with_a_note(tmp_path, small_folder, capsys):
+    silent, long = wav(f"{tmp_path}/s.wav", np.zeros(8000)), wav(f"{tmp_path}/l.wav", np.tile(NOISE, 4))
+    assert main([silent, "What?", "--model", small_folder, "--answer-length", "8"]) == 0
+    assert "silent" in capsys.readouterr().err
+    assert main([long, "What?", "--model", small_folder, "--answer-length", "8"]) == 0
+    assert "the first 2 s are used" in capsys.readouterr().err
+
+
+def test_too_short_for_a_token_still_answers(tmp_path, small_folder):
+    assert main([wav(f"{tmp_path}/s.wav", NOISE[:10]), "What?", "--model", small_folder, "--answer-length", "8"]) == 0
+
+
+def test_ask_reports_the_context(small, tokenizer):
+    with pytest.raises(UserError, match="512"):
+        ask(small, tokenizer, [NOISE.astype(np.float32)], ["word " * 600], stage=2)

@@ -1,0 +1,301 @@
+"""The backbone, the encoder and the splice against transformers and against themselves alone."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from adapters import merge_lora
+from conftest import SMALL, lively
+from model import DIFFA2, PRESETS, Cache, Config, Encoder, LLaDA, RMSNorm, UserError, build, load, rope_table, rotate, save, splice_order
+
+
+def llama_like(backbone, attention="eager"):
+    """transformers' Llama with our backbone's weights."""
+    c = backbone.c
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.ffn, num_hidden_layers=c.layers,
+            num_attention_heads=c.heads, rms_norm_eps=c.norm_eps, max_position_embeddings=c.context,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, tie_word_embeddings=False,
+            attn_implementation=attention,
+        )
+    )  # fmt: skip
+    names = {"attn_out": "self_attn.o_proj", "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj",
+             "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm"}  # fmt: skip
+    names |= {n: f"self_attn.{n}" for n in ("q_proj", "k_proj", "v_proj")}
+    renamed = {}
+    for key in backbone.state_dict():
+        if key.startswith("blocks."):
+            _, n, part, leaf = key.split(".")
+            renamed[key] = f"model.layers.{n}.{names[part]}.{leaf}"
+        else:
+            renamed[key] = {"wte.weight": "model.embed_tokens.weight", "ln_f.weight": "model.norm.weight", "ff_out.weight": "lm_head.weight"}[key]
+    llama.load_state_dict({renamed[k]: v for k, v in backbone.state_dict().items()})
+    return llama, renamed
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_backbone_is_llama_values_and_gradients(causal):
+    """LLaDA: a mask of zeros takes Llama's causality away.  The autoregressive twin keeps it."""
+    c = dataclasses.replace(SMALL, causal=causal, rope_theta=500000.0)
+    model = lively(build(c, seed=0), scale=4)
+    llama, renamed = llama_like(model.backbone)
+    ids = torch.randint(0, c.vocab, (3, 17), generator=torch.Generator().manual_seed(0))
+    everywhere = torch.ones_like(ids, dtype=torch.bool)
+    ours = model(ids, everywhere, everywhere).view(3, 17, -1)
+    theirs = llama(ids, attention_mask=None if causal else torch.zeros(3, 1, 17, 17)).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    target = torch.randint(0, c.vocab, (3 * 17,), generator=torch.Generator().manual_seed(1))
+    torch.nn.functional.cross_entropy(ours.flatten(0, 1), target).backward()
+    torch.nn.functional.cross_entropy(theirs.flatten(0, 1), target).backward()
+    reference = dict(llama.named_parameters())
+    for name, p in model.backbone.named_parameters():
+        torch.testing.assert_close(p.grad, reference[renamed[name]].grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_rope_and_rmsnorm_compute_in_fp32():
+    """In bf16 both stay within one rounding of the fp32 result; computed in bf16 they would not."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, 64, 16, generator=g).to(torch.bfloat16)
+    rope = rope_table(torch.arange(3000, 3064)[None], 16, 500000.0)
+    assert rope[0].dtype == torch.float32
+    exact = rotate(x.double(), tuple(t.double() for t in rope))
+    assert torch.equal(rotate(x, rope), rotate(x.float(), rope).to(torch.bfloat16))
+    assert (rotate(x, rope).double() - exact).abs().max() <= exact.abs().max() * 2**-8
+    norm = RMSNorm(16, 1e-5).to(torch.bfloat16)
+    with torch.no_grad():
+        norm.weight.normal_(generator=g)
+    y = x.float()
+    expected = norm.weight * (y / (y.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()).to(torch.bfloat16)
+    assert torch.equal(norm(x), expected)
+
+
+def random_row(c, n_text, n_audio, g):
+    """ids (n_text,), audio (n_audio, D)."""
+    return torch.randint(6, c.vocab, (n_text,), generator=g), torch.randn(n_audio, c.width, generator=g)
+
+
+def test_splice_order_against_lists():
+    for n_text, n_audio, at in ((7, 3, (0, 4, 7)), (5, 1, (5, 2, 1)), (4, 6, (3, 0, 4))):
+        order = splice_order(n_text, n_audio, torch.tensor(at))
+        for row, a in zip(order.tolist(), at):
+            text, audio = list(range(n_text)), list(range(n_text, n_text + n_audio))
+            assert row == text[:a] + audio + text[a:]
+
+
+def test_a_row_does_not_see_its_neighbours(small):
+    """Three prompt lengths x three clip lengths in one batch, padded left, right and in the audio."""
+    c, g = small.config, torch.Generator().manual_seed(0)
+    rows = [random_row(c, t, a, g) for t in (9, 14, 20) for a in (2, 5, 11)]
+    at = [3, 5, 0, 4, 7, 2, 9, 1, 6]
+    T, A = 24, 11
+    ids, valid = torch.zeros(9, T, dtype=torch.long), torch.zeros(9, T, dtype=torch.bool)
+    audio, is_audio, audio_at = torch.randn(9, A, c.width, generator=g), torch.zeros(9, A, dtype=torch.bool), []
+    for i, (text, sound) in enumerate(rows):
+        left = (0, 1, T - len(text))[i % 3]  # padded right, both, left
+        ids[i] = torch.randint(6, c.vocab, (T,), generator=g)  # rubbish where it is not valid
+        ids[i, left : left + len(text)], valid[i, left : left + len(text)] = text, True
+        audio[i, : len(sound)], is_audio[i, : len(sound)] = sound, True
+        audio_at.append(left + at[i])
+    together = small(ids, valid, valid, audio, is_audio, torch.tensor(audio_at))
+    begin = 0
+    for i, (text, sound) in enumerate(rows):
+        everywhere = torch.ones(1, len(text), dtype=torch.bool)
+        alone = small(text[None], everywhere, everywhere, sound[None], torch.ones(1, len(sound), dtype=torch.bool), torch.tensor([at[i]]))
+        torch.testing.assert_close(together[begin : begin + len(text)], alone, atol=2e-4, rtol=1e-4)
+        begin += len(text)
+
+
+def test_splice_is_the_embedding_sequence(small):
+    """Splicing the embeddings of tokens gives what those tokens in the text give."""
+    c, g = small.config, torch.Generator().manual_seed(0)
+    ids, _ = random_row(c, 20, 1, g)
+    everywhere = torch.ones(1, 20, dtype=torch.bool)
+    whole = small(ids[None], everywhere, everywhere)
+    kept = torch.cat([ids[:6], ids[11:]])[None]
+    part = torch.ones(1, 15, dtype=torch.bool)
+    spliced = small(kept, part, part, small.backbone.wte(ids[6:11])[None], torch.ones(1, 5, dtype=torch.bool), torch.tensor([6]))
+    torch.testing.assert_close(spliced, torch.cat([whole[:6], whole[11:]]), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_cached_pass_over_unchanged_tokens(causal, config):
+    """Recomputing part of a row on cached keys and values gives what the whole pass gave."""
+    model, g = lively(build(dataclasses.replace(config, causal=causal), seed=0)), torch.Generator().manual_seed(0)
+    ids = torch.randint(6, config.vocab, (2, 22), generator=g)
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    valid[1, :4] = False  # left padding
+    audio, is_audio = torch.randn(2, 7, config.width, generator=g), torch.ones(2, 7, dtype=torch.bool)
+    is_audio[0, 5:] = False
+    cache, at = Cache(), torch.tensor([3, 6])
+    with torch.no_grad():
+        whole = model(ids, valid, valid, audio, is_audio, at, cache=cache)
+        where = valid.clone()
+        where[:, :14] = False
+        expected = model(ids, valid, where, audio, is_audio, at)
+        for stop in (18, 22):  # a block in the middle (dual), the rest of the row (prefix)
+            part = slice(14, stop)
+            again = model(ids[:, part], valid[:, part], where[:, part], cache=cache, start=14 + 7)
+            rows = expected.view(2, 8, -1)[:, : stop - 14].flatten(0, 1)
+            torch.testing.assert_close(again, rows, atol=2e-4, rtol=1e-4)
+        # a changed token at the end of the row: the prefix pass with fresh columns sees it
+        changed = ids.clone()
+        changed[:, 20] = 7
+        fresh = model(changed[:, 14:], valid[:, 14:], where[:, 14:], cache=cache, start=21)
+    assert len(whole) == 22 + 18 and not torch.allclose(fresh, expected, atol=1e-2)
+
+
+def test_encoder_taps_are_transformers_hidden_states():
+    c = dataclasses.replace(SMALL, taps=(0, 1, 2, 3))
+    torch.manual_seed(0)
+    ours = Encoder(c).eval()
+    theirs = WhisperEncoder(
+        WhisperConfig(
+            d_model=c.audio_width, encoder_layers=c.audio_layers, encoder_attention_heads=c.audio_heads,
+            encoder_ffn_dim=4 * c.audio_width, num_mel_bins=c.n_mels, max_source_positions=c.n_frames,
+        )
+    ).eval()  # fmt: skip
+    names = {"attn.query": "self_attn.q_proj", "attn.key": "self_attn.k_proj", "attn.value": "self_attn.v_proj",
+             "attn.out": "self_attn.out_proj", "attn_ln": "self_attn_layer_norm", "mlp.0": "fc1", "mlp.2": "fc2",
+             "mlp_ln": "final_layer_norm"}  # fmt: skip
+    weights = {"embed_positions.weight": ours.positional_embedding}
+    for key, value in ours.state_dict().items():
+        if key.startswith("blocks."):
+            _, n, rest = key.split(".", 2)
+            module, leaf = rest.rsplit(".", 1)
+            key = f"layers.{n}.{names[module]}.{leaf}"
+        weights[key.replace("ln_post", "layer_norm")] = value
+    theirs.load_state_dict(weights)
+    mel = torch.randn(2, c.n_mels, 2 * c.n_frames)
+    with torch.no_grad():
+        taps, final = ours(mel, c.taps)
+        reference = theirs(mel, output_hidden_states=True)
+    assert taps.shape == (2, 4, c.n_frames, c.audio_width)
+    for k in (0, 1, 2):
+        torch.testing.assert_close(taps[:, k], reference.hidden_states[k], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(final, reference.last_hidden_state, atol=1e-5, rtol=1e-4)
+    # the last tap is the last block's output, before the final norm
+    torch.testing.assert_close(ours.ln_post(taps[:, 3]), final)
+    with pytest.raises(ValueError, match="200"):
+        ours(mel[:, :, :100])
+
+
+def test_presets_have_the_published_taps_and_ids():
+    two, one = PRESETS["diffa2"], PRESETS["diffa1"]
+    assert two.taps == tuple(range(3, 32, 4)) and one.taps == (2, 5, 8, 11)
+    assert (two.bos_id, two.eos_id, two.mask_id) == (126080, 126081, 126336)
+    assert (two.start_header_id, two.end_header_id, two.eot_id) == (126346, 126347, 126348)
+    with torch.device("meta"):
+        backbone = LLaDA(two).state_dict()
+    assert len(backbone) == 291 and sum(v.numel() * 2 for v in backbone.values()) == 16_031_162_368
+    assert backbone["blocks.31.ff_out.weight"].shape == (4096, 12288)
+    with pytest.raises(ValueError):
+        Config(taps=(3, 33))
+
+
+def test_adapt_orders_prompts_and_clips(small):
+    mel = torch.randn(2, 80, 200)
+    taps, final = small.encode(mel)
+    assert not taps.requires_grad and not final.requires_grad
+    n_frames = torch.tensor([100, 41])
+    audio, is_audio = small.adapt(taps, final, n_frames, stage=1)
+    assert audio.shape == (2, 4 + 25, 32) and is_audio.sum(1).tolist() == [29, 14]
+    torch.testing.assert_close(audio[1, :4], small.soft_prompts)
+    two, is_audio = small.adapt(taps, final, n_frames, stage=2)
+    assert two.shape == (2, 5 + 25, 32) and is_audio.sum(1).tolist() == [30, 15]
+    torch.testing.assert_close(two[:, 5:], audio[:, 4:])
+    torch.testing.assert_close(two[:, :5], small.acoustic(taps))
+
+
+def test_save_and_load_round_trip(tmp_path, tokenizer, config):
+    model = lively(build(config, seed=0))
+    model.add_lora()
+    model.stage = 3
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "lora_B" in n:
+                p.normal_()
+    save(model, tokenizer, tmp_path / "m", dtype=torch.float32)
+    again, again_tokenizer = load(str(tmp_path / "m"), "cpu")
+    assert again.config == config and again.stage == 3 and not again.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    assert torch.equal(again.encoder.positional_embedding, model.encoder.positional_embedding)
+    assert again_tokenizer.to_str() == tokenizer.to_str()
+    assert sorted(os.listdir(tmp_path / "m")) == ["model.safetensors", "tokenizer.json"]  # nothing temporary left
+    ids = torch.randint(6, config.vocab, (1, 9))
+    everywhere = torch.ones_like(ids, dtype=torch.bool)
+    before = again(ids, everywhere, everywhere)
+    torch.testing.assert_close(merge_lora(again)(ids, everywhere, everywhere), before, atol=1e-4, rtol=1e-4)
+
+
+def test_unusable_checkpoints_are_named(tmp_path, small_folder):
+    def broken(change):
+        folder = tmp_path / "broken"
+        os.makedirs(folder, exist_ok=True)
+        with safe_open(os.path.join(small_folder, "model.safetensors"), "pt") as f:
+            header = f.metadata()
+        weights = load_file(os.path.join(small_folder, "model.safetensors"))
+        change(weights, header)
+        save_file(weights, folder / "model.safetensors", metadata=header or None)
+        with open(folder / "tokenizer.json", "w") as f:
+            f.write(open(os.path.join(small_folder, "tokenizer.json")).read())
+        with pytest.raises(UserError) as e:
+            load(str(folder), "cpu")
+        assert "\n" not in str(e.value)
+        return str(e.value)
+
+    key = "backbone.blocks.1.q_proj.weight"
+    assert key in broken(lambda w, h: w.pop(key)) and "missing" in broken(lambda w, h: w.pop(key))
+    assert "shape (3, 3), not (32, 32)" in broken(lambda w, h: w.update({key: torch.zeros(3, 3)}))
+    assert "extra.weight has no place" in broken(lambda w, h: w.update({"extra.weight": torch.zeros(1)}))
+    assert "no Config" in broken(lambda w, h: h.clear())
+    whole = open(os.path.join(small_folder, "model.safetensors"), "rb").read()
+    for cut in (len(whole) // 2, 20, 0):
+        (tmp_path / "broken" / "model.safetensors").write_bytes(whole[:cut])
+        with pytest.raises(UserError, match="cut short"):
+            load(str(tmp_path / "broken"), "cpu")
+    (tmp_path / "broken" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="tokenizer"):
+        load(str(tmp_path / "broken"), "cpu")
+    with pytest.raises(UserError, match="no model 'nonesuch'"):
+        load("nonesuch")
+    with pytest.raises(UserError, match="device"):
+        load(small_folder, "warp9")
+
+
+def test_tokenizer_without_mask_is_refused(tokenizer):
+    from tokenizers import Tokenizer
+
+    text = json.loads(tokenizer.to_str())
+    text["added_tokens"] = [t for t in text["added_tokens"] if t["content"] != "<|mdm_mask|>"]
+    del text["model"]["vocab"]["<|mdm_mask|>"]
+    with pytest.raises(UserError, match="mdm_mask"):
+        Config().with_tokenizer(Tokenizer.from_str(json.dumps(text)))
+
+
+def test_logits_are_computed_only_where_asked(small):
+    """The head sees exactly the rows that `where` names, in the order of noisy[where]."""
+    ids = torch.randint(6, small.config.vocab, (2, 10), generator=torch.Generator().manual_seed(0))
+    everywhere = torch.ones_like(ids, dtype=torch.bool)
+    where = torch.rand(2, 10, generator=torch.Generator().manual_seed(1)) < 0.4
+    seen = []
+    handle = small.backbone.ff_out.register_forward_hook(lambda m, i, o: seen.append(len(i[0])))
+    some, whole = small(ids, everywhere, where), small(ids, everywhere, everywhere)
+    handle.remove()
+    assert seen == [int(where.sum()), 20]
+    torch.testing.assert_close(some, whole.view(2, 10, -1)[where])
+
+
+def test_meta_model_is_the_preset():
+    with torch.device("meta"):
+        tiny = DIFFA2(PRESETS["tiny"], lora=True)
+    bytes_16 = 2 * sum(p.numel() for p in tiny.parameters())
+    assert bytes_16 < 16_000_000
