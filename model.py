@@ -364,7 +364,6 @@ def save(model, tokenizer, folder, dtype=torch.bfloat16):
 
     Each file is written under a temporary name and renamed: a reader finds the old one or the new.
     """
-    os.makedirs(folder, exist_ok=True)
     weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
     header = {"config": json.dumps(dataclasses.asdict(model.config)), "stage": str(model.stage)}
     for name, write in (
@@ -373,8 +372,11 @@ def save(model, tokenizer, folder, dtype=torch.bfloat16):
     ):
         temporary = os.path.join(folder, f".{name}.tmp")
         try:
+            os.makedirs(folder, exist_ok=True)
             write(temporary)
             os.replace(temporary, os.path.join(folder, name))
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"{folder}: cannot be written ({getattr(e, 'strerror', None) or e})") from None
         finally:
             if os.path.exists(temporary):
                 os.remove(temporary)

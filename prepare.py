@@ -218,9 +218,9 @@ def entry(clip, task, answer, rng, out):
 
 def write_lines(lines, out):
     """Writes a manifest under a temporary name and renames it.  Returns the number of lines."""
-    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     temporary = out + ".tmp"
     try:
+        make_folder(os.path.dirname(os.path.abspath(out)))
         with open(temporary, "w", encoding="utf-8") as f:
             f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         os.replace(temporary, out)
@@ -362,9 +362,15 @@ def tour(audio, out, seed=0, n_strings=4000, repeat=4):
     print(f"{out}/tokenizer.json: {tokenizer.get_vocab_size()} entries")
 
 
+def make_folder(path):
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror})") from None
+
+
 def demo(out):
     """The clips that come with the code: espeak-ng's speech in voices kept out of training, and synthesis."""
-    os.makedirs(out, exist_ok=True)
     for name, text, voice in DEMOS:
         speak(text, os.path.join(out, name + ".wav"), voice, speed=140)
     rng, n = np.random.default_rng(0), 5 * SAMPLE_RATE
@@ -416,8 +422,10 @@ def main(argv=None):
     try:
         args = parser.parse_args(argv)
         if args.command == "tour":
+            make_folder(args.out)
             tour(args.audio, args.out, args.seed, args.strings)
         elif args.command == "demo":
+            make_folder(args.out)
             demo(args.out)
         elif args.command == "show":
             show(args.manifest, args.n, args.tokenizer or os.path.dirname(os.path.abspath(args.manifest)))

@@ -290,6 +290,8 @@ def test_export_writes_half_size(small_folder, tmp_path, clip, capsys):
     size = lambda folder: os.path.getsize(os.path.join(folder, "model.safetensors"))
     assert size(out) < 0.6 * size(small_folder)
     assert main([clip, "Hm?", "--model", out, "--answer-length", "8"]) == 0
+    capsys.readouterr()
+    refused(["--model", small_folder, "--export", "/proc/nothing"], capsys, "cannot be written")
 
 
 def wav(path, samples, rate=16000, **kind):

@@ -51,7 +51,7 @@ def test_names_tell_words_labels_and_split(corpora):
 
 def test_the_real_corpora(shared_audio):
     clips = {name: read_corpus(name, os.path.join(shared_audio, name)) for name in CORPORA}
-    assert [len(clips[n]) for n in ("fsdd", "speech_commands", "esc10")] == [2880, 1016, 320]
+    assert [len(clips[n]) for n in ("fsdd", "speech_commands", "esc10")] == [2880, 1010, 320]
     assert sum(c.is_test for c in clips["fsdd"]) == 180 and sum(c.is_test for c in clips["esc10"]) == 80
     assert len({c.transcript for c in clips["speech_commands"]}) == 30
     assert {c.transcript for c in clips["speech_commands"] if c.is_test} == {c.transcript for c in clips["speech_commands"]}
@@ -64,7 +64,8 @@ def test_bad_sources(tmp_path, corpora, capsys):
         (["fsdd", str(tmp_path), "--out", str(tmp_path / "a.jsonl")], "named like fsdd"),
         (["tour", "--audio", str(tmp_path)], "no such folder"),
         (["nonesuch", "x"], "nonesuch"),
-        (["fsdd", corpora + "/fsdd", "--out", "/proc/nothing/a.jsonl"], ""),
+        (["fsdd", corpora + "/fsdd", "--out", "/proc/nothing/a.jsonl"], "cannot be written"),
+        (["tour", "--audio", corpora, "--out", "/proc/nothing"], "cannot be written"),
         (["show", str(tmp_path / "none.jsonl")], "tokenizer"),
     ):
         assert main(argv) == 2

@@ -140,21 +140,21 @@ def test_stream_shows_every_example_once_an_epoch():
 
 
 def test_loss_falls(stages, toured, tmp_path):  # noqa: F811
-    """Stage 2 on one fixed batch: the adapters can at least learn four answers by heart."""
+    """One fixed batch with its fixed noise, adapters and backbone both free: four answers are learned by heart."""
     model, tokenizer = load(f"{stages}/stage2", "cpu")
-    chosen = trainable(model, STAGES["tiny"][2].trains)
+    chosen = trainable(model, ("semantic.", "acoustic.", "backbone."))
     examples = read_manifest(f"{toured}/stage2.jsonl", 2)[:4]
     make = lambda: [generator_for(0, 0, e.id) for e in examples]
     batch = make_batch(examples, tokenizer, model.config, make())
-    optimizer = torch.optim.AdamW(chosen.values(), lr=2e-3)
+    optimizer = torch.optim.AdamW(chosen.values(), lr=3e-3)
     losses = []
-    for _ in range(12):
+    for _ in range(15):
         loss = question_loss(model, batch, make(), 2).mean()
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 @pytest.mark.parametrize(
