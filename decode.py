@@ -260,7 +260,9 @@ class Screen:
 def parse(argv):
     parser = Parser(prog="decode.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar='CLIP... "QUESTION"')
-    parser.add_argument("--model", help="tiny (default), or a checkpoint folder")
+    parser.add_argument("--model", help="tiny (default), diffa1, diffa2, or a checkpoint folder")
+    for part, what in (("llada", "folder of LLaDA-8B-Instruct"), ("whisper", "encoder's .pt or .safetensors"), ("diffa", "pytorch_model.bin")):
+        parser.add_argument(f"--{part}", metavar="PATH", help=f"{what}, instead of the hub's (diffa1, diffa2)")
     parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), help="read the audio as this stage does (default: the checkpoint's)")
     parser.add_argument("--answer-length", type=int, default=32, metavar="N", help="tokens (default 32)")
     parser.add_argument("--block", type=int, metavar="N", help="tokens (default 32, or the answer length if that is less)")
@@ -291,7 +293,7 @@ def parse(argv):
 def run(args):
     if args.model is None:
         args.model = "tiny"
-        print("decode.py: using the shipped small model, --model tiny", file=sys.stderr)
+        print("decode.py: this is the shipped small model; --model diffa2 runs the released one", file=sys.stderr)
     options = dict(answer_length=args.answer_length, block=args.block, steps=args.steps, threshold=args.threshold,
                    cache=args.cache, refresh=args.cache_refresh, temperature=args.temperature)  # fmt: skip
     if args.factor is not None:
@@ -300,7 +302,7 @@ def run(args):
     *paths, question = args.words or [""]
     for path in paths:
         load_audio(path, limit=0.1)  # a wrong name is told before the weights are loaded
-    model, tokenizer = load(args.model, args.device)
+    model, tokenizer = load(args.model, args.device, None, args.stage, args.llada, args.whisper, args.diffa)
     if args.export is not None:
         save(model, tokenizer, args.export)
         print(f"{args.export}: written", file=sys.stderr)

@@ -18,13 +18,17 @@ Weights: `save` and `load` use one safetensors file whose header holds Config an
 
 import argparse
 import dataclasses
+import glob
 import json
 import os
+import pickle
+import sys
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -287,6 +291,7 @@ class DIFFA2(nn.Module):
         super().__init__()
         c = self.config = config
         self.stage = 0  # what the weights have been trained for; saved and loaded with them
+        self.base = None  # where the frozen parts were loaded from, if not from the same file
         self.encoder = Encoder(c)
         self.semantic = SemanticAdapter(c.audio_width, c.width)
         self.acoustic = AcousticAdapter(
@@ -362,10 +367,16 @@ def build(config, device="cpu", lora=False, seed=None):
 def save(model, tokenizer, folder, dtype=torch.bfloat16):
     """Writes folder/model.safetensors (Config and stage in its header) and folder/tokenizer.json.
 
+    Of a model whose frozen parts came from the hub or from files, only what was trained is
+    written, and where the rest lies (about 200 MB instead of 20 GB).
     Each file is written under a temporary name and renamed: a reader finds the old one or the new.
     """
-    weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
     header = {"config": json.dumps(dataclasses.asdict(model.config)), "stage": str(model.stage)}
+    state = model.state_dict()
+    if model.base:
+        header["base"] = json.dumps(model.base)
+        state = {k: state[k] for k in trained_part(model)}
+    weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}
     for name, write in (
         ("tokenizer.json", lambda path: tokenizer.save(path)),
         ("model.safetensors", lambda path: save_file(weights, path, metadata=header)),
@@ -392,53 +403,320 @@ def load_tokenizer(folder):
         raise UserError(f"{path}: not a tokenizer file ({e})") from None
 
 
-def load(name_or_path, device=None, dtype=None):
-    """A preset with shipped weights ("tiny") or a checkpoint folder -> model, tokenizer.
+def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=None, diffa=None):
+    """A preset ("tiny", "diffa1", "diffa2") or a checkpoint folder -> model, tokenizer.
 
     Strict: every key and shape is accounted for.  LoRA, if the checkpoint has it, is kept apart;
-    adapters.merge_lora(model) folds it in.  Raises UserError with one line for anything wrong.
+    adapters.merge_lora(model) folds it in.  dtype: the backbone's (default fp32 on a CPU, bf16 on
+    a GPU; the released models bf16 everywhere); encoder and adapters of the released models stay
+    in fp32.  stage, llada, whisper, diffa: see `assemble`; files not given come from the hub.
+    Raises UserError with one line for anything wrong.
     """
     device = pick_device(device)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if name_or_path in RELEASES and name_or_path not in ASSETS:
+        paths = fetch(name_or_path, stage, llada, whisper, diffa)
+        return assemble(PRESETS[name_or_path], *paths, device, dtype or torch.bfloat16, stage or 4, name_or_path)
+    if llada or whisper or diffa:
+        raise UserError("--llada, --whisper and --diffa go with --model diffa1 or diffa2")
     folder = ASSETS.get(name_or_path, name_or_path)
     path = os.path.join(folder, "model.safetensors")
-    if name_or_path in PRESETS and name_or_path not in ASSETS:
-        raise UserError(f"the weights of {name_or_path} do not come with this code, and cannot be loaded yet; use --model tiny")
     if not os.path.exists(path):
         known = ", ".join(PRESETS)
         raise UserError(f"no model {name_or_path!r}: give one of {known}, or a folder that holds model.safetensors")
-    tokenizer = load_tokenizer(folder)
-    try:
-        with safe_open(path, "pt", device="cpu") as f:
-            header = f.metadata() or {}
-            weights = {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path}: cut short or not a safetensors file ({e})") from None
+    with open_safetensors(path) as f:
+        header = f.metadata() or {}
+        weights = {k: f.get_tensor(k) for k in f.keys()}
     if "config" not in header or "stage" not in header:
         raise UserError(f"{path}: has no Config in its header; it was not written by this code")
     fields = json.loads(header["config"])
     config = Config(**{**fields, "taps": tuple(fields["taps"])})
+    if "base" in header:  # only what was trained lies here; the frozen rest where it was loaded from
+        base = json.loads(header["base"])
+        model, tokenizer = assemble(
+            config, base["llada"], base["whisper"], None, device, dtype or torch.bfloat16, int(header["stage"]), base["name"]
+        )
+        fill(model, weights, path, device, torch.float32, expected=trained_part(model))
+        return model.eval(), tokenizer
+    tokenizer = load_tokenizer(folder)
     with torch.device("meta"):
         model = DIFFA2(config, lora=any("lora_A" in k for k in weights))
     model.stage = int(header["stage"])
-    fill(model, weights, path, device, dtype)
+    fill(model, weights, path, device, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32))
+    fix_positions(model)
     return model.eval(), tokenizer
 
 
-def fill(model, weights, path, device, dtype):
-    """Gives a model on the meta device its weights, each key and shape checked first."""
-    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    for key, shape in expected.items():
+def open_safetensors(path):
+    try:
+        return safe_open(path, "pt", device="cpu")
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path}: cut short or not a safetensors file ({e})") from None
+
+
+def fill(model, weights, path, device, dtype=None, expected=None):
+    """Gives a model, or the part of it named by `expected`, its weights; each key and shape is checked first.
+
+    Tensors already of the right type and device are taken as they are: what safetensors has mapped
+    from the disk stays there, and no second copy exists at any time.
+    """
+    state = model.state_dict()
+    expected = state.keys() if expected is None else expected
+    for key in expected:
         if key not in weights:
             raise UserError(f"{path}: {key} is missing")
-        if tuple(weights[key].shape) != shape:
-            raise UserError(f"{path}: {key} has shape {tuple(weights[key].shape)}, not {shape}")
+        if weights[key].shape != state[key].shape:
+            raise UserError(f"{path}: {key} has shape {tuple(weights[key].shape)}, not {tuple(state[key].shape)}")
     for key in weights:
         if key not in expected:
             raise UserError(f"{path}: {key} has no place in this model")
-    model.load_state_dict({k: v.to(device, dtype) for k, v in weights.items()}, assign=True)
-    c = model.config
-    model.encoder.positional_embedding = sinusoids(c.n_frames, c.audio_width).to(device, dtype)
+    model.load_state_dict({k: v.to(device, dtype) for k, v in weights.items()}, strict=len(expected) == len(state), assign=True)
+
+
+def fix_positions(model):
+    """The encoder's sinusoids are computed, not loaded."""
+    c, weight = model.config, model.encoder.conv1.weight
+    model.encoder.positional_embedding = sinusoids(c.n_frames, c.audio_width).to(weight.device, weight.dtype)
+
+
+# ---------------------------------------------------------------------------------------------
+# the authors' weights
+
+
+RELEASES = {  # preset -> where its three parts lie, and what they weigh in GB
+    "diffa2": {
+        "llada": ("GSAI-ML/LLaDA-8B-Instruct", 16.0), "whisper": ("openai/whisper-large-v3", 3.1),
+        "diffa": ("zhoujiaming777/DIFFA-2", 0.4), "memory": 20,
+    },
+    "diffa1": {
+        "llada": ("GSAI-ML/LLaDA-8B-Instruct", 16.0), "whisper": ("openai/whisper-small", 1.0),
+        "diffa": ("zhoujiaming777/DIFFA", 0.15), "memory": 17,
+    },
+}  # fmt: skip
+PATTERNS = {  # files of each repository that are needed; stage 1 of DIFFA-2 has a folder of its own
+    "llada": ["*.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json"],
+    "whisper": ["model.safetensors"],
+    "diffa": ["pytorch_model.bin"],
+}
+
+
+def fetch(name, stage=None, llada=None, whisper=None, diffa=None):
+    """Paths of LLaDA's folder, Whisper's file and DIFFA's file: those given, else from the hub's cache or the hub.
+
+    Says what it will download and what the model needs before it starts.
+    """
+    release, given, found = RELEASES[name], {"llada": llada, "whisper": whisper, "diffa": diffa}, {}
+    if stage == 1 and name == "diffa1":
+        raise UserError("DIFFA-1 was released after its last stage only")
+    patterns = PATTERNS | ({"diffa": ["stage1/pytorch_model.bin"]} if stage == 1 else {})
+    for part, path in given.items():
+        if path is not None:
+            if not os.path.exists(path):
+                raise UserError(f"--{part} {path}: no such file or folder")
+            found[part] = path
+            continue
+        try:
+            found[part] = snapshot_download(release[part][0], allow_patterns=patterns[part], local_files_only=True)
+            if not all(glob.glob(os.path.join(found[part], p)) for p in patterns[part]):
+                del found[part]
+        except (OSError, ValueError):  # not in the cache
+            pass
+    missing = [part for part in given if part not in found]
+    size = sum(release[part][1] for part in missing)
+    print(f"{name}: {size:.1f} GB to download, about {release['memory']} GB of memory needed", file=sys.stderr)
+    for part in missing:
+        try:
+            found[part] = snapshot_download(release[part][0], allow_patterns=patterns[part])
+        except Exception as e:  # the hub's errors, the network's, the disk's: all of them end here
+            why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+            raise UserError(f"{release[part][0]} cannot be downloaded ({why}); give --{part} instead") from None
+    for part in ("whisper", "diffa"):
+        if os.path.isdir(found[part]):
+            found[part] = os.path.join(found[part], patterns[part][0])
+    return found["llada"], found["whisper"], found["diffa"]
+
+
+def assemble(config, llada, whisper, diffa, device, dtype, stage, name=None):
+    """LLaDA's folder + Whisper's file + DIFFA's pytorch_model.bin -> model, tokenizer.
+
+    The module tree is built on the meta device; each tensor goes from its mapped file straight to
+    its place.  stage: what the file was trained for (1: soft prompts, no LoRA).  diffa=None leaves
+    adapters and LoRA empty (on no device) for the caller to fill.
+    """
+    check_llada(llada)
+    tokenizer = load_tokenizer(llada)
+    for field, token in SPECIAL_TOKENS.items():
+        if tokenizer.token_to_id(token) != getattr(config, field):
+            raise UserError(f"{llada}: the tokenizer has {token} at {tokenizer.token_to_id(token)}, not {getattr(config, field)}")
+    with torch.device("meta"):
+        model = DIFFA2(config, lora=stage >= 3)
+    model.stage, model.base = stage, {"name": name, "llada": os.path.abspath(llada), "whisper": os.path.abspath(whisper)}
+    load_llada(model, llada, device, dtype)
+    load_whisper(model, whisper, device, torch.float32)
+    if diffa is not None:
+        load_released(model, diffa, device)
+    return model.eval(), tokenizer
+
+
+def trained_part(model):
+    """Names of what the authors' files and our compact checkpoints hold: adapters, soft prompts, LoRA."""
+    return [k for k in model.state_dict() if k.startswith(("semantic.", "acoustic.", "soft_prompts")) or "lora_" in k]
+
+
+def check_llada(folder):
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
+        raise UserError(f"{folder}: no config.json: not a folder of LLaDA's weights")
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+    except ValueError:
+        raise UserError(f"{path}: not JSON") from None
+    if found.get("model_type") != "llada":
+        raise UserError(f"{folder}: holds a model of type {found.get('model_type')!r}; this code runs LLaDA-8B")
+
+
+def load_llada(model, folder, device, dtype):
+    """LLaDA's shards into model.backbone, one at a time."""
+    index = os.path.join(folder, "model.safetensors.index.json")
+    try:
+        with open(index, encoding="utf-8") as f:
+            shards = sorted(set(json.load(f)["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError) as e:
+        raise UserError(f"{index}: missing or not an index of shards ({type(e).__name__})") from None
+    expected = {k for k in model.backbone.state_dict() if "lora_" not in k}
+    for shard in shards:
+        path = os.path.join(folder, shard)
+        if not os.path.isfile(path):
+            raise UserError(f"{folder}: the index names {shard}, which is not there")
+        with open_safetensors(path) as f:
+            weights = {}
+            for key in f.keys():
+                if not key.startswith("model.transformer."):
+                    raise UserError(f"{path}: {key} is not one of LLaDA's names")
+                weights["backbone." + key.removeprefix("model.transformer.")] = f.get_tensor(key)
+        expected -= {k.removeprefix("backbone.") for k in weights}
+        fill(model, weights, path, device, dtype, expected=set(weights) & set(model.state_dict()))
+    if expected:
+        raise UserError(f"{folder}: the shards hold no {min(expected)} ({len(expected)} of {len(model.backbone.state_dict())} tensors missing)")
+
+
+WHISPER_NAMES = {  # transformers' -> openai-whisper's
+    "self_attn.q_proj": "attn.query", "self_attn.k_proj": "attn.key", "self_attn.v_proj": "attn.value",
+    "self_attn.out_proj": "attn.out", "self_attn_layer_norm": "attn_ln", "fc1": "mlp.0", "fc2": "mlp.2",
+    "final_layer_norm": "mlp_ln",
+}  # fmt: skip
+
+
+def whisper_name(key):
+    """transformers' name of an encoder tensor -> ours; None for the positions, which are computed."""
+    if key.startswith("embed_positions"):
+        return None
+    if key.startswith("layers."):
+        _, n, rest = key.split(".", 2)
+        module, leaf = rest.rsplit(".", 1)
+        return f"encoder.blocks.{n}.{WHISPER_NAMES.get(module, module)}.{leaf}"
+    return "encoder." + key.replace("layer_norm", "ln_post")
+
+
+def load_whisper(model, path, device, dtype):
+    """The encoder from openai-whisper's .pt, or from transformers' safetensors (file or folder)."""
+    if os.path.isdir(path):
+        path = os.path.join(path, "model.safetensors")
+    if path.endswith(".safetensors"):
+        with open_safetensors(path) as f:
+            keys = {k: k.removeprefix("model.").removeprefix("encoder.") for k in f.keys() if "decoder." not in k and k != "proj_out.weight"}
+            weights = {whisper_name(short): f.get_tensor(k) for k, short in keys.items()}
+    else:
+        found = open_pickle(path)
+        if not isinstance(found, dict) or "model_state_dict" not in found:
+            raise UserError(f"{path}: not one of openai-whisper's files")
+        weights = {k: v for k, v in found["model_state_dict"].items() if k.startswith("encoder.")}
+        weights.pop("encoder.positional_embedding", None)
+    weights.pop(None, None)
+    fill(model, weights, path, device, dtype, expected=[k for k in model.state_dict() if k.startswith("encoder.")])
+    fix_positions(model)
+
+
+def open_pickle(path):
+    """A .bin or .pt of tensors, mapped; anything in it that is not data is refused."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as e:
+        raise UserError(f"{path}: holds code or other objects beside tensors, and is not opened ({str(e).splitlines()[0]})") from None
+    except (RuntimeError, OSError, EOFError, ValueError) as e:
+        raise UserError(f"{path}: cut short or not a file of weights ({str(e).splitlines()[0]})") from None
+
+
+SEMANTIC_NAMES = {"conv.0": "conv1", "conv.2": "conv2", "linear_connector.0": "fc1", "linear_connector.2": "fc2", "layernorm": "norm"}
+QFORMER_NAMES = {
+    **{f"attention.self.{n}": f"self_attention.{n}" for n in ("query", "key", "value")},
+    **{f"crossattention.self.{n}": f"cross_attention.{n}" for n in ("query", "key", "value")},
+    "attention.output.dense": "self_attention.out", "attention.output.LayerNorm": "self_attention.norm",
+    "crossattention.output.dense": "cross_attention.out", "crossattention.output.LayerNorm": "cross_attention.norm",
+    "intermediate.dense": "fc1", "output.dense": "fc2", "output.LayerNorm": "norm",
+}  # fmt: skip
+
+
+def released_name(key):
+    """One of the authors' names -> ours, or None for what has no counterpart (FACTS 3, 4, 7)."""
+    module, _, leaf = key.rpartition(".")
+    if key == "trainable_prompts.weight":
+        return "soft_prompts"
+    if key.startswith("whisper_model."):
+        return whisper_name(key.removeprefix("whisper_model.").removeprefix("encoder."))
+    if key.startswith("semantic_connector."):
+        name = SEMANTIC_NAMES.get(module.removeprefix("semantic_connector."))
+        return name and f"semantic.{name}.{leaf}"
+    if key.startswith("acoustic_connector."):
+        rest = key.removeprefix("acoustic_connector.")
+        if rest == "layer_weights":
+            return "acoustic.tap_logits"
+        if rest.startswith("layer_prompts."):
+            return "acoustic.queries." + rest.removeprefix("layer_prompts.")  # one a tap; stacked by the caller
+        if rest.startswith("proj."):
+            return {"proj.0": "acoustic.norm.", "proj.1": "acoustic.proj."}[rest[:6]] + leaf if rest[:6] in ("proj.0", "proj.1") else None
+        _, _, n, part = (module.removeprefix("acoustic_connector.").split(".", 3) + [""] * 4)[:4]
+        return f"acoustic.layers.{n}.{QFORMER_NAMES[part]}.{leaf}" if part in QFORMER_NAMES else None
+    if key.startswith("llm_model."):
+        rest = key.removeprefix("llm_model.").removeprefix("base_model.model.").removeprefix("model.transformer.")
+        rest = rest.replace(".base_layer.", ".").replace(".default", "")
+        return "backbone." + (rest.removesuffix(".weight") if "lora_" in rest else rest)
+    return None
+
+
+def load_released(model, path, device=None):
+    """The authors' pytorch_model.bin into adapters, soft prompts and LoRA, strictly; fp32.
+
+    Accepts the names with and without peft's wrapping, and a full training state dict that holds
+    the frozen parts too.  A stage-1 file may lack the Q-Former, which that stage does not use, or
+    hold a random one; a file of a later stage may lack the soft prompts.
+    """
+    found = open_pickle(path)
+    if not isinstance(found, dict) or not found or not all(isinstance(v, torch.Tensor) for v in found.values()):
+        raise UserError(f"{path}: not a state dict")
+    device = device or model.backbone.wte.weight.device
+    weights, queries = {}, {}
+    for key, value in found.items():
+        name = released_name(key)
+        if name is None and "embed_positions" in key:
+            continue
+        if name is None:
+            raise UserError(f"{path}: {key} is not one of DIFFA's names")
+        if name.startswith("acoustic.queries."):
+            queries[int(name.rsplit(".", 1)[1])] = value
+        else:
+            weights[name] = value
+    if queries:
+        weights["acoustic.queries"] = torch.cat([queries[i] for i in sorted(queries)])
+    expected, optional = trained_part(model), ("acoustic.",) if model.stage == 1 else ("soft_prompts",)
+    state = model.state_dict()
+    for key in expected:
+        if key.startswith(optional) and key not in weights:
+            # nobody reads these in this stage; they only must not be left without memory
+            weights[key] = torch.zeros(state[key].shape)
+    part = set(expected) | (weights.keys() & state.keys())
+    weights = {k: v.to(state[k].dtype if k in state and k not in expected else torch.float32) for k, v in weights.items()}
+    fill(model, weights, path, device, expected=part)
 
 
 def pick_device(name=None):

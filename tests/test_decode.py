@@ -19,20 +19,18 @@ from model import UserError, load
 # ---------------------------------------------------------------------------------- a slow reference
 
 
-def reference(model, prompt, audio, audio_at, answer_length, block, steps=None, factor=1.0, threshold=None):
-    """The paper's 3.6 and B.4 for one prompt, in plain lists: predict everything, keep the surest, stop at the end mark."""
-    c = model.config
+def reference(predict, c, answer_length, block, steps=None, factor=1.0, threshold=None):
+    """The paper's 3.6 and B.4 for one prompt, in plain lists: predict everything, keep the surest, stop at the end mark.
+
+    predict: answer (list) -> logits (answer_length, vocab)."""
     answer, calls = [c.mask_id] * answer_length, 0
     for first in range(0, answer_length, block):
         inside = range(first, first + block)
         per_block = steps and steps // (answer_length // block)
         step = 0
         while any(answer[i] == c.mask_id for i in inside):
-            ids = torch.tensor([prompt + answer])
-            everywhere = torch.ones_like(ids, dtype=torch.bool)
-            sound = torch.ones(1, audio.size(1), dtype=torch.bool)
             with torch.no_grad():
-                logits = model(ids, everywhere, everywhere, audio, sound, torch.tensor([audio_at]))[len(prompt) :]
+                logits = predict(answer).clone()
             calls += 1
             logits[:, c.mask_id] = -math.inf
             p, token = logits.softmax(-1).max(-1)
@@ -55,6 +53,18 @@ def reference(model, prompt, audio, audio_at, answer_length, block, steps=None, 
     return answer, calls
 
 
+def alone(model, prompt, audio, audio_at):
+    """`predict` for one row of a scene."""
+
+    def predict(answer):
+        ids = torch.tensor([prompt + answer])
+        everywhere = torch.ones_like(ids, dtype=torch.bool)
+        sound = torch.ones(1, audio.size(1), dtype=torch.bool)
+        return model(ids, everywhere, everywhere, audio, sound, torch.tensor([audio_at]))[len(prompt) :]
+
+    return predict
+
+
 def scene(model, n_prompts=(9, 14, 20), n_audio=(2, 5, 11), seed=0):
     """Prompts of three lengths x clips of three lengths, as one padded batch and as rows."""
     g, c = torch.Generator().manual_seed(seed), model.config
@@ -75,8 +85,8 @@ FEWER = [(16, 16, 5), (16, 4, 8), (32, 8, 12), (12, 12, 1), (12, 4, 3)]
 def test_fixed_step_remasking_is_the_reference(small, answer_length, block, steps):
     rows, batch = scene(small, (9, 14), (2, 5))
     answers, calls = generate(small, *batch, answer_length=answer_length, block=block, steps=steps)
-    for i, (prompt, audio, at) in enumerate(rows):
-        assert (answers[i].tolist(), calls[i].item()) == reference(small, prompt, audio, at, answer_length, block, steps=steps)
+    for i, row in enumerate(rows):
+        assert (answers[i].tolist(), calls[i].item()) == reference(alone(small, *row), small.config, answer_length, block, steps=steps)
     assert (answers != small.config.mask_id).all() and calls.max() <= steps
 
 
@@ -85,8 +95,8 @@ def test_fixed_step_remasking_is_the_reference(small, answer_length, block, step
 def test_parallel_decoding_is_the_reference(small, answer_length, block, rule):
     rows, batch = scene(small, (9, 14), (2, 5))
     answers, calls = generate(small, *batch, answer_length=answer_length, block=block, **rule)
-    for i, (prompt, audio, at) in enumerate(rows):
-        assert (answers[i].tolist(), calls[i].item()) == reference(small, prompt, audio, at, answer_length, block, **rule)
+    for i, row in enumerate(rows):
+        assert (answers[i].tolist(), calls[i].item()) == reference(alone(small, *row), small.config, answer_length, block, **rule)
 
 
 def test_the_small_model_is_sure_now_and_then(small):
@@ -106,8 +116,8 @@ def test_end_mark_stops_and_closes(small):
             direction = torch.randn(c.width, generator=torch.Generator().manual_seed(seed))
             model.backbone.ff_out.weight[c.eos_id] = direction * 3
         answers, calls = generate(model, *batch, answer_length=16, block=4, factor=1.0)
-        for i, (prompt, audio, at) in enumerate(rows):
-            expected, n = reference(model, prompt, audio, at, 16, 4)
+        for i, row in enumerate(rows):
+            expected, n = reference(alone(model, *row), c, 16, 4)
             assert (answers[i].tolist(), calls[i].item()) == (expected, n)
             stopped += calls[i].item() < 4
     assert stopped > 0  # some rows ended before their later blocks: four blocks need four calls at least
@@ -130,8 +140,8 @@ def test_a_row_gets_what_it_gets_alone(small, options):
     answers, calls = generate(small, *batch, answer_length=16, block=8, **options)
     for i, (prompt, audio, at) in enumerate(rows):
         sound = torch.ones(1, audio.size(1), dtype=torch.bool)
-        alone, n = generate(small, [prompt], audio, sound, [at], answer_length=16, block=8, **options)
-        assert torch.equal(answers[i], alone[0]) and calls[i] == n[0]
+        by_itself, n = generate(small, [prompt], audio, sound, [at], answer_length=16, block=8, **options)
+        assert torch.equal(answers[i], by_itself[0]) and calls[i] == n[0]
 
 
 def test_seeds(small):
@@ -144,16 +154,16 @@ def test_seeds(small):
     assert torch.equal(answers, again)
     for i, (prompt, audio, at) in enumerate(rows):
         sound = torch.ones(1, audio.size(1), dtype=torch.bool)
-        alone, _ = generate(small, [prompt], audio, sound, [at], generator=seeded([i]), **options)
-        assert torch.equal(answers[i], alone[0])
+        by_itself, _ = generate(small, [prompt], audio, sound, [at], generator=seeded([i]), **options)
+        assert torch.equal(answers[i], by_itself[0])
     assert not torch.equal(answers, generate(small, *batch, generator=seeded(range(9, 18)), **options)[0])
 
 
 def test_text_alone(small):
     prompts = [[7, 8, 9], [10, 11, 12, 13, 14]]
     answers, _ = generate(small, prompts, answer_length=8, block=4, steps=8)
-    alone, _ = generate(small, prompts[:1], answer_length=8, block=4, steps=8)
-    assert torch.equal(answers[0], alone[0])
+    by_itself, _ = generate(small, prompts[:1], answer_length=8, block=4, steps=8)
+    assert torch.equal(answers[0], by_itself[0])
 
 
 @pytest.mark.parametrize("cache", ["prefix", "dual"])

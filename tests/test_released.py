@@ -1,0 +1,481 @@
+"""The authors' pipeline put together from transformers' parts, saved in their format, loaded by ours.
+
+The real files cannot come with a test; these have the same names, wrappings and formats at small sizes.
+"""
+
+import dataclasses
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import whisper.audio
+from safetensors.torch import save_file
+from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
+from transformers.models.bert.modeling_bert import BertLayer
+
+from adapters import merge_lora
+from data import build_prompt, log_mel
+from decode import ask, generate, main
+from diffusion import sft_loss
+from model import PRESETS, Config, UserError, assemble, load, load_released, released_name, save
+from test_decode import reference
+
+SIZES = dict(qformer_ffn=24, n_queries=6, n_soft_prompts=4, width=32, layers=2, heads=2, ffn=48, audio_width=16, audio_heads=2, vocab=320)
+EIGHT = dict(n_mels=128, audio_layers=32, taps=PRESETS["diffa2"].taps)  # large-v3's taps
+FOUR = dict(n_mels=80, audio_layers=12, taps=PRESETS["diffa1"].taps)  # whisper-small's
+LORA = ("q_proj", "k_proj", "v_proj", "ff_proj", "up_proj")
+LLAMA = {"attn_out": "self_attn.o_proj", "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj",
+         "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm", "q_proj": "self_attn.q_proj",
+         "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj"}  # fmt: skip
+
+
+class QFormer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        bert = BertConfig(
+            hidden_size=c.audio_width, num_attention_heads=c.audio_heads, intermediate_size=c.qformer_ffn, hidden_act="gelu",
+            layer_norm_eps=1e-12, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, is_decoder=True,
+            add_cross_attention=True, attn_implementation="eager",
+        )  # fmt: skip
+        self.layer = nn.ModuleList(BertLayer(bert) for _ in range(2))
+
+
+class Authors(nn.Module):
+    """FACTS sections 3 to 7, from parts that others wrote; attribute names are those of the released files."""
+
+    def __init__(self, c, lora):
+        super().__init__()
+        d, D = c.audio_width, c.width
+        self.c = c
+        self.whisper_model = WhisperModel(
+            WhisperConfig(
+                d_model=d, encoder_layers=c.audio_layers, encoder_attention_heads=c.audio_heads, encoder_ffn_dim=4 * d,
+                num_mel_bins=c.n_mels, max_source_positions=1500, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=8,
+            )
+        ).encoder  # fmt: skip
+        self.semantic_connector = nn.Module()
+        self.semantic_connector.conv = nn.Sequential(nn.Conv1d(d, d, 3, padding=1), nn.GELU(), nn.Conv1d(d, 4 * d, 3, 4, padding=1))
+        self.semantic_connector.linear_connector = nn.Sequential(nn.Linear(4 * d, d), nn.ReLU(), nn.Linear(d, D), nn.ReLU())
+        self.semantic_connector.layernorm = nn.LayerNorm(D)
+        self.acoustic_connector = nn.Module()
+        self.acoustic_connector.layer_prompts = nn.ParameterList(nn.Parameter(torch.randn(1, c.n_queries, d)) for _ in c.taps)
+        self.acoustic_connector.layer_weights = nn.Parameter(torch.randn(c.n_queries, len(c.taps)))
+        self.acoustic_connector.qformer = QFormer(c)
+        self.acoustic_connector.proj = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, D))
+        self.trainable_prompts = nn.Embedding(c.n_soft_prompts, D)
+        llama = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=c.vocab, hidden_size=D, intermediate_size=c.ffn, num_hidden_layers=c.layers, num_attention_heads=c.heads,
+                rms_norm_eps=c.norm_eps, max_position_embeddings=c.context, tie_word_embeddings=False, attn_implementation="eager",
+                rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+            )
+        )  # fmt: skip
+        with torch.no_grad():
+            for p in llama.parameters():
+                p.normal_(std=0.25) if p.dim() == 2 else p.uniform_(0.5, 1.5)
+        object.__setattr__(self, "llama", llama)  # saved by hand, under LLaDA's names
+        shape = dict(q_proj=(D, D), k_proj=(D, D), v_proj=(D, D), ff_proj=(D, c.ffn), up_proj=(D, c.ffn))
+        self.lora = nn.ParameterDict()
+        for n in range(c.layers if lora else 0):
+            for part, (i, o) in shape.items():
+                self.lora[f"{n}/{part}/A"] = nn.Parameter(torch.randn(c.lora_rank, i) * 0.2)
+                self.lora[f"{n}/{part}/B"] = nn.Parameter(torch.randn(o, c.lora_rank) * 0.2)
+
+    def hear(self, audio, stage):
+        """One clip -> the audio embeddings (A, D)."""
+        c = self.c
+        mel = whisper.audio.log_mel_spectrogram(whisper.audio.pad_or_trim(torch.from_numpy(audio)), n_mels=c.n_mels)
+        out = self.whisper_model(mel[None], output_hidden_states=True)
+        frames = (-(-len(audio) // 160) - 1) // 2 + 1
+        x = out.last_hidden_state[:, : frames // 4 * 4].transpose(1, 2)
+        x = self.semantic_connector.conv(x).transpose(1, 2)
+        semantic = self.semantic_connector.layernorm(self.semantic_connector.linear_connector(x))[0]
+        if stage == 1:
+            return torch.cat([self.trainable_prompts.weight, semantic])
+        taps = []
+        for queries, k in zip(self.acoustic_connector.layer_prompts, c.taps):
+            y = queries
+            for layer in self.acoustic_connector.qformer.layer:
+                y = layer(y, encoder_hidden_states=out.hidden_states[k])
+            taps.append(y[0])
+        mixed = (torch.stack(taps, -1) * self.acoustic_connector.layer_weights.softmax(-1)[:, None]).sum(-1)
+        return torch.cat([self.acoustic_connector.proj(mixed), semantic])
+
+    def logits(self, ids, audio, at):
+        """ids (list), embeddings (A, D) -> logits of the text positions (len(ids), vocab); no causal mask."""
+        weights = dict(self.llama.named_parameters())
+        for n in range(self.c.layers):
+            for part in LORA if len(self.lora) else ():
+                key = f"model.layers.{n}.{LLAMA[part]}.weight"
+                weights[key] = weights[key] + 2 * self.lora[f"{n}/{part}/B"] @ self.lora[f"{n}/{part}/A"]
+        text = self.llama.model.embed_tokens.weight[torch.tensor(ids)]
+        x = torch.cat([text[:at], audio, text[at:]])[None]
+        zeros = torch.zeros(1, 1, x.size(1), x.size(1))
+        out = torch.func.functional_call(self.llama, weights, (), dict(inputs_embeds=x, attention_mask=zeros)).logits[0]
+        return torch.cat([out[:at], out[at + len(audio) :]])
+
+    def trained(self, peft=True, stage=4):
+        """The released pytorch_model.bin."""
+        state = {k: v.detach().clone() for k, v in self.state_dict().items() if not k.startswith(("whisper_model.", "lora."))}
+        prefix, leaf = ("base_model.model.", ".default.weight") if peft else ("", ".weight")
+        for key, value in self.lora.items():
+            n, part, which = key.split("/")
+            state[f"llm_model.{prefix}model.transformer.blocks.{n}.{part}.lora_{which}{leaf}"] = value.detach().clone()
+        return state
+
+    def llada(self):
+        """LLaDA's state dict, under its own names."""
+        state, outer = {}, {"model.embed_tokens": "wte", "model.norm": "ln_f", "lm_head": "ff_out"}
+        inner = {v: k for k, v in LLAMA.items()}
+        for key, value in self.llama.state_dict().items():
+            module = key.removesuffix(".weight")
+            if module.startswith("model.layers."):
+                n, part = module.removeprefix("model.layers.").split(".", 1)
+                module = f"blocks.{n}.{inner[part]}"
+            else:
+                module = outer[module]
+            state[f"model.transformer.{module}.weight"] = value.clone()
+        return state
+
+
+def write_llada(folder, state, tokenizer, shards=3):
+    os.makedirs(folder, exist_ok=True)
+    keys, where = sorted(state), {}
+    for i in range(shards):
+        name = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        save_file({k: state[k] for k in keys[i::shards]}, f"{folder}/{name}")
+        where |= {k: name for k in keys[i::shards]}
+    with open(f"{folder}/model.safetensors.index.json", "w") as f:
+        json.dump({"metadata": {}, "weight_map": where}, f)
+    with open(f"{folder}/config.json", "w") as f:
+        json.dump({"model_type": "llada", "architectures": ["LLaDAModelLM"]}, f)
+    tokenizer.save(f"{folder}/tokenizer.json")
+
+
+def write_whisper(folder, encoder, c, kind):
+    state = {k: v.clone() for k, v in encoder.state_dict().items()}
+    path = f"{folder}/whisper.{kind}"
+    if kind == "safetensors":
+        save_file({f"model.encoder.{k}": v for k, v in state.items()} | {"model.decoder.layer_norm.weight": torch.ones(3)}, path)
+        return path
+    names = {"self_attn.q_proj": "attn.query", "self_attn.k_proj": "attn.key", "self_attn.v_proj": "attn.value", "fc1": "mlp.0",
+             "self_attn.out_proj": "attn.out", "self_attn_layer_norm": "attn_ln", "fc2": "mlp.2", "final_layer_norm": "mlp_ln"}  # fmt: skip
+    renamed = {"decoder.ln.weight": torch.ones(3)}
+    for key, value in state.items():
+        for theirs, ours in names.items():
+            key = key.replace(f".{theirs}.", f".{ours}.")
+        key = key.replace("layers.", "blocks.") if key.startswith("layers.") else key.replace("layer_norm", "ln_post")
+        renamed["encoder." + key.replace("embed_positions.weight", "positional_embedding")] = value
+    torch.save({"dims": {"n_mels": c.n_mels}, "model_state_dict": renamed}, path)
+    return path
+
+
+def sizes(tokenizer, lora=True, **more):
+    return Config(**SIZES, **more, lora_rank=4 if lora else 0, lora_alpha=8.0, context=1024).with_tokenizer(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory, tokenizer):
+    """(taps, stage) -> config, the authors' model, and folders of files in the released formats."""
+    made = {}
+
+    def make(taps, stage):
+        if (taps, stage) not in made:
+            torch.manual_seed(0)
+            lora = taps == 8 and stage > 1
+            c = sizes(tokenizer, lora, **(EIGHT if taps == 8 else FOUR))
+            authors = Authors(c, lora).eval()
+            folder = str(tmp_path_factory.mktemp(f"released{taps}{stage}"))
+            write_llada(f"{folder}/llada", authors.llada(), tokenizer)
+            ear = write_whisper(folder, authors.whisper_model, c, "pt" if taps == 8 else "safetensors")
+            torch.save(authors.trained(peft=taps == 8), f"{folder}/pytorch_model.bin")
+            made[taps, stage] = c, authors, folder, ear
+        return made[taps, stage]
+
+    return make
+
+
+CLIPS = [np.random.default_rng(n).uniform(-0.5, 0.5, n).astype(np.float32) for n in (16000, int(9.02 * 16000), 480000)]  # 1, 9.02, 30 s
+
+
+@pytest.mark.parametrize("taps, stage", [(8, 4), (4, 4), (8, 1), (4, 1)])
+def test_parity(released, tokenizer, taps, stage):
+    """Speech embeddings and logits within 1e-4 in fp32, alone and in a batch of three; the same tokens in every mode."""
+    c, authors, folder, ear = released(taps, stage)
+    model, _ = assemble(c, f"{folder}/llada", ear, f"{folder}/pytorch_model.bin", torch.device("cpu"), torch.float32, stage)
+    if taps == 8 and stage > 1:
+        merge_lora(model)
+    mels, n_frames = zip(*(log_mel(a, c) for a in CLIPS))
+    prompts, at = zip(*(build_prompt(tokenizer, q) for q in ("What?", "What sound is this?", "Do you hear a dog say seven?")))
+    with torch.no_grad():
+        audio, is_audio = model.adapt(*model.encode(torch.stack(mels)), torch.tensor(n_frames), stage)
+        heard = [authors.hear(clip, stage) for clip in CLIPS]
+        first = 4 if stage == 1 else 6
+        assert [len(h) for h in heard] == is_audio.sum(1).tolist() == [first + 12, first + 112, first + 375]
+        for i in range(3):
+            torch.testing.assert_close(audio[i][is_audio[i]], heard[i], atol=1e-4, rtol=1e-4)
+        L = 8
+        predict = lambda i: lambda answer: authors.logits(list(prompts[i]) + answer, heard[i], at[i])[len(prompts[i]) :]
+        for i in range(3):
+            ids = torch.tensor([list(prompts[i]) + [c.mask_id] * L])
+            everywhere = torch.ones_like(ids, dtype=torch.bool)
+            mine = model(ids, everywhere, everywhere, audio[i : i + 1], is_audio[i : i + 1], torch.tensor([at[i]]))
+            torch.testing.assert_close(mine[-L:], predict(i)([c.mask_id] * L), atol=1e-4, rtol=1e-4)
+        for how in (dict(steps=8), dict(steps=4), dict(factor=1.0), dict(factor=3.0), dict(threshold=0.3)):
+            for block in (8, 4):
+                answers, calls = generate(model, prompts, audio, is_audio, at, answer_length=L, block=block, **how)
+                for i in range(3):
+                    expected, n = reference(predict(i), c, L, block, **how)
+                    assert (answers[i].tolist(), calls[i].item()) == (expected, n), (how, block, i)
+    alone = ask(model, tokenizer, CLIPS[:1], ["What?"], answer_length=L, block=L)[0].text
+    batch = ask(model, tokenizer, CLIPS, ["What?", "What sound is this?", "Do you hear a dog say seven?"], answer_length=L, block=L)
+    assert batch[0].text == alone
+
+
+@pytest.mark.parametrize("taps, stage", [(8, 4), (4, 1)])
+def test_gradients_of_the_sft_loss(released, tokenizer, taps, stage):
+    c, authors, folder, ear = released(taps, stage)
+    model, _ = assemble(c, f"{folder}/llada", ear, f"{folder}/pytorch_model.bin", torch.device("cpu"), torch.float32, stage)
+    prompt, at = build_prompt(tokenizer, "What sound is this?")
+    answer = tokenizer.encode("Rain dog.").ids + [c.eot_id, c.eos_id, c.eos_id]
+    ids = torch.tensor([prompt + answer])
+    is_answer = torch.tensor([[False] * len(prompt) + [True] * len(answer)])
+    is_masked = is_answer.clone()
+    is_masked[0, -3::2] = False
+    t = torch.tensor([0.6])
+    for p in authors.parameters():
+        p.requires_grad_(True)
+    heard = authors.hear(CLIPS[0], stage)
+    theirs = sft_loss(lambda noisy, where: authors.logits(noisy[0].tolist(), heard, at)[where[0]], ids, is_answer, c.mask_id, t, is_masked)
+    theirs.sum().backward()
+    mel, n = log_mel(CLIPS[0], c)
+    audio, is_audio = model.adapt(*model.encode(mel[None]), torch.tensor([n]), stage)
+    everywhere = torch.ones_like(ids, dtype=torch.bool)
+    predict = lambda noisy, where: model(noisy, everywhere, where, audio, is_audio, torch.tensor([at]))
+    ours = sft_loss(predict, ids, is_answer, c.mask_id, t, is_masked)
+    ours.sum().backward()
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    gradients, compared = dict(model.named_parameters()), 0
+    for key, p in authors.named_parameters():
+        if key.startswith("lora."):
+            n, part, which = key.removeprefix("lora.").split("/")
+            mine = gradients[f"backbone.blocks.{n}.{part}.lora_{which}"].grad
+        elif key.startswith("acoustic_connector.layer_prompts."):
+            mine = gradients["acoustic.queries"].grad
+            mine = mine if mine is None else mine[int(key.rsplit(".", 1)[1])][None]
+        elif key.startswith(("semantic_connector", "acoustic_connector", "trainable_prompts")):
+            mine = gradients[released_name(key)].grad
+        else:
+            continue
+        assert (mine is None) == (p.grad is None), key
+        if mine is not None:
+            torch.testing.assert_close(mine, p.grad, atol=1e-5, rtol=1e-3, msg=key)
+            compared += 1
+    assert compared == (11 if stage == 1 else 95)
+
+
+def test_names_with_and_without_wrapping(released):
+    """peft's wrapping on or off, and a full training state dict, give the same model."""
+    c, authors, folder, ear = released(8, 4)
+    cpu = torch.device("cpu")
+    plain, _ = assemble(c, f"{folder}/llada", ear, f"{folder}/pytorch_model.bin", cpu, torch.float32, 4)
+    unwrapped = f"{folder}/unwrapped.bin"
+    torch.save(authors.trained(peft=False), unwrapped)
+    full = authors.trained() | {f"whisper_model.{k}": v for k, v in authors.whisper_model.state_dict().items()}
+    for key, value in authors.llada().items():
+        part = key.split(".")[-2]
+        wrapped = key.removesuffix("weight") + "base_layer.weight" if part in LORA else key
+        full[f"llm_model.base_model.model.{wrapped}"] = value
+    torch.save(full, f"{folder}/full.bin")
+    for path in (unwrapped, f"{folder}/full.bin"):
+        other, _ = assemble(c, f"{folder}/llada", ear, path, cpu, torch.float32, 4)
+        for key, value in plain.state_dict().items():
+            assert torch.equal(other.state_dict()[key], value), key
+
+
+def test_stage_1_file_with_a_random_qformer_or_none(released):
+    c, authors, folder, ear = released(8, 1)
+    state = authors.trained()
+    torch.save({k: v for k, v in state.items() if not k.startswith("acoustic")}, f"{folder}/without.bin")
+    cpu = torch.device("cpu")
+    a, _ = assemble(c, f"{folder}/llada", ear, f"{folder}/pytorch_model.bin", cpu, torch.float32, 1)
+    b, _ = assemble(c, f"{folder}/llada", ear, f"{folder}/without.bin", cpu, torch.float32, 1)
+    assert not any("lora_" in n for n, _ in b.named_parameters())
+    mel, n = log_mel(CLIPS[0], c)
+    hear = lambda m: m.adapt(*m.encode(mel[None]), torch.tensor([n]), 1)[0]
+    assert torch.equal(hear(a), hear(b))
+
+
+def test_compact_checkpoint(released, tmp_path, tokenizer):
+    """--export writes adapters and LoRA alone; load puts the frozen parts back from where they lie."""
+    c, authors, folder, ear = released(8, 4)
+    model, _ = assemble(c, f"{folder}/llada", ear, f"{folder}/pytorch_model.bin", torch.device("cpu"), torch.float32, 4)
+    save(model, tokenizer, tmp_path / "compact", dtype=torch.float32)
+    again, _ = load(str(tmp_path / "compact"), "cpu", torch.float32)
+    assert again.stage == 4
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    trained = sum(v.numel() * 4 for v in authors.trained().values())
+    assert os.path.getsize(tmp_path / "compact" / "model.safetensors") < trained + 20000
+
+
+def test_dtypes(released):
+    """Encoder, adapters and LoRA in fp32, the backbone in the type asked for."""
+    c, _, folder, ear = released(8, 4)
+    model, _ = assemble(c, f"{folder}/llada", ear, f"{folder}/pytorch_model.bin", torch.device("cpu"), torch.bfloat16, 4)
+    for name, p in model.named_parameters():
+        frozen = name.startswith("backbone.") and "lora_" not in name
+        assert p.dtype == (torch.bfloat16 if frozen else torch.float32), name
+        assert p.device.type == "cpu", name
+    assert merge_lora(model).backbone.blocks[0].q_proj.weight.dtype == torch.bfloat16
+    ask(model, assemble(c, f"{folder}/llada", ear, None, torch.device("cpu"), torch.bfloat16, 4)[1], CLIPS[:1], ["Hm?"], answer_length=4, block=4)
+
+
+# ---------------------------------------------------------------------------------- bad files
+
+
+@pytest.fixture
+def files(released, tmp_path, tokenizer):
+    """A copy that a test may break, and what loading it then says."""
+    c, authors, _, ear = released(8, 4)
+    folder = str(tmp_path / "f")
+    write_llada(f"{folder}/llada", authors.llada(), tokenizer)
+    torch.save(authors.trained(), f"{folder}/pytorch_model.bin")
+
+    def says(llada=f"{folder}/llada", ear=ear, diffa=f"{folder}/pytorch_model.bin"):
+        with pytest.raises(UserError) as e:
+            assemble(c, llada, ear, diffa, torch.device("cpu"), torch.float32, 4)
+        assert "\n" not in str(e.value)
+        return str(e.value)
+
+    return folder, says, authors, c
+
+
+def test_broken_shard_sets(files, tokenizer):
+    folder, says, authors, _ = files
+    llada, state = f"{folder}/llada", authors.llada()
+    second = f"{llada}/model-00002-of-00003.safetensors"
+    data = open(second, "rb").read()
+    open(second, "wb").write(data[:500])
+    assert "cut short" in says()
+    os.remove(second)
+    assert "model-00002-of-00003.safetensors, which is not there" in says()
+    write_llada(llada, {k: v for k, v in state.items() if "blocks.1.ff_out" not in k}, tokenizer)
+    assert "hold no blocks.1.ff_out.weight" in says()
+    write_llada(llada, state | {"model.transformer.wte.weight": torch.zeros(7, 32)}, tokenizer)
+    assert "backbone.wte.weight has shape (7, 32)" in says()
+    write_llada(llada, state | {"model.embed_tokens.weight": torch.zeros(7, 32)}, tokenizer)
+    assert "not one of LLaDA's names" in says()
+    write_llada(llada, state | {"model.transformer.blocks.0.new.weight": torch.zeros(2)}, tokenizer)
+    assert "no place" in says()
+    open(f"{llada}/model.safetensors.index.json", "w").write("{}")
+    assert "index" in says()
+
+
+def test_other_families(files, tokenizer):
+    """Llama says so in its config; iLLaDA calls itself llada but has other shapes."""
+    folder, says, authors, c = files
+    json.dump({"model_type": "llama"}, open(f"{folder}/llada/config.json", "w"))
+    assert "'llama'" in says()
+    os.remove(f"{folder}/llada/config.json")
+    assert "no config.json" in says()
+    state = authors.llada()
+    state["model.transformer.blocks.0.k_proj.weight"] = state["model.transformer.blocks.0.k_proj.weight"][:8]  # grouped keys
+    write_llada(f"{folder}/llada", state, tokenizer)
+    assert "k_proj.weight has shape (8, 32), not (32, 32)" in says()
+
+
+def test_tokenizers(files, tokenizer):
+    folder, says, _, _ = files
+    text = json.loads(tokenizer.to_str())
+    text["added_tokens"] = [t for t in text["added_tokens"] if t["content"] != "<|mdm_mask|>"]
+    del text["model"]["vocab"]["<|mdm_mask|>"]
+    json.dump(text, open(f"{folder}/llada/tokenizer.json", "w"))
+    assert "<|mdm_mask|> at None" in says()
+    os.remove(f"{folder}/llada/tokenizer.json")
+    assert "no tokenizer.json" in says()
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch /tmp/diffa2-test-was-here",))
+
+
+def test_broken_released_files(files):
+    folder, says, authors, _ = files
+    path = f"{folder}/pytorch_model.bin"
+    state = authors.trained()
+
+    def saved(change):
+        other = dict(state)
+        change(other)
+        torch.save(other, path)
+        return says()
+
+    assert "semantic.fc1.weight is missing" in saved(lambda s: s.pop("semantic_connector.linear_connector.0.weight"))
+    assert "lora_A is missing" in saved(lambda s: [s.pop(k) for k in list(s) if "lora_A" in k])
+    assert "acoustic.queries has shape" in saved(lambda s: s.pop("acoustic_connector.layer_prompts.3"))
+    assert "mystery.weight is not one of" in saved(lambda s: s.update({"mystery.weight": torch.ones(1)}))
+    assert "not one of DIFFA's" in saved(lambda s: s.update({"acoustic_connector.qformer.layer.0.new.weight": torch.ones(1)}))
+    assert "no place" in saved(lambda s: s.update({"llm_model.model.transformer.blocks.9.q_proj.weight": torch.ones(1)}))
+    assert "semantic.fc2.bias has shape (3,)" in saved(lambda s: s.update({"semantic_connector.linear_connector.2.bias": torch.ones(3)}))
+    torch.save({**state, "x": Evil()}, path)
+    assert "holds code" in says() and not os.path.exists("/tmp/diffa2-test-was-here")
+    with open(path, "wb") as f:
+        pickle.dump(Evil(), f)
+    assert "holds code" in says() or "not a file of weights" in says()
+    torch.save(state, path)
+    data = open(path, "rb").read()
+    open(path, "wb").write(data[: len(data) // 2])
+    assert "cut short" in says()
+    open(path, "w").write("text")
+    assert "pytorch_model.bin" in says()
+    torch.save([1, 2], path)
+    assert "not a state dict" in says()
+
+
+def test_whisper_of_another_size(files, tmp_path):
+    folder, says, authors, c = files
+    other = Authors(dataclasses.replace(c, audio_layers=33), False)
+    assert "no place" in says(ear=write_whisper(str(tmp_path), other.whisper_model, c, "safetensors"))
+    torch.save({"a": torch.ones(1)}, tmp_path / "x.pt")
+    assert "openai-whisper" in says(ear=str(tmp_path / "x.pt"))
+
+
+def test_command_line_without_network(tmp_path, capsys, monkeypatch):
+    """No files and no network: what it wanted, one line, status 2."""
+    import soundfile
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    clip = str(tmp_path / "a.wav")
+    soundfile.write(clip, CLIPS[0], 16000)
+    for argv, says in (
+        (["--model", "diffa2"], "GSAI-ML/LLaDA-8B-Instruct cannot be downloaded"),
+        (["--model", "diffa2", "--llada", str(tmp_path / "none")], "--llada"),
+        (["--model", "diffa1", "--stage", "1"], "last stage only"),
+        (["--model", "tiny", "--llada", str(tmp_path)], "go with --model"),
+    ):
+        assert main([clip, "What emotion?", *argv]) == 2
+        out, err = capsys.readouterr()
+        lines = err.strip().splitlines()
+        assert out == "" and says in lines[-1] and len(lines) <= 2
+        if "cannot be downloaded" in says:
+            assert "19.5 GB to download" in lines[0] and "memory" in lines[0]
+
+
+def test_load_released_needs_no_frozen_parts(released):
+    """load_released alone fills a model in memory: adapters, prompts, LoRA."""
+    from model import DIFFA2
+
+    c, authors, folder, _ = released(8, 4)
+    model = DIFFA2(c, lora=True)
+    load_released(model, f"{folder}/pytorch_model.bin")
+    assert torch.equal(model.soft_prompts, authors.trainable_prompts.weight)
+    assert torch.equal(model.acoustic.queries[5], authors.acoustic_connector.layer_prompts[5][0])
+    assert torch.equal(model.backbone.blocks[1].up_proj.lora_B, authors.lora["1/up_proj/B"])
