@@ -593,7 +593,8 @@ def load_llada(model, folder, device, dtype):
             for key in f.keys():
                 if not key.startswith("model.transformer."):
                     raise UserError(f"{path}: {key} is not one of LLaDA's names")
-                weights["backbone." + key.removeprefix("model.transformer.")] = f.get_tensor(key)
+                # converted one by one: a shard never exists in two types at once
+                weights["backbone." + key.removeprefix("model.transformer.")] = f.get_tensor(key).to(device, dtype)
         expected -= {k.removeprefix("backbone.") for k in weights}
         fill(model, weights, path, device, dtype, expected=set(weights) & set(model.state_dict()))
     if expected:

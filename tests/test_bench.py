@@ -1,0 +1,79 @@
+"""The rehearsal's files have the published names, and loading keeps no second copy of the weights."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench import anonymous_bytes, full_tokenizer, random_tensor, released_keys
+from data import build_prompt
+from model import DIFFA2, PRESETS, SPECIAL_TOKENS, trained_part
+
+
+def test_released_keys_cover_what_is_trained():
+    config = PRESETS["diffa2"]
+    with torch.device("meta"):
+        model = DIFFA2(config, lora=True)
+    pairs = list(released_keys(config))
+    assert {name for _, name in pairs} == set(trained_part(model))
+    assert sum(name == "acoustic.queries" for _, name in pairs) == 8 and len({key for key, _ in pairs}) == len(pairs)
+
+
+def test_tokenizer_has_the_exact_ids():
+    config = PRESETS["diffa2"]
+    tokenizer = full_tokenizer(config)
+    for field, token in SPECIAL_TOKENS.items():
+        assert tokenizer.token_to_id(token) == getattr(config, field)
+    ids, _ = build_prompt(tokenizer, "What emotion?")
+    assert ids[0] == 126080 and ids[-3] == 126347 and ids.count(126080) == 1
+
+
+def test_random_tensor_has_the_asked_spread():
+    import numpy as np
+
+    pool = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 0.02
+    x = random_tensor((70, 50), pool, np.random.default_rng(0))
+    assert x.shape == (70, 50) and abs(x.std().item() - 0.02) < 0.002
+
+
+LEAN = """
+import json, sys, torch
+sys.path.insert(0, {root!r})
+from bench import Peak, anonymous_bytes
+from model import DIFFA2, Config, assemble
+with torch.device("meta"):
+    DIFFA2(Config())  # what torch imports at the first use of this device is no part of the weights
+before = anonymous_bytes()
+with Peak() as peak:
+    model, _ = assemble(Config(**json.loads({config!r})), {llada!r}, {ear!r}, {diffa!r}, torch.device("cpu"), torch.{dtype}, 4)
+weights = sum(p.numel() * p.element_size() for p in model.parameters())
+print(json.dumps([peak.bytes - before, weights]))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_loading_is_lean(tmp_path, tokenizer, dtype):
+    """Peak anonymous memory while loading: at most 1.1 times the weights, converted or not."""
+    from model import Config
+    from test_released import EIGHT, SIZES, Authors, write_llada, write_whisper
+
+    size = {**SIZES, "width": 512, "ffn": 2048, "layers": 12, "heads": 8, "vocab": 20000}
+    c = Config(**size, **EIGHT, lora_rank=4).with_tokenizer(tokenizer)
+    c = type(c)(**{**vars(c), "vocab": 20000})
+    authors = Authors(c, True)
+    write_llada(f"{tmp_path}/llada", {k: v.to(torch.bfloat16) for k, v in authors.llada().items()}, tokenizer)
+    torch.save(authors.trained(), f"{tmp_path}/pytorch_model.bin")
+    ear = write_whisper(str(tmp_path), authors.whisper_model, c, "pt")
+    script = LEAN.format(
+        root=os.path.dirname(os.path.dirname(os.path.abspath(__file__))), config=json.dumps(vars(c)), llada=f"{tmp_path}/llada",
+        ear=ear, diffa=f"{tmp_path}/pytorch_model.bin", dtype=dtype,
+    )  # fmt: skip
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    grown, weights = json.loads(out.splitlines()[-1])
+    assert weights > 100e6  # large beside what a process allocates anyway
+    assert 0 < grown <= 1.1 * weights, (grown, weights)
+    assert anonymous_bytes() > 0
