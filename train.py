@@ -64,9 +64,9 @@ STAGES = {
     },
     "tiny": {
         0: Stage(("encoder.", "backbone."), lr=1e-3, batch=8, warmup=200, steps=4000),
-        1: Stage(("semantic.", "soft_prompts"), lr=1e-3, batch=32, warmup=50, steps=900),
-        2: Stage(ADAPTERS, lr=5e-4, batch=32, warmup=50, steps=1500),
-        3: Stage((*ADAPTERS, "lora"), lr=3e-4, batch=32, warmup=50, steps=900),
+        1: Stage(("semantic.", "soft_prompts"), lr=1e-3, batch=16, warmup=50, steps=600),
+        2: Stage(ADAPTERS, lr=7e-4, batch=16, warmup=50, steps=1200),
+        3: Stage((*ADAPTERS, "lora"), lr=5e-4, batch=16, warmup=50, steps=700),
     },
 }
 
