@@ -345,7 +345,7 @@ def tour(audio, out, seed=0, n_strings=4000, repeat=4):
         balanced += [clip for name in sorted(groups) for clip in rng.choices(groups[name], k=size // len(groups))]
     here = os.path.join(out, "manifest")  # audio paths are relative to its folder
     stages = {
-        0: [*ask(train, rng, here, repeat=repeat), *ask(composed, rng, here, repeat=2)],
+        0: [*ask(train, rng, here), *ask(composed, rng, here), *ask(balanced, rng, here, repeat=repeat)],
         1: [*ask(composed, rng, here, ["asr"]), *ask(balanced, rng, here, ["asr"])],
         2: [*ask(composed, rng, here), *ask(balanced, rng, here, repeat=repeat)],
         3: [*ask(composed, rng, here), *ask(balanced, rng, here, repeat=repeat)],

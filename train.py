@@ -9,9 +9,11 @@
 Each stage starts from the folder the one before it wrote (out/MODEL/stageN).
 
 Stage 0 exists for the small model alone.  The paper freezes Whisper and LLaDA, and at this size
-there is nothing pretrained to freeze, so stage 0 makes it: the encoder learns to recognise words
-(CTC) and kinds of sound (a label head), the backbone learns to answer about text.  From stage 1
-on the same parts are frozen as in the paper, and the loss is L_sft-a (diffusion.py).
+there is nothing pretrained to freeze, so stage 0 makes it, in two halves.  First the encoder learns
+to recognise words (CTC) and clips (a label head) and the backbone the corpus's text.  That leaves
+a backbone which cannot yet read from context, so in the second half (0.5 in the table) it learns to
+answer about clips, together with the adapters and through the frozen encoder.  From stage 1 on the
+same parts are frozen as in the paper.  The loss is L_sft-a (diffusion.py) throughout.
 """
 
 import argparse
@@ -34,7 +36,7 @@ from tqdm import tqdm
 from data import (
     SAMPLE_RATE, SAMPLES_PER_FRAME, bucket, collate, encode_text, load_audio, log_mel, read_manifest, window_seconds,
 )  # fmt: skip
-from diffusion import sft_loss
+from diffusion import draw_t, sft_loss
 from model import PRESETS, Parser, UserError, build, load, load_tokenizer, pick_device, save
 
 
@@ -64,6 +66,7 @@ STAGES = {
     },
     "tiny": {
         0: Stage(("encoder.", "backbone."), lr=1e-3, batch=8, warmup=200, steps=4000),
+        0.5: Stage((*ADAPTERS, "soft_prompts", "backbone."), lr=1e-3, batch=16, warmup=100, steps=1000),
         1: Stage(("semantic.", "soft_prompts"), lr=1e-3, batch=16, warmup=50, steps=600),
         2: Stage(ADAPTERS, lr=7e-4, batch=16, warmup=50, steps=1200),
         3: Stage((*ADAPTERS, "lora"), lr=5e-4, batch=16, warmup=50, steps=700),
@@ -159,15 +162,19 @@ def example_stream(examples, batch_size, lengths, seed):
 # stages 1-3: L_sft-a
 
 
-def question_loss(model, batch, generators, stage):
-    """L_sft-a of a clean batch, one value per example (B,).  The encoder runs without gradient."""
+def question_loss(model, batch, generators, stage, least_t=0.0):
+    """L_sft-a of a clean batch, one value per example (B,).  The encoder runs without gradient.
+
+    least_t: draw t from (least_t, 1] instead of (0, 1].
+    """
     taps, final = model.encode(batch["mel"])
     audio, is_audio = model.adapt(taps, final, batch["n_frames"], stage)
 
     def predict(noisy, where):
         return model(noisy, batch["valid"], where, audio, is_audio, batch["audio_at"])
 
-    return sft_loss(predict, batch["ids"], batch["is_answer"], model.config.mask_id, generator=generators)
+    t = least_t + (1 - least_t) * draw_t(len(batch["ids"]), generators)
+    return sft_loss(predict, batch["ids"], batch["is_answer"], model.config.mask_id, t, generator=generators)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -280,11 +287,24 @@ def text_loss(model, examples, tokenizer, generators):
     return sft_loss(predict, batch["ids"], is_answer, c.mask_id, generator=generators)
 
 
+@torch.no_grad()
+def match_loudness(model):
+    """Turns the untrained adapters down to the loudness of the backbone's words (rms of its embeddings).
+
+    As initialised they are forty times louder, and stage 1 then sits on its plateau.
+    """
+    rms = model.backbone.wte.weight.pow(2).mean().sqrt()
+    model.semantic.norm.weight.fill_(rms)
+    for p in (model.acoustic.proj.weight, model.acoustic.proj.bias):
+        p.mul_(rms * 3**0.5)  # default init on a normalised input: 1/sqrt(3)
+    return model
+
+
 # ---------------------------------------------------------------------------------------------
 # the loop
 
 
-def train(model, tokenizer, examples, stage, row, out, seed=0, steps=None, save_every=500):
+def train(model, tokenizer, examples, stage, row, out, seed=0, steps=None, save_every=250):
     """Runs one stage and leaves `out` as a checkpoint folder.  Returns the list of losses."""
     config, device = model.config, next(model.parameters()).device
     steps = steps or row.steps or math.ceil(row.epochs * len(examples) / row.batch)
@@ -323,7 +343,10 @@ def train(model, tokenizer, examples, stage, row, out, seed=0, steps=None, save_
                 else:
                     batch = make_batch(chosen_examples, tokenizer, config, generators)
                     batch = {k: v.to(device) for k, v in batch.items()}
-                    parts = {"loss": question_loss(model, batch, generators, stage).mean()}
+                    # stage 0.5 meets both ways of showing the backbone a clip, and hides at least half of
+                    # the answer: what a few tokens of it give away need not be heard
+                    layout, least_t = ((1 if step % 4 == 0 else 2), 0.5) if stage == 0.5 else (stage, 0.0)
+                    parts = {"loss": question_loss(model, batch, generators, layout, least_t).mean()}
             loss = sum(parts.values())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -336,7 +359,9 @@ def train(model, tokenizer, examples, stage, row, out, seed=0, steps=None, save_
             progress.set_postfix(shown | {"lr": f"{lr:.1e}", "norm": " ".join(f"{n:.2f}" for n in norms)}, refresh=False)
             progress.update()
             if (step + 1) % save_every == 0 or step + 1 == steps:
-                model.stage = stage
+                model.stage = int(stage)
+                if stage == 0 and step + 1 == steps:
+                    match_loudness(model)
                 save(model, tokenizer, out, dtype=torch.float32)
     return losses
 
@@ -346,7 +371,7 @@ def main(argv=None):
     parser.add_argument("--stage", type=int, required=True, choices=range(5))
     parser.add_argument("--model", default="diffa2", choices=sorted(PRESETS))
     parser.add_argument("--data", help="manifest (default: data/stageN.jsonl)")
-    parser.add_argument("--init", help="checkpoint to start from (default: out/MODEL/stage(N-1))")
+    parser.add_argument("--init", help="checkpoint to start from (default: out/MODEL/stage(N-1)); with stage 0: its first half")
     parser.add_argument("--out", help="folder to write (default: out/MODEL/stageN)")
     parser.add_argument("--max-steps", type=int)
     parser.add_argument("--seed", type=int, default=42)
@@ -372,7 +397,7 @@ def run(args):
         raise UserError(f"{data}: no such manifest; `python prepare.py tour --audio DIR --out data` makes it")
     device = pick_device(args.device)
     row = STAGES[name][stage]
-    if stage == 0:
+    if stage == 0 and not args.init:
         tokenizer = load_tokenizer(os.path.dirname(data) or ".")
         model = build(PRESETS[name].with_tokenizer(tokenizer), device, seed=args.seed)
     else:
@@ -386,7 +411,10 @@ def run(args):
     examples = read_manifest(data, stage)
     if stage == 0 and not any(e.transcript for e in examples):
         raise UserError(f"{data}: stage 0 needs lines with a transcript")
-    train(model, tokenizer, examples, stage, row, out, args.seed, args.max_steps)
+    if not (stage == 0 and args.init):
+        train(model, tokenizer, examples, stage, row, out, args.seed, args.max_steps)
+    if stage == 0:
+        train(model, tokenizer, examples, 0.5, STAGES[name][0.5], out, args.seed, args.max_steps)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{out}: written; peak memory {peak:.0f} MiB")
 
