@@ -9,11 +9,10 @@
 Each stage starts from the folder the one before it wrote (out/MODEL/stageN).
 
 Stage 0 exists for the small model alone.  The paper freezes Whisper and LLaDA, and at this size
-there is nothing pretrained to freeze, so stage 0 makes it, in two halves.  First the encoder learns
-to recognise words (CTC) and clips (a label head) and the backbone the corpus's text.  That leaves
-a backbone which cannot yet read from context, so in the second half (0.5 in the table) it learns to
-answer about clips, together with the adapters and through the frozen encoder.  From stage 1 on the
-same parts are frozen as in the paper.  The loss is L_sft-a (diffusion.py) throughout.
+there is nothing pretrained to freeze, so stage 0 makes it, in three parts: the encoder learns to
+recognise words (CTC) and clips (a label head); the adapters learn to tell clips apart (0.3 in the
+table); backbone and adapters learn to answer, through the frozen encoder (0.6).  From stage 1 on
+the same parts are frozen as in the paper, and the loss is L_sft-a (diffusion.py).
 """
 
 import argparse
@@ -24,7 +23,7 @@ import random
 import resource
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import soxr
@@ -65,11 +64,12 @@ STAGES = {
         3: Stage((*ADAPTERS, "lora"), lr=5e-5, batch=196, warmup=1000, epochs=10),
     },
     "tiny": {
-        0: Stage(("encoder.", "backbone."), lr=1e-3, batch=8, warmup=200, steps=4000),
-        0.5: Stage((*ADAPTERS, "soft_prompts", "backbone."), lr=1e-3, batch=16, warmup=100, steps=1000),
-        1: Stage(("semantic.", "soft_prompts"), lr=1e-3, batch=16, warmup=50, steps=600),
-        2: Stage(ADAPTERS, lr=7e-4, batch=16, warmup=50, steps=1200),
-        3: Stage((*ADAPTERS, "lora"), lr=5e-4, batch=16, warmup=50, steps=700),
+        0: Stage(("encoder.",), lr=1e-3, batch=4, warmup=200, steps=4000),
+        0.3: Stage(ADAPTERS, lr=1e-3, batch=16, warmup=20, steps=350),
+        0.6: Stage((*ADAPTERS, "soft_prompts", "backbone."), lr=1e-3, batch=16, warmup=50, steps=550),
+        1: Stage(("semantic.", "soft_prompts"), lr=3e-4, batch=16, warmup=20, steps=100),
+        2: Stage(ADAPTERS, lr=4e-4, batch=16, warmup=20, steps=200),
+        3: Stage((*ADAPTERS, "lora"), lr=3e-4, batch=16, warmup=20, steps=150),
     },
 }
 
@@ -201,6 +201,7 @@ class Pretraining(nn.Module):
         self.labels = sorted({e.transcript or e.label for e in single.values()})
         self.ctc = nn.Linear(config.audio_width, 1 + len(self.words))  # class 0: CTC's blank
         self.label = nn.Linear(config.audio_width, len(self.labels))
+        self.name = nn.Linear(config.width, len(self.labels))  # reads audio tokens
         self.config = config
 
     def draw_clip(self, rng):
@@ -250,48 +251,27 @@ class Pretraining(nn.Module):
         return loss, F.cross_entropy(self.label(means).float(), wanted, label_smoothing=0.1)
 
 
-def text_loss(model, examples, tokenizer, generators):
-    """Eq. 1 and 2 on text: the backbone answers about a clip it is told of instead of hearing it.
+def naming_loss(model, heads, rng, generators):
+    """Cross-entropy of every audio token, semantic or acoustic, naming the clip it belongs to.
 
-    The audio's place holds embeddings of the words' tokens, each held for some "frames", between
-    noise, as the adapters will later put them there.  LLaDA comes with the skill of reading such
-    a thing; a small backbone has to learn it here.  A quarter of the rows hides the whole text.
+    Adapters start with outputs that hardly differ between clips (the Q-Former's by a tenth of their
+    length), and a backbone as untaught as this one is long in finding the difference.
     """
-    c, wte = model.config, model.backbone.wte
-    items, spoken = [], []
-    for example, g in zip(examples, generators):
-        items.append(encode_text(example, tokenizer, c, g))
-        draw = lambda low, high: int(torch.randint(low, high + 1, (1,), generator=g))
-        first = 0 if draw(0, 3) == 0 else (c.n_queries if draw(0, 1) else c.n_soft_prompts)
-        slots = [-1] * first  # -1: nothing but noise
-        if example.label:
-            ids = tokenizer.encode(" " + example.label, add_special_tokens=False).ids
-            slots += [i for _ in range(draw(1, 6)) for i in ids + [-1] * draw(0, 8)]
-        for word in (example.transcript or "").split():
-            slots += [-1] * draw(0, 4)
-            for token in tokenizer.encode(" " + word, add_special_tokens=False).ids:
-                slots += [token] * draw(1, 4)
-        spoken.append(slots + [-1] * draw(1, 4))
-    batch = collate(items, c)
-    A = max(map(len, spoken))
-    slots = torch.tensor([s + [-2] * (A - len(s)) for s in spoken])
-    is_answer = batch["is_answer"].clone()
-    is_answer[::4] = batch["valid"][::4]
-    clean = wte(slots.clamp(min=0)) * (slots >= 0)[..., None]
-    noise = torch.stack([torch.randn(A, c.width, generator=g) for g in generators])
-    audio = clean + 0.5 * wte.weight.std().detach() * noise
-
-    def predict(noisy, where):
-        return model(noisy, batch["valid"], where, audio, slots > -2, batch["audio_at"])
-
-    return sft_loss(predict, batch["ids"], is_answer, c.mask_id, generator=generators)
+    examples = [heads.draw_clip(rng) for _ in generators]
+    clips = [augment(clip_of(e, model.config), model.config, g) for e, g in zip(examples, generators)]
+    mels, n_frames = zip(*(log_mel(clip, model.config) for clip in clips))
+    taps, final = model.encode(torch.stack(mels).to(model.soft_prompts.device))
+    audio, is_audio = model.adapt(taps, final, torch.tensor(n_frames, device=final.device), stage=2)
+    wanted = torch.tensor([heads.labels.index(e.transcript or e.label) for e in examples], device=final.device)
+    logits = heads.name(F.layer_norm(audio.float(), audio.shape[-1:]))  # (B, A, labels)
+    return F.cross_entropy(logits[is_audio].float(), wanted[:, None].expand_as(is_audio)[is_audio])
 
 
 @torch.no_grad()
 def match_loudness(model):
     """Turns the untrained adapters down to the loudness of the backbone's words (rms of its embeddings).
 
-    As initialised they are forty times louder, and stage 1 then sits on its plateau.
+    As initialised they are forty times louder.
     """
     rms = model.backbone.wte.weight.pow(2).mean().sqrt()
     model.semantic.norm.weight.fill_(rms)
@@ -309,7 +289,7 @@ def train(model, tokenizer, examples, stage, row, out, seed=0, steps=None, save_
     config, device = model.config, next(model.parameters()).device
     steps = steps or row.steps or math.ceil(row.epochs * len(examples) / row.batch)
     chosen = trainable(model, row.trains)
-    heads = Pretraining(examples, config).to(device) if stage == 0 else None
+    heads = Pretraining(examples, config).to(device) if stage < 0.6 else None
     if heads is not None:
         chosen |= {f"heads.{n}": p for n, p in heads.named_parameters()}
     # no decay on vectors: norms, biases, gains
@@ -318,10 +298,6 @@ def train(model, tokenizer, examples, stage, row, out, seed=0, steps=None, save_
         {"params": [p for p in chosen.values() if p.dim() <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=row.lr, betas=(0.9, 0.98))
-    # stage 0 trains two models that do not meet: neither may shorten the other's step
-    ear = [p for n, p in chosen.items() if n.startswith(("encoder.", "heads."))] if stage == 0 else []
-    rest = [p for n, p in chosen.items() if not (stage == 0 and n.startswith(("encoder.", "heads.")))]
-    clipped = [part for part in (ear, rest) if part]
     rng = random.Random(seed)
     lengths = [len(e.question) + len(e.answer) + len(e.transcript or "") for e in examples]
     stream = example_stream(examples, row.batch, lengths, seed)
@@ -335,28 +311,28 @@ def train(model, tokenizer, examples, stage, row, out, seed=0, steps=None, save_
             for group in optimizer.param_groups:
                 group["lr"] = lr
             with torch.autocast(device.type, dtype=torch.bfloat16):
-                if stage == 0:
-                    packs = [heads.pack(rng, generators[i]) for i in range(max(1, len(generators) // 2))]
-                    ctc, label = heads(model.encoder, packs)
+                if stage == 0.3:
+                    parts = {"naming": naming_loss(model, heads, rng, generators)}
+                elif stage == 0:
+                    ctc, label = heads(model.encoder, [heads.pack(rng, g) for g in generators])
                     parts = {"ctc": CTC_WEIGHT * ctc, "label": label}
-                    parts["text"] = text_loss(model, chosen_examples, tokenizer, generators).mean()
                 else:
                     batch = make_batch(chosen_examples, tokenizer, config, generators)
                     batch = {k: v.to(device) for k, v in batch.items()}
-                    # stage 0.5 meets both ways of showing the backbone a clip, and hides at least half of
+                    # stage 0.6 meets both ways of showing the backbone a clip, and hides at least half of
                     # the answer: what a few tokens of it give away need not be heard
-                    layout, least_t = ((1 if step % 4 == 0 else 2), 0.5) if stage == 0.5 else (stage, 0.0)
+                    layout, least_t = ((1 if step % 4 == 0 else 2), 0.5) if stage == 0.6 else (stage, 0.0)
                     parts = {"loss": question_loss(model, batch, generators, layout, least_t).mean()}
             loss = sum(parts.values())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            norms = [nn.utils.clip_grad_norm_(part, 1.0) for part in clipped]
+            norm = nn.utils.clip_grad_norm_(chosen.values(), 1.0)
             optimizer.step()
             losses.append(loss.item())
             for name, value in parts.items():
                 smooth[name] += (value.item() - smooth[name]) * max(0.01, 1 / (step + 1))
             shown = {name: f"{value:.3f}" for name, value in smooth.items()}
-            progress.set_postfix(shown | {"lr": f"{lr:.1e}", "norm": " ".join(f"{n:.2f}" for n in norms)}, refresh=False)
+            progress.set_postfix(shown | {"lr": f"{lr:.1e}", "norm": f"{norm:.2f}"}, refresh=False)
             progress.update()
             if (step + 1) % save_every == 0 or step + 1 == steps:
                 model.stage = int(stage)
@@ -371,7 +347,7 @@ def main(argv=None):
     parser.add_argument("--stage", type=int, required=True, choices=range(5))
     parser.add_argument("--model", default="diffa2", choices=sorted(PRESETS))
     parser.add_argument("--data", help="manifest (default: data/stageN.jsonl)")
-    parser.add_argument("--init", help="checkpoint to start from (default: out/MODEL/stage(N-1)); with stage 0: its first half")
+    parser.add_argument("--init", help="checkpoint to start from (default: out/MODEL/stage(N-1)); with stage 0: its first part, already trained")
     parser.add_argument("--out", help="folder to write (default: out/MODEL/stageN)")
     parser.add_argument("--max-steps", type=int)
     parser.add_argument("--seed", type=int, default=42)
@@ -413,8 +389,8 @@ def run(args):
         raise UserError(f"{data}: stage 0 needs lines with a transcript")
     if not (stage == 0 and args.init):
         train(model, tokenizer, examples, stage, row, out, args.seed, args.max_steps)
-    if stage == 0:
-        train(model, tokenizer, examples, 0.5, STAGES[name][0.5], out, args.seed, args.max_steps)
+    for part in (0.3, 0.6) if stage == 0 else ():
+        train(model, tokenizer, examples, part, STAGES[name][part], out, args.seed, args.max_steps)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{out}: written; peak memory {peak:.0f} MiB")
 
