@@ -424,6 +424,7 @@ def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=
     if not os.path.exists(path):
         known = ", ".join(PRESETS)
         raise UserError(f"no model {name_or_path!r}: give one of {known}, or a folder that holds model.safetensors")
+    tokenizer = load_tokenizer(folder)
     with open_safetensors(path) as f:
         header = f.metadata() or {}
         weights = {k: f.get_tensor(k) for k in f.keys()}
@@ -433,12 +434,11 @@ def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=
     config = Config(**{**fields, "taps": tuple(fields["taps"])})
     if "base" in header:  # only what was trained lies here; the frozen rest where it was loaded from
         base = json.loads(header["base"])
-        model, tokenizer = assemble(
+        model, _ = assemble(
             config, base["llada"], base["whisper"], None, device, dtype or torch.bfloat16, int(header["stage"]), base["name"]
         )
         fill(model, weights, path, device, torch.float32, expected=trained_part(model))
         return model.eval(), tokenizer
-    tokenizer = load_tokenizer(folder)
     with torch.device("meta"):
         model = DIFFA2(config, lora=any("lora_A" in k for k in weights))
     model.stage = int(header["stage"])
