@@ -14,7 +14,7 @@ The batch that leaves `collate` is clean.  Noise is added in the training step (
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import soundfile
@@ -43,9 +43,9 @@ class Example:
     question: str
     answer: str
     rejected: str | None = None  # stage 4
-    transcript: str | None = None  # words in the clip, for stage 0's CTC
-    label: str | None = None  # what kind of clip it is, for stage 0's label head
+    facts: dict = field(default_factory=dict)  # what is known of the clip, by kind ("words", "emotion", ...): for stage 0's heads
     dataset: str = ""
+    task: str = ""
     offset: float = 0.0  # seconds into the file
     duration: float | None = None  # seconds; None: to the end
     where: str = ""
@@ -55,7 +55,7 @@ def read_manifest(path, stage=None, check=True):
     """Reads a manifest of any of four kinds into a list of Examples.
 
       * JSONL, one {"messages": [user, assistant], "audios": [path]} a line (ms-swift, LLaMA-Factory),
-        plus "rejected_response" in stage 4 and our own "transcript" and "label" in stage 0
+        plus "rejected_response" in stage 4 and our own "facts" (an object), "task" and "dataset"
       * JSONL, NeMo's {"audio_filepath", "text", "duration", "offset"}: speech recognition
       * a JSON list (or JSONL) of the authors' {"audio_id", "audio_filepath", "input", "target", ...};
         in stage 1 the answer is "transcription", in stage 4 the worse answer is "rejected"
@@ -143,9 +143,10 @@ def parse_example(entry, id, where, folder, stage=None, check=True):
         audio = os.path.join(folder, audio)
         if check and not os.path.isfile(audio):
             raise UserError(f"{where}: no such audio file: {audio}")
+    facts = need("facts", dict) if "facts" in entry else {}
     return Example(
-        id, audio, question, answer, rejected, entry.get("transcript"), entry.get("label"),
-        str(entry.get("dataset", "")), number("offset", 0.0), number("duration", None), where,
+        id, audio, question, answer, rejected, facts, str(entry.get("dataset", "")), str(entry.get("task", "")),
+        number("offset", 0.0), number("duration", None), where,
     )  # fmt: skip
 
 
@@ -263,6 +264,26 @@ def build_prompt(tokenizer, question, system=SYSTEM):
     at = len(prompt_text("", system).split(" <audio>")[0])  # in characters; not searched for in the question
     audio_at = next(i for i, (_, end) in enumerate(encoding.offsets) if end > at)
     return encoding.ids, audio_at
+
+
+def mmsu_prompt(question, choices):
+    """How MMSU asks, byte for byte (FACTS section 11)."""
+    return (
+        "Choose the most suitable answer from options A, B, C, and D to respond the question in next line, **you should only choose A or B or C or D.** "
+        f"Do not provide any additional explanations or content.\n\nQuestion: {question}\n\n" + lettered(choices)
+    )
+
+
+def mmau_prompt(question, choices):
+    """How MMAU and MMAR ask, byte for byte (FACTS section 11)."""
+    return (
+        "You are given the audio and a multiple-choice question. Choose the best answer based only on the speech content and style.\n\n"
+        f"Question: {question}\n\nChoices:\n{lettered(choices)}\nAnswer:"
+    )
+
+
+def lettered(choices):
+    return "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCDEFGHIJ", choices))
 
 
 def answer_ids(tokenizer, answer, config):

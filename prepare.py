@@ -4,12 +4,14 @@
     python prepare.py fsdd DIR --out fsdd.jsonl       one corpus, plain questions
     python prepare.py show data/stage2.jsonl -n 5     examples as the model sees them
 
-A corpus is a row of CORPORA: where its files are, what their names tell, which of them are for
-testing.  Everything else is shared: wordings, composed strings, writing.  The same seed writes
-the same bytes.
+A corpus is a row of CORPORA: what its files are called, which facts their names tell, which of
+them are for testing.  A question is a row of TASKS: the fact it asks about, wordings, short and
+full answers.  Everything else is shared: composed strings, mixtures, multiple choice, writing.
+The same seed writes the same bytes.
 """
 
 import argparse
+import difflib
 import glob
 import json
 import os
@@ -19,7 +21,7 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Callable
 
 import numpy as np
@@ -27,7 +29,7 @@ import soundfile
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from data import ASR_QUESTION, SAMPLE_RATE, build_prompt, encode_text, load_audio, prompt_text, read_manifest
+from data import ASR_QUESTION, SAMPLE_RATE, build_prompt, encode_text, lettered, load_audio, mmau_prompt, mmsu_prompt, prompt_text, read_manifest
 from model import PRESETS, SPECIAL_TOKENS, Parser, UserError, load_tokenizer
 
 DIGITS = "zero one two three four five six seven eight nine".split()
@@ -39,41 +41,101 @@ DIGITS = "zero one two three four five six seven eight nine".split()
 
 @dataclass(frozen=True)
 class Clip:
-    """One recording: either words are spoken in it (transcript) or it is some sound (label)."""
+    """One recording and what is known of it: facts, by kind.
+
+    Kinds: words (what is said), sound (environmental), instrument (or object), emotion, intensity,
+    sex, speaker, accent, background (the sound under speech).
+    """
 
     path: str
     dataset: str
-    transcript: str | None = None
-    label: str | None = None
+    facts: dict = field(default_factory=dict)
     is_test: bool = False
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """How to read a corpus: `name` matches a path relative to its folder and names what it holds."""
+    """How to read a corpus: `name` matches a clip's path relative to the corpus' folder."""
 
-    name: str  # regular expression with groups word / digit / label and whatever is_test needs
-    is_test: Callable  # (match, last) -> bool; last: the clip is its folder's last by name
     licence: str
+    name: str  # regular expression; its groups go to `facts` and `is_test`
+    facts: Callable  # (groups, side) -> {kind: value}
+    is_test: Callable  # (groups, last) -> bool; last: the clip is its folder's last by name
+    side: Callable = lambda folder: None  # folder -> what `facts` needs beside the name
 
+
+def sexes_of_librispeech(folder):
+    """SPEAKERS.TXT -> {speaker id: male or female}."""
+    found = {}
+    for path in glob.glob(os.path.join(glob.escape(folder), "**", "SPEAKERS.TXT"), recursive=True):
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                if not line.startswith(";"):
+                    speaker, sex = (x.strip() for x in line.split("|")[:2])
+                    found[speaker] = {"F": "female", "M": "male"}[sex]
+    return found
+
+
+def librispeech_facts(g, sexes):
+    return {"speaker": g["speaker"]} | ({"sex": sexes[g["speaker"]]} if g["speaker"] in sexes else {})
+
+
+RAVDESS = {  # codes of the file name's third, fourth and fifth field
+    "emotion": dict(zip("12345678", "neutral calm happy sad angry fearful disgusted surprised".split())),
+    "intensity": {"1": "normal", "2": "strong"},
+    "words": {"1": "kids are talking by the door", "2": "dogs are sitting by the door"},
+}
+SAMPLES = {"bd": "bass drum", "elec": "electronic sound", "guit": "guitar", "hat": "hi-hat", "perc": "percussion", "sn": "snare drum",
+           "femalevoice": "female voice", "femalevoices": "female voices", "malevoice": "male voice", "malevoices": "male voices",
+           "synth": "synthesizer"}  # fmt: skip
+ends_in_3 = lambda g, last: g["whole"].endswith("3")
 
 CORPORA = {
     "fsdd": Corpus(
-        r"(recordings/)?(?P<digit>\d)_(?P<speaker>[a-z]+)_(?P<index>\d+)\.\w+$",
-        lambda m, last: int(m["index"]) <= 2,
         "CC BY-SA 4.0",
+        r"(recordings/)?(?P<digit>\d)_(?P<speaker>[a-z]+)_(?P<index>\d+)\.\w+$",
+        lambda g, side: {"words": DIGITS[int(g["digit"])], "speaker": g["speaker"]},
+        lambda g, last: int(g["index"]) <= 2,
     ),
     "speech_commands": Corpus(
-        r"(?P<word>[a-z]+)/(?P<speaker>[0-9a-f]+)_nohash_\d+\.\w+$",
-        lambda m, last: m["speaker"].startswith("0") or last,
         "CC BY 4.0",
+        r"(?P<word>[a-z]+)/(?P<speaker>[0-9a-f]+)_nohash_\d+\.\w+$",
+        lambda g, side: {"words": g["word"]},
+        lambda g, last: g["speaker"].startswith("0") or last,
     ),
     "esc10": Corpus(
-        r"\d+ - (?P<label>[A-Za-z ]+)/(?P<fold>\d)-\w+-\w+\.\w+$",
-        lambda m, last: m["fold"] == "4",
         "CC BY 3.0",
+        r"\d+ - (?P<label>[A-Za-z ]+)/(?P<fold>\d)-\w+-\w+\.\w+$",
+        lambda g, side: {"sound": g["label"].lower()},
+        lambda g, last: g["fold"] == "4",
+    ),
+    "ravdess": Corpus(
+        "CC BY-NC-SA 4.0",
+        r"(.*/)?03-01-0(?P<emotion>\d)-0(?P<intensity>\d)-0(?P<words>\d)-0\d-(?P<actor>\d\d)\.\w+$",
+        lambda g, side: {k: v[g[k]] for k, v in RAVDESS.items()} | {"sex": "male" if int(g["actor"]) % 2 else "female", "speaker": f"actor {g['actor']}"},
+        lambda g, last: g["actor"] in ("21", "22"),
+    ),
+    "librispeech": Corpus(
+        "CC BY 4.0",
+        r"(.*/)?(?P<speaker>\d+)-\d+-\d+\.\w+$",
+        librispeech_facts,
+        lambda g, last: g["speaker"].endswith("0"),
+        sexes_of_librispeech,
+    ),
+    "berklee": Corpus(
+        "CC BY 3.0",
+        r"(.*/)?(?P<whole>(?P<name>[a-z]+)[^/]*)\.\w+$",
+        lambda g, side: {"instrument": SAMPLES.get(g["name"], g["name"])},
+        ends_in_3,
+    ),
+    "sonicpi": Corpus(
+        "CC0",
+        r"(.*/)?(?P<whole>(?P<name>[a-z]+)_[^/]*)\.\w+$",
+        lambda g, side: {"instrument": SAMPLES.get(g["name"], g["name"])},
+        ends_in_3,
     ),
 }
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".m4a")
 
 
 def read_corpus(name, folder):
@@ -82,158 +144,251 @@ def read_corpus(name, folder):
         raise UserError(f"unknown corpus {name!r}; known: {', '.join(CORPORA)}")
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder")
-    row = CORPORA[name]
-    paths = sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.*"), recursive=True))
+    row, side = CORPORA[name], CORPORA[name].side(folder)
+    paths = sorted(p for p in glob.glob(os.path.join(glob.escape(folder), "**", "*.*"), recursive=True) if p.lower().endswith(AUDIO_SUFFIXES))
     found = [(p, m) for p in paths if (m := re.match(row.name, os.path.relpath(p, folder).replace(os.sep, "/")))]
     if not found:
         raise UserError(f"{folder}: no file here is named like {name}'s: {row.name}")
     last = {os.path.dirname(p): p for p, _ in found}
-    clips = []
-    for path, m in found:
-        g = m.groupdict()
-        words = DIGITS[int(g["digit"])] if "digit" in g else g.get("word")
-        label = g["label"].lower() if "label" in g else None
-        clips.append(Clip(path, name, words, label, row.is_test(m, last[os.path.dirname(path)] == path)))
-    return clips
+    return [Clip(p, name, row.facts(m, side), bool(row.is_test(m, last[os.path.dirname(p)] == p))) for p, m in found]
 
 
 # ---------------------------------------------------------------------------------------------
-# questions.  {} in an answer is the label or the words.
+# questions.  {} is the fact, with its capital where it begins the answer.
 
-QUESTIONS = {
-    "asr": [
-        ASR_QUESTION,
-        "Write down what is said.",
-        "What is being said in this recording?",
-        "Turn the speech into text.",
-        "Give the exact words of the speaker.",
-        "Which words can be heard?",
-        "Write out the spoken words.",
-        "What does the speaker say?",
-        "What is said?",
-        "Type what you hear being said.",
-    ],
-    "digit": [
-        "Which digit is spoken?",
-        "What digit is spoken?",
-        "What number is said?",
-        "Which number do you hear?",
-        "What digit do you hear?",
-        "Name the digit.",
-        "Which digit is it?",
-        "What number does the speaker say?",
-    ],
-    "word": [
-        "Which word is spoken?",
-        "What word is said?",
-        "What word do you hear?",
-        "Which word does the speaker say?",
-        "What is the spoken word?",
-        "Name the word.",
-        "What single word is this?",
-    ],
-    "sound": [
-        "What sound is this?",
-        "Which sound do you hear?",
-        "What makes this sound?",
-        "What can be heard in the recording?",
+
+@dataclass(frozen=True)
+class Task:
+    kind: str  # the fact it asks about
+    questions: tuple
+    long: tuple = ()  # full-sentence answers; the short one is the fact itself
+    labels: bool = True  # the answers form a set that multiple choice can draw from
+
+
+TASKS = {
+    "asr": Task("words", (
+        ASR_QUESTION, "Write down what is said.", "What is being said in this recording?", "Turn the speech into text.",
+        "Give the exact words of the speaker.", "Which words can be heard?", "Write out the spoken words.", "What does the speaker say?",
+        "What is said?", "Type what you hear being said.", "Transcribe the recording.", "Convert this speech to text.",
+        "Put the spoken words into writing.", "Note down every word you hear.", "What are the words in this clip?",
+        "Please write a transcript.", "Listen and write what is spoken.", "Provide the transcription of the speech.",
+        "Tell me word for word what was said.", "What did the person say?", "Render the speech as text.",
+        "Take dictation from this recording.", "Spell out the words that are spoken.", "Give a transcript of the audio.",
+        "What text does the voice speak?",
+    ), labels=False),
+    "digit": Task("digit", (
+        "Which digit is spoken?", "What digit is spoken?", "What number is said?", "Which number do you hear?", "What digit do you hear?",
+        "Name the digit.", "Which digit is it?", "What number does the speaker say?",
+    ), ("The speaker says {}.", "The digit is {}.")),
+    "word": Task("word", (
+        "Which word is spoken?", "What word is said?", "What word do you hear?", "Which word does the speaker say?",
+        "What is the spoken word?", "Name the word.", "What single word is this?",
+    ), ("The speaker says {}.", "The word is {}.")),
+    "sound": Task("sound", (
+        "What sound is this?", "Which sound do you hear?", "What makes this sound?", "What can be heard in the recording?",
+        "What is the source of the sound?", "Name the sound.", "Which environmental sound is it?", "What is making the noise?",
+        "What kind of sound is this?", "Identify the sound.",
+    ), ("This is the sound of {}.", "I hear {}.")),
+    "instrument": Task("instrument", (
+        "Which instrument or object is it?", "What instrument or object do you hear?", "What is being played or struck?",
+        "Name the instrument or object.", "Which instrument do you hear?", "What object makes this sound?", "What makes this sound?",
         "What is the source of the sound?",
-        "Name the sound.",
-        "Which environmental sound is it?",
-        "What is making the noise?",
-        "What kind of sound is this?",
-        "Identify the sound.",
-    ],
-    "any": [
-        "What do you hear?",
-        "What is in this recording?",
-        "What is this?",
-        "What can you hear?",
-        "Describe what you hear.",
-        "What is happening in the audio?",
-        "Listen and answer: what is it?",
-    ],
-    "first": ["Which digit comes first?", "What is the first digit?", "Name the first digit you hear."],
-    "last": ["Which digit comes last?", "What is the last digit?", "Name the last digit you hear."],
-    "count": ["How many digits are spoken?", "How many digits do you hear?", "Count the digits."],
-    "kind": ["Is this speech or a sound?", "Do you hear speech or a sound?", "Speech or sound?"],
-    "sentence": ["Answer in a full sentence: what do you hear?", "Say in a sentence what you hear."],
-}
+    ), ("This is the sound of {}.", "I hear {}.")),
+    "emotion": Task("emotion", (
+        "What emotion?", "How does the speaker feel?", "Which emotion does the voice express?", "What is the speaker's emotion?",
+        "How does the voice sound?", "What mood is the speaker in?", "Describe the speaker's emotion.", "What feeling do you hear?",
+        "In what emotional state is the speaker?",
+    ), ("The speaker sounds {}.", "The voice is {}.")),
+    "intensity": Task("intensity", (
+        "How strong is the emotion?", "Is the emotion normal or strong?", "What is the emotional intensity?", "How intense is the feeling?",
+    ), ("The emotion is {}.",)),
+    "sex": Task("sex", (
+        "Is the speaker male or female?", "Is this a man or a woman?", "What is the speaker's sex?", "Who speaks, a man or a woman?",
+        "Is the voice male or female?", "What is the gender of the speaker?",
+    ), ("The speaker is {}.", "The voice is {}.")),
+    "speaker": Task("speaker", ("Who is speaking?", "Which speaker is it?", "Name the speaker."), ("The speaker is {}.",)),
+    "accent": Task("accent", ("What accent does the speaker have?", "Which accent do you hear?", "Where is the speaker's accent from?"), ("The accent is {}.",)),
+    "background": Task("background", (
+        "What sound is in the background?", "What do you hear behind the speech?", "Which sound is under the voice?",
+        "What is the background noise?", "Beside the voice, what can be heard?",
+    ), ("In the background there is {}.",)),
+    "any": Task("any", (
+        "What do you hear?", "What is in this recording?", "What is this?", "What can you hear?", "Describe what you hear.",
+        "What is happening in the audio?", "Listen and answer: what is it?",
+    ), labels=False),
+    "first": Task("first", ("Which digit comes first?", "What is the first digit?", "Name the first digit you hear."), ("The first digit is {}.",)),
+    "last": Task("last", ("Which digit comes last?", "What is the last digit?", "Name the last digit you hear."), ("The last digit is {}.",)),
+    "count": Task("count", ("How many digits are spoken?", "How many digits do you hear?", "Count the digits."), ("There are {} digits.",)),
+    "layer": Task("layer", ("Is this speech or a sound?", "Do you hear speech or a sound?", "Speech or sound?")),
+}  # fmt: skip
+IN_A_SENTENCE = (" Answer in a full sentence.", " Answer in a sentence.", " Say it in a full sentence.")
 
 
 def capital(text):
     return text[:1].upper() + text[1:]
 
 
-SELDOM = {"kind": 0.3, "sentence": 0.5}  # how often a task is asked, beside 1 for the others
-
-
-def questions_about(clip):
-    """All (task, answer) pairs a clip allows; the wording of the question is drawn later."""
-    short = capital(clip.transcript or clip.label) + "."
-    if clip.label:
-        yield from (("sound", short), ("any", short), ("kind", "A sound."))
-        yield "sentence", f"This is the sound of {clip.label}."
-        return
-    words = clip.transcript.split()
-    yield from (("asr", clip.transcript), ("any", short), ("kind", "Speech."))
-    yield "sentence", f"The speaker says {clip.transcript}."
-    if all(word in DIGITS for word in words):
+def derived(facts):
+    """A clip's facts and what follows from them: digit, word, first, last, count, layer, any."""
+    facts = dict(facts)
+    words = facts.get("words", "").split()
+    facts["layer"] = "speech" if words or "speaker" in facts else "a sound"
+    if words and all(w in DIGITS for w in words):
         if len(words) > 1:
-            yield "first", capital(words[0]) + "."
-            yield "last", capital(words[-1]) + "."
-            yield "count", capital(DIGITS[len(words)]) + "."
+            facts |= {"first": words[0], "last": words[-1], "count": DIGITS[len(words)] if len(words) < 10 else str(len(words))}
         else:
-            yield from (("digit", short), ("word", short))
+            facts["digit"] = words[0]
     elif len(words) == 1:
-        yield "word", short
+        facts["word"] = words[0]
+    heard = facts.get("words") or facts.get("sound") or facts.get("instrument")
+    if heard:
+        facts["any"] = heard
+    if facts.get("background"):
+        facts.pop("layer", None)
+        facts.pop("any", None)
+    return facts
 
 
-def ask(clips, rng, out, tasks=tuple(QUESTIONS), repeat=1):
+SELDOM = {"layer": 0.3, "speaker": 0.5, "any": 0.7}  # how often a task is asked, beside 1 for the others
+
+
+def askable(clip, tasks=None):
+    """[(task, fact)] of all questions that a clip allows."""
+    facts = derived(clip.facts)
+    return [(task, facts[row.kind if task != "asr" else "words"]) for task, row in TASKS.items() if row.kind in facts and (tasks is None or task in tasks)]
+
+
+def draw_question(clip, rng, tasks=None, sentences=0.12):
+    """A question that the clip allows, worded at random -> task, question, answer; None if there is none."""
+    allowed = askable(clip, tasks)
+    if not allowed:
+        return None
+    task, fact = rng.choices(allowed, [SELDOM.get(t, 1) for t, _ in allowed])[0]
+    question, answer = rng.choice(TASKS[task].questions), capital(fact) + "."
+    if task == "asr":
+        answer = fact
+    elif TASKS[task].long and rng.random() < sentences:
+        question, answer = question + rng.choice(IN_A_SENTENCE), rng.choice(TASKS[task].long).format(fact)
+    return task, question, answer
+
+
+# ---------------------------------------------------------------------------------------------
+# multiple choice
+
+
+CONFUSABLE = [  # sounds, feelings and words that are easily taken for each other
+    "rain|sea waves|fire crackling|water", "helicopter|chainsaw", "dog bark|rooster|baby cry|person sneeze", "clock tick|camera|shaker|hi-hat",
+    "happy|surprised|angry|fearful", "neutral|calm|sad", "disgusted|angry|fearful", "five|nine|four", "one|nine", "six|seven|eight", "two|three|zero",
+    "three|tree", "bed|bird|dog", "no|go", "on|off", "up|off", "house|down|wow", "yes|left", "guitar|bass|piano", "bell|gong|glass|metal",
+    "bass drum|drum|snare drum|tabla|percussion", "female voice|female voices|male voice|male voices", "synthesizer|theremin|electronic sound",
+    "plastic|squeak|balloon|door", "one|two|three|four|five",
+]  # fmt: skip
+
+
+def distractors(label, pool, n, rng):
+    """n wrong labels out of `pool`, those most like the right one first."""
+    near = {w for group in CONFUSABLE if label in group.split("|") for w in group.split("|")}
+    others = sorted(set(pool) - {label})
+    rng.shuffle(others)
+    others.sort(key=lambda w: (w not in near, -round(difflib.SequenceMatcher(None, w, label).ratio(), 1)))
+    take = min(n, len(others))
+    hard = others[: (take + 1) // 2]
+    return hard + rng.sample(others[len(hard) :], take - len(hard))
+
+
+LETTERS = "ABCDEFGH"
+CHOICE_TASKS = [t for t, row in TASKS.items() if row.labels and t not in ("speaker", "layer")]
+
+
+def multiple_choice(task, fact, pool, n, rng):
+    """-> question without its prompt, choices (capitalised), index of the right one.  The position is drawn evenly."""
+    choices = distractors(fact, pool, n - 1, rng)
+    right = rng.randrange(len(choices) + 1)
+    choices.insert(right, fact)
+    return rng.choice(TASKS[task].questions), [capital(c) for c in choices], right
+
+
+def choice_line(clip, rng, out, pools):
+    """A manifest line that asks by multiple choice, in our own wording or a benchmark's; None if the clip allows none."""
+    allowed = [(t, f) for t, f in askable(clip, CHOICE_TASKS) if len(pools[t]) > 1]
+    if not allowed:
+        return None
+    task, fact = rng.choice(allowed)
+    style, n = rng.choice(("mmsu", "mmau", "letter", "text")), rng.choice((2, 3, 4, 4, 4, 4, 5, 6, 8))
+    question, choices, right = multiple_choice(task, fact, pools[task], 4 if style == "mmsu" else n, rng)
+    letter, listed = LETTERS[right] + ".", lettered(choices)
+    if style == "mmsu":
+        question, answer = mmsu_prompt(question, choices), letter
+    elif style == "mmau":
+        question, answer = mmau_prompt(question, choices), choices[right] + "."
+    elif style == "letter":
+        question, answer = f"{question}\n{listed}\nAnswer with the letter.", letter
+    else:
+        question, answer = f"{question}\n{listed}", choices[right] + "."
+    return line_of(clip, task + "_choice", question, answer, out)
+
+
+# ---------------------------------------------------------------------------------------------
+# writing
+
+
+def ask(clips, rng, out, tasks=None, repeat=1):
     """`repeat` manifest lines for each clip, their tasks drawn from those in `tasks` that the clip allows."""
     for clip in clips:
-        allowed = [(task, answer) for task, answer in questions_about(clip) if task in tasks]
-        weights = [SELDOM.get(task, 1) for task, _ in allowed]
-        for task, answer in rng.choices(allowed, weights, k=repeat) if allowed else ():
-            yield entry(clip, task, answer, rng, out)
+        for _ in range(repeat):
+            drawn = draw_question(clip, rng, tasks)
+            if drawn:
+                yield line_of(clip, *drawn, out)
 
 
-def entry(clip, task, answer, rng, out):
+def line_of(clip, task, question, answer, out):
     """A manifest line (a dict) in the canonical form of FACTS; audio paths relative to the manifest."""
     line = {
-        "messages": [
-            {"role": "user", "content": "<audio>" + rng.choice(QUESTIONS[task])},
-            {"role": "assistant", "content": answer},
-        ],
+        "messages": [{"role": "user", "content": "<audio>" + question}, {"role": "assistant", "content": answer}],
         "audios": [os.path.relpath(clip.path, os.path.dirname(os.path.abspath(out)))],
         "dataset": clip.dataset,
         "task": task,
+        "facts": clip.facts,
     }
-    if clip.transcript:
-        line["transcript"] = clip.transcript
-    if clip.label:
-        line["label"] = clip.label
     return line
 
 
 def write_lines(lines, out):
     """Writes a manifest under a temporary name and renames it.  Returns the number of lines."""
-    temporary = out + ".tmp"
+    temporary, n = out + ".tmp", 0
     try:
         make_folder(os.path.dirname(os.path.abspath(out)))
         with open(temporary, "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            for n, line in enumerate(lines, 1):
+                f.write(json.dumps(line, ensure_ascii=False) + "\n")
         os.replace(temporary, out)
     except OSError as e:
         raise UserError(f"{out}: cannot be written ({e.strerror})") from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-    return len(lines)
+    return n
+
+
+def make_folder(path):
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror})") from None
 
 
 # ---------------------------------------------------------------------------------------------
 # composing
+
+
+def level(audio, rng, low=-0.8, high=-0.1):
+    """The clip at a peak drawn between 10^low and 10^high."""
+    return audio / max(np.abs(audio).max(), 1e-3) * 10 ** rng.uniform(low, high)
+
+
+def write_clip(audio, path):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    soundfile.write(path, audio.clip(-1, 1), SAMPLE_RATE)
 
 
 def compose(clips, rng, path):
@@ -242,13 +397,24 @@ def compose(clips, rng, path):
     silence = lambda low, high: np.zeros(int(rng.uniform(low, high) * SAMPLE_RATE), np.float32)
     parts = [silence(0.0, 0.3)]
     for clip in clips:
-        audio, _ = load_audio(clip.path)
-        parts += [audio / max(np.abs(audio).max(), 1e-3) * 10 ** rng.uniform(-0.8, -0.1), silence(0.02, 0.4)]
+        parts += [level(load_audio(clip.path)[0], rng), silence(0.02, 0.4)]
     audio = np.concatenate(parts)
     audio += noise * np.random.default_rng(rng.getrandbits(32)).standard_normal(len(audio), dtype=np.float32)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    soundfile.write(path, audio.clip(-1, 1), SAMPLE_RATE)
-    return Clip(path, clips[0].dataset + "_strings", " ".join(c.transcript for c in clips))
+    write_clip(audio, path)
+    return Clip(path, clips[0].dataset + "_strings", {"words": " ".join(c.facts["words"] for c in clips)})
+
+
+def mix(speech, sound, rng, path, low=-3.0, high=9.0, seconds=8.0):
+    """Speech over a sound or an instrument, the speech louder by low..high dB; writes a FLAC at `path`."""
+    voice, under = load_audio(speech.path, limit=seconds)[0], load_audio(sound.path, limit=seconds)[0]
+    n = max(len(voice) + int(rng.uniform(0.2, 1.5) * SAMPLE_RATE), min(len(under), int(3.5 * SAMPLE_RATE)))
+    start = rng.randint(0, n - len(voice))
+    under = np.tile(under, -(-n // len(under)))[:n]
+    rms = lambda x: float(np.sqrt(np.mean(x**2)) + 1e-5)
+    mixed = under * (rms(voice) / rms(under) * 10 ** (-rng.uniform(low, high) / 20))
+    mixed[start : start + len(voice)] += voice
+    write_clip(level(mixed, rng), path)
+    return Clip(path, "mixtures", speech.facts | {"background": sound.facts.get("sound") or sound.facts["instrument"]})
 
 
 def espeak(words, n, rng, folder):
@@ -266,7 +432,7 @@ def espeak(words, n, rng, folder):
             voice = rng.choice(ESPEAK_VOICES) + "+" + rng.choice(ESPEAK_VARIANTS)
             path = os.path.join(folder, f"{word}_{i}.wav")
             speak(word, path, voice, speed=rng.randint(110, 190), pitch=rng.randint(25, 75))
-            clips.append(Clip(path, "espeak", word))
+            clips.append(Clip(path, "espeak", {"words": word}))
     return clips
 
 
@@ -281,20 +447,27 @@ def speak(text, path, voice="en-us", speed=150, pitch=50):
     subprocess.run(["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "-w", path, text], check=True)
 
 
-def by_label(clips):
-    """label or words -> clips, so that rare classes can be drawn as often as common ones."""
+def by_fact(clips, kind):
+    """fact -> clips, so that rare classes can be drawn as often as common ones."""
     groups = defaultdict(list)
     for clip in clips:
-        groups[clip.transcript or clip.label].append(clip)
+        groups[clip.facts[kind]].append(clip)
     return groups
 
 
-def strings(clips, n, most, rng, folder, progress):
-    """n strings of 1..most clips, their words drawn uniformly."""
-    groups = by_label(clips)
+def draw_balanced(clips, kind, n, rng):
+    """n clips, every value of the fact equally often (one short of that where n does not divide)."""
+    groups = by_fact(clips, kind)
+    names = sorted(groups)
+    return [rng.choice(groups[names[i % len(names)]]) for i in range(n)] if names else []
+
+
+def strings(clips, n, most, rng, folder, progress, least=1):
+    """n strings of least..most clips, their words drawn uniformly."""
+    groups = by_fact(clips, "words")
     names = sorted(groups)
     for i in range(n):
-        chosen = [rng.choice(groups[rng.choice(names)]) for _ in range(rng.randint(1, most))]
+        chosen = [rng.choice(groups[rng.choice(names)]) for _ in range(rng.randint(least, most))]
         yield compose(chosen, rng, os.path.join(folder, f"{i:05}.flac"))
         progress.update()
 
@@ -303,7 +476,7 @@ def strings(clips, n, most, rng, folder, progress):
 # the small model's tokenizer and manifests
 
 
-def train_tokenizer(lines, vocab=640):
+def train_tokenizer(lines, vocab=768):
     """Byte-level BPE on the prompts and answers of `lines`, with LLaDA's special tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -314,59 +487,96 @@ def train_tokenizer(lines, vocab=640):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [prompt_text("")] + [m["content"].replace("<audio>", " ") for line in lines for m in line["messages"]]
+    texts = [text for line in lines for text in (prompt_text(line["messages"][0]["content"].replace("<audio>", "")), line["messages"][1]["content"])]
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
-def tour(audio, out, seed=0, n_strings=4000, repeat=4):
-    """All manifests of the small model from a folder that holds fsdd, speech_commands and esc10.
+TOUR = ("fsdd", "speech_commands", "esc10", "ravdess", "librispeech", "berklee", "sonicpi")
+BALANCE = {  # fact -> lines a manifest of 24,000 asks about it: every value of it equally often
+    "digit": 3500, "word": 4500, "sound": 3500, "instrument": 2500, "emotion": 3000, "sex": 1500,
+}  # fmt: skip
 
-    Stage 0 and 1 read what is said and heard, stages 2 and 3 ask about it; test.jsonl holds the
-    test split, a question a clip.  Test clips appear in no other manifest, nor in any string.
+
+def tour(audio, out, seed=0, n_strings=4000, scale=1.0):
+    """All manifests of the small model from a folder that holds the corpora of TOUR, or some of them.
+
+    Stage 0 and 1 read what is said and heard, stages 2 and 3 ask about it, stage 3 by multiple choice
+    too; test.jsonl holds the test split, a question a clip.  Test clips appear in no other manifest,
+    string or mixture.
     """
     rng = random.Random(seed)
-    clips = [clip for name in CORPORA for clip in read_corpus(name, os.path.join(audio, name))]
-    train = [c for c in clips if not c.is_test]
-    test = [c for c in clips if c.is_test]
-    speech = {name: [c for c in train if c.dataset == name] for name in ("fsdd", "speech_commands")}
-    test_digits = [c for c in test if c.dataset == "fsdd"]
-    voices = espeak(sorted({c.transcript for c in train if c.transcript}), 12, rng, os.path.join(out, "clips", "espeak"))
-    train += voices
-    with tqdm(total=n_strings * 3 // 2 + 200, desc="composing", unit=" strings") as progress:
-        folder = os.path.join(out, "clips")
-        composed = list(strings(speech["fsdd"], n_strings, 5, rng, os.path.join(folder, "digits"), progress))
-        composed += strings(speech["speech_commands"] + voices, n_strings // 2, 3, rng, os.path.join(folder, "words"), progress)
-        test_strings = list(strings(test_digits, 200, 5, rng, os.path.join(folder, "test_digits"), progress))
+    have = [name for name in TOUR if os.path.isdir(os.path.join(audio, name))]
+    if not have:
+        raise UserError(f"{audio}: holds none of the folders {', '.join(TOUR)}")
+    clips = [clip for name in have for clip in read_corpus(name, os.path.join(audio, name))]
+    folder, here = os.path.join(out, "clips"), os.path.join(out, "manifest")  # audio paths are relative to the manifests' folder
+    pools, test = {}, []
+    words = sorted({c.facts["words"] for c in clips if "words" in c.facts and " " not in c.facts["words"]})
+    with tqdm(total=n_strings * 2 + 500, desc="composing", unit=" clips") as progress:
+        for split in ("train", "test"):
+            part = [c for c in clips if c.is_test == (split == "test")]
+            digits, spoken = [c for c in part if c.dataset == "fsdd"], [c for c in part if c.dataset == "speech_commands"]
+            noises = [c for c in part if "sound" in c.facts]
+            voices = espeak(words, 12, rng, f"{folder}/espeak") if split == "train" else []
+            n = n_strings if split == "train" else 200
+            made = {"digits": [], "words": [], "mixtures": []}
+            if digits:
+                made["digits"] = list(strings(digits, n, 5, rng, f"{folder}/{split}_digits", progress))
+            if spoken + voices:
+                made["words"] = list(strings(spoken + voices, n // 2 if split == "train" else 100, 3, rng, f"{folder}/{split}_words", progress, 2))
+            if noises and (talk := digits + spoken + [c for c in part if c.dataset in ("ravdess", "librispeech")]):
+                for i, sound in enumerate(draw_balanced(noises, "sound", n // 2 if split == "train" else 200, rng)):
+                    made["mixtures"].append(mix(rng.choice(talk), sound, rng, f"{folder}/{split}_mixtures/{i:05}.flac"))
+                    progress.update()
+            pools[split] = (part + voices, made)
 
-    balanced = []  # single clips, every word and sound equally often
-    for pool, size in ((speech["fsdd"], 1500), (speech["speech_commands"], 1500), ([c for c in train if c.label], 1500), (voices, 360)):
-        groups = by_label(pool)
-        balanced += [clip for name in sorted(groups) for clip in rng.choices(groups[name], k=size // len(groups))]
-    here = os.path.join(out, "manifest")  # audio paths are relative to its folder
+    train, made = pools["train"]
+    known = defaultdict(list)
+    for clip in train:
+        for kind, fact in derived(clip.facts).items():
+            known[kind].append(Clip(clip.path, clip.dataset, clip.facts | {kind: fact}))
+    labels = defaultdict(set)  # task -> what may stand among its choices
+    for clip in [*train, *made["digits"], *made["mixtures"]]:
+        for task, fact in askable(clip, CHOICE_TASKS):
+            labels[task].add(fact)
+    originals = {c.path: c for c in train}
+
+    def singles(share):
+        """Lines about single clips, the value of every fact equally often."""
+        for kind, n in BALANCE.items():
+            for clip in draw_balanced(known[kind], kind, int(n * share * scale), rng):
+                yield originals[clip.path], kind
+
+    def about(pairs, tasks=None):
+        """A question that turns on the fact the clip was drawn for, half the time; else any it allows."""
+        for clip, kind in pairs:
+            chosen = [t for t, row in TASKS.items() if row.kind == kind]
+            drawn = draw_question(clip, rng, chosen if tasks is None and rng.random() < 0.5 else tasks)
+            if drawn:
+                yield line_of(clip, *drawn, here)
+
+    everything = [*made["digits"], *made["words"], *made["mixtures"]]
+    choices = lambda pairs: filter(None, (choice_line(clip, rng, here, labels) for clip, _ in pairs))
+    paired = [(c, None) for c in everything]
     stages = {
-        0: [*ask(train, rng, here), *ask(composed, rng, here), *ask(balanced, rng, here, repeat=repeat)],
-        1: [*ask(composed, rng, here, ["asr"]), *ask(balanced, rng, here, ["asr"])],
-        2: [*ask(composed, rng, here), *ask(balanced, rng, here, repeat=repeat)],
-        3: [*ask(composed, rng, here), *ask(balanced, rng, here, repeat=repeat)],
+        0: [*ask(train, rng, here), *ask(everything, rng, here), *about(singles(1))],
+        1: [*ask(everything, rng, here, ["asr"]), *about(singles(0.4), ["asr"])],
+        2: [*ask(everything, rng, here, repeat=2), *about(singles(1))],
+        3: [*ask(everything, rng, here), *about(singles(0.6)), *choices(singles(1)), *choices(paired)],
     }
     for stage, lines in stages.items():
         rng.shuffle(lines)
         print(f"{out}/stage{stage}.jsonl: {write_lines(lines, f'{out}/stage{stage}.jsonl')} lines")
-    one = {"fsdd": "digit", "speech_commands": "word", "esc10": "sound"}
-    lines = [entry(c, one[c.dataset], capital(c.transcript or c.label) + ".", rng, here) for c in test]
-    lines += [entry(c, "asr", c.transcript, rng, here) for c in test_strings]
+    test, held_out = pools["test"]
+    one = {"fsdd": ["digit"], "speech_commands": ["word"], "esc10": ["sound"], "ravdess": ["emotion", "sex"], "librispeech": ["sex"],
+           "berklee": ["instrument"], "sonicpi": ["instrument"]}  # fmt: skip
+    lines = [line_of(c, *draw_question(c, rng, [task], 0), here) for c in test for task in one[c.dataset] if askable(c, [task])]
+    lines += [line_of(c, *draw_question(c, rng, [task], 0), here) for task, kind in (("asr", "digits"), ("asr", "words"), ("background", "mixtures")) for c in held_out[kind]]
     print(f"{out}/test.jsonl: {write_lines(lines, f'{out}/test.jsonl')} lines")
     tokenizer = train_tokenizer([line for lines in stages.values() for line in lines])
     tokenizer.save(f"{out}/tokenizer.json")
     print(f"{out}/tokenizer.json: {tokenizer.get_vocab_size()} entries")
-
-
-def make_folder(path):
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror})") from None
 
 
 def demo(out):

@@ -1,42 +1,63 @@
-"""Training: one table of stages, one loop.
+"""Training: one table of stages, one loop, on a laptop or on many GPUs.
 
-    python prepare.py tour --audio DIR --out data      # makes data/stage0.jsonl ... stage3.jsonl
+    python prepare.py tour --audio DIR --out data      # makes data/stage0.jsonl ... stage4.jsonl
     python train.py --stage 0 --model tiny             # the stand-ins for Whisper and LLaDA
     python train.py --stage 1 --model tiny             # semantic adapter on speech recognition
     python train.py --stage 2 --model tiny             # both adapters on audio questions
     python train.py --stage 3 --model tiny             # both adapters and LoRA
+    python train.py --stage 4 --model tiny             # the same parts by preference (vrpo.py)
+    torchrun --nproc_per_node=8 train.py --stage 1     # diffa2, eight GPUs; add --nnodes for more
+    python train.py --stage 1 --resume                 # goes on where a stopped run was, to the bit
+    python train.py --plot out/tiny/stage1 out/b       # the logged curves of runs, curves.png
 
-Each stage starts from the folder the one before it wrote (out/MODEL/stageN).
+Each stage starts from the folder the one before it wrote (out/MODEL/stageN).  The loss is averaged
+over the global batch: a batch is a list of examples, rank r takes ids[r::world] in micro-batches
+under a token budget, gradients of plain sums are added up and divided by the number of examples
+once.  What an example is masked and augmented with is seeded by (seed, epoch, example), so the
+number of processes changes nothing but the speed.
 
 Stage 0 exists for the small model alone.  The paper freezes Whisper and LLaDA, and at this size
 there is nothing pretrained to freeze, so stage 0 makes it, in three parts: the encoder learns to
-recognise words (CTC) and clips (a label head); the adapters learn to tell clips apart (0.3 in the
-table); backbone and adapters learn to answer, through the frozen encoder (0.6).  From stage 1 on
-the same parts are frozen as in the paper, and the loss is L_sft-a (diffusion.py).
+recognise words (CTC) and what clips are (label heads); the backbone learns to read through the
+frozen encoder, single clips first; then it meets both ways of being shown a clip.  From stage 1 on
+the same parts are frozen as in the paper.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import functools
+import itertools
+import json
 import math
 import os
 import random
+import re
 import resource
+import signal
 import sys
+import time
+import zlib
 from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
 import soxr
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from adapters import AcousticAdapter, SemanticAdapter
 from data import (
-    SAMPLE_RATE, SAMPLES_PER_FRAME, bucket, collate, encode_text, load_audio, log_mel, read_manifest, window_seconds,
+    SAMPLE_RATE, SAMPLES_PER_FRAME, answer_ids, bucket, build_prompt, collate, encode_text, load_audio, log_mel, read_manifest, window_seconds,
 )  # fmt: skip
-from diffusion import draw_t, sft_loss
-from model import PRESETS, Parser, UserError, build, load, load_tokenizer, pick_device, save
+from diffusion import corrupt, draw_t, masked_nll, sft_loss
+from model import PRESETS, RELEASES, Parser, UserError, assemble, build, fetch, load, load_tokenizer, pick_device, save
+from vrpo import BETA, SAMPLES, draw_pair_masks, margin, push, score, swapped, vrpo_loss
 
 
 # ---------------------------------------------------------------------------------------------
@@ -47,29 +68,39 @@ from model import PRESETS, Parser, UserError, build, load, load_tokenizer, pick_
 class Stage:
     trains: tuple  # prefixes of the names of the parameters that train; all else is frozen
     lr: float
-    batch: int  # examples in a step
+    batch: int  # examples in a step, whatever the number of GPUs
     warmup: int  # steps
     epochs: float = 0  # over the manifest, or
     steps: int = 0  # this many steps whatever its size
+    loss: str = "sft"  # a row of LOSSES
+    least_t: float = 0.0  # t is drawn from (least_t, 1]
+    simple: bool = False  # single clips and short answers only
     weight_decay: float = 0.05
+    beta2: float = 0.999
 
 
 ADAPTERS = ("semantic.", "acoustic.")
+READ = ("semantic.", "soft_prompts", "backbone.")
 
-STAGES = {
+STAGES = {  # a stage is a list of parts; only the small model's stage 0 has more than one
     # paper, Table B.2; soft prompts train with stage 1
     "diffa2": {
-        1: Stage(("semantic.", "soft_prompts"), lr=1e-4, batch=1280, warmup=1000, epochs=12),
-        2: Stage(ADAPTERS, lr=5e-5, batch=196, warmup=1000, epochs=10),
-        3: Stage((*ADAPTERS, "lora"), lr=5e-5, batch=196, warmup=1000, epochs=10),
+        1: [Stage(("semantic.", "soft_prompts"), lr=1e-4, batch=1280, warmup=1000, epochs=12)],
+        2: [Stage(ADAPTERS, lr=5e-5, batch=196, warmup=1000, epochs=10)],
+        3: [Stage((*ADAPTERS, "lora"), lr=5e-5, batch=196, warmup=1000, epochs=10)],
+        4: [Stage((*ADAPTERS, "lora"), lr=5e-6, batch=4, warmup=200, epochs=1, loss="vrpo")],
     },
     "tiny": {
-        0: Stage(("encoder.",), lr=1e-3, batch=4, warmup=200, steps=4000),
-        0.3: Stage(ADAPTERS, lr=1e-3, batch=16, warmup=20, steps=350),
-        0.6: Stage((*ADAPTERS, "soft_prompts", "backbone."), lr=1e-3, batch=16, warmup=50, steps=550),
-        1: Stage(("semantic.", "soft_prompts"), lr=3e-4, batch=16, warmup=20, steps=100),
-        2: Stage(ADAPTERS, lr=4e-4, batch=16, warmup=20, steps=200),
-        3: Stage((*ADAPTERS, "lora"), lr=3e-4, batch=16, warmup=20, steps=150),
+        0: [
+            Stage(("encoder.",), lr=1e-3, batch=4, warmup=200, steps=7500, loss="ear", beta2=0.98),
+            Stage(READ, lr=1e-3, batch=32, warmup=50, steps=1300, loss="read", least_t=0.6, simple=True, beta2=0.98),
+            Stage(READ, lr=1e-3, batch=32, warmup=50, steps=1300, loss="read", least_t=0.2, beta2=0.98),
+            Stage((*READ, "acoustic."), lr=5e-4, batch=16, warmup=50, steps=400, least_t=0.2, beta2=0.98),
+        ],
+        1: [Stage(("semantic.", "soft_prompts"), lr=3e-4, batch=16, warmup=20, steps=150, beta2=0.98)],
+        2: [Stage(ADAPTERS, lr=4e-4, batch=16, warmup=20, steps=400, beta2=0.98)],
+        3: [Stage((*ADAPTERS, "lora"), lr=3e-4, batch=16, warmup=20, steps=400, beta2=0.98)],
+        4: [Stage((*ADAPTERS, "lora"), lr=3e-5, batch=4, warmup=10, steps=100, loss="vrpo", beta2=0.98)],
     },
 }
 
@@ -92,25 +123,87 @@ def learning_rate(step, row, steps):
     return row.lr * 0.5 * (1 + math.cos(math.pi * (step - row.warmup) / max(1, steps - row.warmup)))
 
 
-def generator_for(seed, epoch, example_id):
-    """Noise, canvas and augmentation of an example: the same whatever batch it is in."""
+def generator_for(seed, epoch, example_id, stream=0):
+    """Noise, canvas and augmentation of an example: the same whatever batch or process it is in.
+
+    stream: 0 for what the loader draws, 1 for the noise drawn in the training step.
+    """
     g = torch.Generator()
-    g.manual_seed(((seed * 1_000_003 + epoch) * 1_000_003 + example_id) % (1 << 63))
+    g.manual_seed((((seed * 2 + stream) * 1_000_003 + epoch) * 1_000_003 + example_id) % (1 << 63))
     return g
+
+
+# ---------------------------------------------------------------------------------------------
+# processes
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together; one of them alone is a world too."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def add(self, values):
+        """Sums a list of numbers over the processes, in fp64."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, thing):
+        """Every process's `thing`, in order of ranks."""
+        if self.size == 1:
+            return [thing]
+        things = [None] * self.size
+        dist.all_gather_object(things, thing)
+        return things
+
+
+@contextlib.contextmanager
+def join_world(device=None):
+    """Joins the processes that torchrun started: NCCL on GPUs, gloo on CPUs; a world of one without it."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device is None and torch.cuda.is_available():
+        device = f"cuda:{local}"
+    device = pick_device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield World(0, 1, device)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+class Meeting(nn.Module):
+    """Brings the gradients of all processes together by DDP, once a step.
+
+    Each micro-batch adds to .grad on its own, whatever the loss and however many backward passes it
+    takes; nothing travels meanwhile.  Then one backward pass of a zero through DDP makes it add up
+    what has been gathered.  DDP divides by the number of processes; the step multiplies it back.
+    """
+
+    def __init__(self, parameters):
+        super().__init__()
+        self.parameters_ = nn.ParameterList(parameters)
+
+    def forward(self):
+        return sum(p.flatten()[:1].sum() for p in self.parameters_) * 0.0
 
 
 # ---------------------------------------------------------------------------------------------
 # examples -> batches
 
 
-@functools.cache
-def read_clip(path, offset, duration, limit):
-    """A clip as 16-bit samples, decoded once and kept: 1.9 MB a minute."""
-    return (load_audio(path, offset, duration, limit)[0] * 32767).clip(-32768, 32767).astype(np.int16)
-
-
 def clip_of(example, config):
-    return read_clip(example.audio, example.offset, example.duration, window_seconds(config)).astype(np.float32) / 32767
+    return load_audio(example.audio, example.offset, example.duration, window_seconds(config))[0]
 
 
 def augment(audio, config, generator):
@@ -138,43 +231,221 @@ def mask_mel(mel, generator, n_time=2, n_freq=2, time=25, freq=8):
     return mel
 
 
-def make_batch(examples, tokenizer, config, generators):
-    items = []
-    for example, g in zip(examples, generators):
-        item = encode_text(example, tokenizer, config, g)
-        mel, item["n_frames"] = log_mel(augment(clip_of(example, config), config, g), config)
-        item["mel"] = mask_mel(mel, g)
-        items.append(item)
-    return collate(items, config)
+def pair_text(example, answer, tokenizer, config):
+    """What VRPO scores: prompt, response and its first end mark, nothing after it (no canvas, no padding)."""
+    ids, audio_at = build_prompt(tokenizer, example.question)
+    reply = answer_ids(tokenizer, answer, config) + [config.eos_id]
+    return {"ids": ids + reply, "is_answer": [False] * len(ids) + [True] * len(reply), "audio_at": audio_at}
 
 
-def example_stream(examples, batch_size, lengths, seed):
-    """(epoch, examples) for ever: every example once an epoch, batches of similar length."""
-    epoch = 0
-    while True:
+class Maker:
+    """Examples -> a clean micro-batch.  An example that cannot be used is left out and told of.
+
+    packer: stage 0's windows of clips.  memory: stage 0's outputs of the frozen encoder, by clip and
+    epoch; a clip found there is not read again.  augmented=False: the clip as it is (held-out loss).
+    """
+
+    def __init__(self, tokenizer, config, loss, seed, packer=None, memory=None, augmented=True):
+        self.tokenizer, self.config, self.loss, self.seed = tokenizer, config, loss, seed
+        self.packer, self.memory, self.augmented = packer, memory, augmented
+
+    def item(self, example, epoch):
+        """One example -> {"mel", "n_frames", "sides", "seconds"}; for stage 0's encoder a window of clips."""
+        c, generator = self.config, generator_for(self.seed, epoch, example.id)
+        if self.loss == "ear":
+            return self.packer.pack(generator)
+        if self.loss == "vrpo":
+            sides = {side: pair_text(example, text, self.tokenizer, c) for side, text in (("chosen", example.answer), ("rejected", example.rejected))}
+        else:
+            sides = {"text": encode_text(example, self.tokenizer, c, generator)}
+        key = (example.audio, epoch // HEAR_AGAIN)
+        if self.memory is not None:
+            if key in self.memory:
+                return {"mel": None, "n_frames": len(self.memory[key]), "sides": sides, "seconds": 0.0, "key": key, "facts": example.facts}
+            # all questions about a clip share its augmentation, whichever comes first
+            generator = generator_for(self.seed, key[1], zlib.crc32(example.audio.encode()))
+        audio = clip_of(example, c)
+        if self.augmented:
+            audio = augment(audio, c, generator)
+        mel, n_frames = log_mel(audio, c)
+        if self.augmented:
+            mel = mask_mel(mel, generator)
+        return {"mel": mel, "n_frames": n_frames, "sides": sides, "seconds": len(audio) / SAMPLE_RATE, "key": key, "facts": example.facts}
+
+    def __call__(self, examples, epoch):
+        """-> {"batch", "ids", "epoch", "skipped", "seconds"}; batch is None when no example is left."""
+        items, ids, skipped = [], [], []
+        for example in examples:
+            try:
+                items.append(self.item(example, epoch))
+                ids.append(example.id)
+            except (UserError, OSError, ValueError, RuntimeError) as e:
+                skipped.append({"id": example.id, "where": example.where, "why": str(e).splitlines()[0] if str(e) else type(e).__name__})
+        made = {"batch": None, "ids": ids, "epoch": epoch, "skipped": skipped, "seconds": sum(i["seconds"] for i in items)}
+        if not items:
+            return made
+        mels = [i["mel"] for i in items if i["mel"] is not None]
+        batch = {"mel": torch.stack(mels)} if mels else {}
+        if self.loss == "ear":
+            batch |= {"words": [i["words"] for i in items], "clips": [i["clips"] for i in items]}
+        else:
+            batch["n_frames"] = torch.tensor([i["n_frames"] for i in items])
+            for side in items[0]["sides"]:
+                batch |= {f"{side}.{k}": v for k, v in collate([i["sides"][side] for i in items], self.config).items()}
+        if self.memory is not None:
+            batch |= {"keys": [i["key"] for i in items], "is_new": [i["mel"] is not None for i in items], "facts": [i["facts"] for i in items]}
+        return made | {"batch": batch}
+
+
+def side_of(batch, side="text"):
+    """The text tensors of one side of a batch, without the prefix."""
+    return {k.removeprefix(side + "."): v for k, v in batch.items() if k.startswith(side + ".")}
+
+
+def to_device(batch, device):
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def cost_of(example, config):
+    """About how many positions a row of this example takes: a third of its letters, its audio tokens, its canvas."""
+    seconds = example.duration or window_seconds(config)
+    text = len(example.question) + 2 * len(example.answer) + 2 * len(example.rejected or "")
+    return 60 + text // 3 + config.n_queries + round(12.5 * min(seconds, window_seconds(config)))
+
+
+def split(ids, costs, budget):
+    """ids in micro-batches of similar cost, each at most `budget` positions with its padding (or one example)."""
+    micros = []
+    for i in sorted(ids, key=lambda i: (costs[i], i)):
+        if micros and costs[i] * (len(micros[-1]) + 1) <= budget:  # costs ascend: i is the widest
+            micros[-1].append(i)
+        else:
+            micros.append([i])
+    return micros or [[]]
+
+
+def schedule_of(costs, batch, seed, start=0):
+    """(step, epoch, ids of the global batch) for ever, from step `start`: every example once an epoch."""
+    per_epoch = -(-len(costs) // batch)
+    for epoch in itertools.count(start // per_epoch):
         order = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        for indices in bucket(lengths, batch_size, order):
-            yield epoch, [examples[i] for i in indices]
-        epoch += 1
+        for n, ids in enumerate(bucket(costs, batch, order), start=epoch * per_epoch):
+            if n >= start:
+                yield n, epoch, ids
+
+
+class MicroBatches(torch.utils.data.IterableDataset):
+    """What one rank works on, micro-batch by micro-batch: made["last"] ends a step."""
+
+    def __init__(self, examples, costs, maker, row, world, budget, seed, start, stop):
+        self.examples, self.costs, self.maker, self.row = examples, costs, maker, row
+        self.rank, self.size, self.budget, self.seed, self.start, self.stop = world.rank, world.size, budget, seed, start, stop
+
+    def plan(self):
+        for step, epoch, ids in schedule_of(self.costs, self.row.batch, self.seed, self.start):
+            if step >= self.stop:
+                return
+            micros = split(ids[self.rank :: self.size], self.costs, self.budget)
+            for n, micro in enumerate(micros):
+                yield step, epoch, micro, n + 1 == len(micros)
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        for step, epoch, ids, last in itertools.islice(self.plan(), first, None, stride):
+            yield self.maker([self.examples[i] for i in ids], epoch) | {"step": step, "last": last}
+
+
+def as_is(made):
+    return made
+
+
+def ignore_signals(_):
+    """Loader workers leave the answer to SIGTERM and Ctrl-C to the process they work for."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------------------------
-# stages 1-3: L_sft-a
+# losses.  Each takes what Maker made, adds the gradient of the SUM over its examples to .grad, and
+# returns the loss of every example (B,), detached.
 
 
-def question_loss(model, batch, generators, stage, least_t=0.0):
-    """L_sft-a of a clean batch, one value per example (B,).  The encoder runs without gradient.
+@dataclass(frozen=True)
+class Context:
+    """What a loss needs beside its micro-batch."""
 
-    least_t: draw t from (least_t, 1] instead of (0, 1].
+    model: nn.Module
+    stage: int
+    seed: int
+    row: Stage
+    autocast: object  # () -> context manager
+    trained: tuple = ()  # the parameters that train
+    reference: tuple = ()  # their values before stage 4
+    heads: nn.Module = None  # stage 0's
+    memory: dict = None  # stage 0's, see Maker
+
+    def noise(self, made):
+        """One generator for each example, on the stream that training draws t and masks from."""
+        return [generator_for(self.seed, made["epoch"], i, stream=1) for i in made["ids"]]
+
+
+def reader(model, side, audio, is_audio):
+    """`predict` of diffusion.py for the text of one side of a batch."""
+    return lambda noisy, where: model(noisy, side["valid"], where, audio, is_audio, side["audio_at"])
+
+
+def question_loss(model, batch, audio, is_audio, generators, least_t=0.0):
+    """L_sft-a of a clean batch, one value per example (B,), with gradient.
+
+    audio, is_audio: model.adapt's.  least_t: draw t from (least_t, 1] instead of (0, 1].
     """
-    taps, final = model.encode(batch["mel"])
-    audio, is_audio = model.adapt(taps, final, batch["n_frames"], stage)
+    side = side_of(batch)
+    t = least_t + (1 - least_t) * draw_t(len(side["ids"]), generators)
+    predict = reader(model, side, audio, is_audio)
+    return sft_loss(predict, side["ids"], side["is_answer"], model.config.mask_id, t, generator=generators)
 
-    def predict(noisy, where):
-        return model(noisy, batch["valid"], where, audio, is_audio, batch["audio_at"])
 
-    t = least_t + (1 - least_t) * draw_t(len(batch["ids"]), generators)
-    return sft_loss(predict, batch["ids"], batch["is_answer"], model.config.mask_id, t, generator=generators)
+def sft(context, made):
+    """Stages 1-3; in stage 0 backbone and adapters meet both layouts, soft prompts one step in four."""
+    model, batch, stage = context.model, made["batch"], context.stage
+    if stage == 0:
+        stage = 1 if made["step"] % 4 == 0 else 2
+    with context.autocast():
+        heard = model.adapt(*model.encode(batch["mel"]), batch["n_frames"], stage)
+        losses = question_loss(model, batch, *heard, context.noise(made), context.row.least_t)
+    losses.sum().backward()
+    return losses.detach()
+
+
+def vrpo(context, made):
+    """Stage 4: Eq. 4, 5.  The backbone's graph lives for one sample at a time, the adapters' once."""
+    model, batch = context.model, made["batch"]
+    sides = {name: side_of(batch, name) for name in ("chosen", "rejected")}
+    masks = draw_pair_masks(sides["chosen"]["is_answer"], sides["rejected"]["is_answer"], SAMPLES, context.noise(made))
+
+    def sample(name, audio, j=None):
+        # autocast would remember the policy's weights in bf16 and use them for the reference
+        with context.autocast(cache_enabled=False):
+            return score(reader(model, sides[name], audio, is_audio), sides[name]["ids"], masks[name], model.config.mask_id, j)
+
+    def hear():
+        with context.autocast(cache_enabled=False):
+            return model.adapt(*encoded, batch["n_frames"], context.stage)
+
+    with context.autocast():
+        encoded = model.encode(batch["mel"])
+    audio, is_audio = hear()
+    with torch.no_grad():
+        policy = {name: sample(name, audio) for name in sides}
+        with swapped(context.trained, context.reference):
+            other = hear()[0]
+            reference = {name: sample(name, other) for name in sides}
+    margins = margin(policy["chosen"], policy["rejected"], reference["chosen"], reference["rejected"])
+    leaf = audio.detach().requires_grad_()
+    push(lambda name, j: sample(name, leaf, j), SAMPLES, margins, BETA)
+    audio.backward(leaf.grad)
+    return vrpo_loss(margins, BETA)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -182,217 +453,673 @@ def question_loss(model, batch, generators, stage, least_t=0.0):
 
 
 CTC_WEIGHT = 0.1  # per word it starts a hundred times larger than the label's loss
+EVEN = ("emotion", "sound", "instrument", "words", "sex")  # what clips of a corpus are drawn evenly by
+LABELLED = ("words", "sound", "instrument", "emotion", "intensity", "sex", "speaker")
 
 
-class Pretraining(nn.Module):
-    """Heads on the encoder that stage 0 needs and nobody else.
+def is_single(example):
+    """A recording as it was made: composed strings and mixtures would be packed twice."""
+    return bool(example.facts) and "strings" not in example.dataset and "background" not in example.facts
 
-    CTC names the words in order; the label head names each clip, word or sound, from the mean of
-    its frames.  CTC alone sat on its plateau (blanks everywhere) for hundreds of steps.
-    """
+
+class Packer:
+    """Windows filled with single clips: one clip in ten seconds would leave the encoder idle nine tenths of its time."""
 
     def __init__(self, examples, config):
-        super().__init__()
-        single = {e.audio: e for e in examples if "strings" not in e.dataset}  # strings are packed anew here
-        self.pools = defaultdict(lambda: defaultdict(list))  # corpus -> word or label -> clips
+        single = {e.audio: e for e in examples if is_single(e)}
+        pools = defaultdict(lambda: defaultdict(list))  # corpus -> value -> clips
         for e in single.values():
-            self.pools[e.dataset][e.transcript or e.label].append(e)
-        self.words = sorted({w for e in single.values() if e.transcript for w in e.transcript.split()})
-        self.labels = sorted({e.transcript or e.label for e in single.values()})
-        self.ctc = nn.Linear(config.audio_width, 1 + len(self.words))  # class 0: CTC's blank
-        self.label = nn.Linear(config.audio_width, len(self.labels))
-        self.name = nn.Linear(config.width, len(self.labels))  # reads audio tokens
+            pools[e.dataset][next(e.facts[k] for k in (*EVEN, *e.facts) if k in e.facts)].append(e)
+        self.pools = {corpus: dict(values) for corpus, values in pools.items()}
+        self.words = sorted({w for e in single.values() for w in e.facts.get("words", "").split()})
+        self.labels = {kind: sorted({e.facts[kind] for e in single.values() if kind in e.facts}) for kind in LABELLED}
         self.config = config
 
     def draw_clip(self, rng):
-        """A corpus, then a word or label of it, then a clip: rare classes as often as common ones."""
+        """A corpus, then a word, sound or feeling of it, then a clip: rare classes as often as common ones."""
         corpus = self.pools[rng.choice(sorted(self.pools))]
         return rng.choice(corpus[rng.choice(sorted(corpus))])
 
-    def pack(self, rng, generator):
-        """A window filled with clips -> mel, word classes, [(label, first frame, last frame)].
+    def pack(self, generator):
+        """-> {"mel", "words": CTC classes, "clips": [(facts, first frame, last frame)], "seconds"}.
 
-        One clip in ten seconds would leave the encoder idle nine tenths of its time; several
-        give CTC something to say about every frame.  A third of the windows hold one clip,
-        as in use.
+        Several clips in a row give CTC something to say about every frame; a third of the windows
+        hold one clip, as in use.
         """
+        rng = random.Random(generator.initial_seed())
         window = self.config.n_frames * SAMPLES_PER_FRAME
         alone, audio, at = rng.random() < 0.34, np.zeros(window, np.float32), int(rng.random() * 0.3 * SAMPLE_RATE)
         stop = int(rng.uniform(0.3, 1.0) * window)
-        words, labels = [], []
+        words, clips = [], []
         while True:
             example = self.draw_clip(rng)
             clip = augment(clip_of(example, self.config), self.config, generator)
             if at + len(clip) > window:
-                if labels:
+                if clips:
                     break
                 at = 0
             audio[at : at + len(clip)] += clip
-            words += [1 + self.words.index(w) for w in (example.transcript or "").split()]
+            words += [1 + self.words.index(w) for w in example.facts.get("words", "").split()]
             first, last = at // SAMPLES_PER_FRAME, (at + len(clip)) // SAMPLES_PER_FRAME
-            labels.append((self.labels.index(example.transcript or example.label), first, max(last, first + 1)))
+            clips.append((example.facts, first, max(last, first + 1)))
             at += len(clip) + int(rng.uniform(0.02, 0.6) * SAMPLE_RATE)
             if alone or at > stop:
                 break
         if rng.random() < 0.5:
             audio += 10 ** rng.uniform(-4, -2) * torch.randn(window, generator=generator).numpy()
-        return mask_mel(log_mel(audio, self.config)[0], generator), words, labels
-
-    def forward(self, encoder, packs):
-        """CTC loss per word, cross-entropy of the labels."""
-        _, final = encoder(torch.stack([mel for mel, _, _ in packs]).to(self.ctc.weight.device))
-        log_p = self.ctc(final).float().log_softmax(-1).transpose(0, 1)  # (F, B, 1 + words)
-        lengths = torch.tensor([len(w) for _, w, _ in packs])
-        targets = torch.tensor([i for _, w, _ in packs for i in w])
-        frames = torch.full((len(packs),), len(log_p))
-        loss = F.ctc_loss(log_p, targets, frames, lengths, reduction="sum", zero_infinity=True) / max(1, len(targets))
-        means = torch.stack([final[b, i:j].mean(0) for b, (_, _, found) in enumerate(packs) for _, i, j in found])
-        wanted = torch.tensor([k for _, _, found in packs for k, _, _ in found], device=final.device)
-        return loss, F.cross_entropy(self.label(means).float(), wanted, label_smoothing=0.1)
+        mel = mask_mel(log_mel(audio, self.config)[0], generator)
+        return {"mel": mel, "words": words, "clips": clips, "seconds": window / SAMPLE_RATE}
 
 
-def naming_loss(model, heads, rng, generators):
-    """Cross-entropy of every audio token, semantic or acoustic, naming the clip it belongs to.
+class Heads(nn.Module):
+    """What stage 0 needs and nobody else: CTC and label heads on the encoder, label heads on the audio tokens.
 
-    Adapters start with outputs that hardly differ between clips (the Q-Former's by a tenth of their
-    length), and a backbone as untaught as this one is long in finding the difference.
+    CTC names the words in order; the label heads name each clip's word, sound, emotion, ... from the
+    mean of its frames.  CTC alone sat on its plateau (blanks everywhere) for hundreds of steps.
     """
-    examples = [heads.draw_clip(rng) for _ in generators]
-    clips = [augment(clip_of(e, model.config), model.config, g) for e, g in zip(examples, generators)]
-    mels, n_frames = zip(*(log_mel(clip, model.config) for clip in clips))
-    taps, final = model.encode(torch.stack(mels).to(model.soft_prompts.device))
-    audio, is_audio = model.adapt(taps, final, torch.tensor(n_frames, device=final.device), stage=2)
-    wanted = torch.tensor([heads.labels.index(e.transcript or e.label) for e in examples], device=final.device)
-    logits = heads.name(F.layer_norm(audio.float(), audio.shape[-1:]))  # (B, A, labels)
-    return F.cross_entropy(logits[is_audio].float(), wanted[:, None].expand_as(is_audio)[is_audio])
+
+    def __init__(self, packer, config):
+        super().__init__()
+        self.labels = {kind: values for kind, values in packer.labels.items() if len(values) > 1}
+        self.ctc = nn.Linear(config.audio_width, 1 + len(packer.words))  # class 0: CTC's blank
+        self.on_frames = nn.ModuleDict({kind: nn.Linear(config.audio_width, len(v)) for kind, v in self.labels.items()})
+        self.on_tokens = nn.ModuleDict({kind: nn.Linear(config.width, len(v)) for kind, v in self.labels.items()})
+
+    def name(self, heads, x, facts, row_of, B):
+        """Cross-entropy of naming every fact of what x (N, d) stands for, averaged within each of the B rows."""
+        total, n = torch.zeros(B, device=x.device), torch.zeros(B, device=x.device)
+        for kind, head in heads.items():
+            rows = [i for i, f in enumerate(facts) if f.get(kind) in self.labels[kind]]
+            if rows:
+                wanted = torch.tensor([self.labels[kind].index(facts[i][kind]) for i in rows], device=x.device)
+                loss = F.cross_entropy(head(x[rows]).float(), wanted, label_smoothing=0.1, reduction="none")
+                total = total.index_add(0, torch.tensor([row_of[i] for i in rows], device=x.device), loss)
+        n = n.index_add(0, torch.tensor(row_of, device=x.device), torch.ones(len(row_of), device=x.device))
+        return total / n.clamp(min=1)
+
+    def listen(self, final, words, clips):
+        """Of the encoder's output (B, F, d): CTC loss per word and label loss per clip, a value a window (B,)."""
+        log_p = self.ctc(final).float().log_softmax(-1).transpose(0, 1)  # (F, B, 1 + words)
+        lengths = torch.tensor([len(w) for w in words])
+        frames = torch.full((len(words),), len(log_p))
+        ctc = F.ctc_loss(log_p, torch.tensor([i for w in words for i in w]), frames, lengths, reduction="none", zero_infinity=True)
+        row_of = [b for b, found in enumerate(clips) for _ in found]
+        means = torch.stack([final[b, i:j].mean(0) for b, found in enumerate(clips) for _, i, j in found])  # (N, d)
+        facts = [f for found in clips for f, _, _ in found]
+        return CTC_WEIGHT * ctc / lengths.clamp(min=1).to(ctc.device) + self.name(self.on_frames, means, facts, row_of, len(words))
+
+
+def ear(context, made):
+    """The encoder's part: words by CTC, labels by the frames' mean."""
+    batch = made["batch"]
+    with context.autocast():
+        _, final = context.model.encoder(batch["mel"])
+        losses = context.heads.listen(final, batch["words"], batch["clips"])
+    losses.sum().backward()
+    return losses.detach()
+
+
+NAMING_WEIGHT, HEAR_AGAIN = 0.2, 3  # a clip is augmented and encoded anew every third epoch
+
+
+def read(context, made):
+    """The backbone learns to read semantic tokens; the tokens learn to name their clip."""
+    model, batch, memory = context.model, made["batch"], context.memory
+    if "mel" in batch:
+        new = [i for i, is_new in enumerate(batch["is_new"]) if is_new]
+        if memory and next(iter(memory))[1] != made["epoch"] // HEAR_AGAIN:
+            keep = {k: memory[k] for k in batch["keys"] if k in memory}
+            memory.clear()
+            memory |= keep
+        with context.autocast():
+            final = model.encode(batch["mel"])[1]
+        for i, f in zip(new, final):
+            memory[batch["keys"][i]] = f[: max(int(batch["n_frames"][i]), 4)].to(torch.float16)
+    found = [memory[k].float() for k in batch["keys"]]
+    final = nn.utils.rnn.pad_sequence(found, batch_first=True)
+    batch["n_frames"] = torch.tensor([len(f) for f in found], device=final.device)
+    with context.autocast():
+        audio, is_audio = model.adapt(None, final, batch["n_frames"], 1)
+        losses = question_loss(model, batch, audio, is_audio, context.noise(made), context.row.least_t)
+        tokens, is_token = (x[:, model.config.n_soft_prompts :] for x in (audio, is_audio))
+        tokens = F.layer_norm(tokens.float(), tokens.shape[-1:]) * is_token[:, :, None]
+        pooled = tokens.sum(1) / is_token.sum(1, keepdim=True)  # (B, D)
+        naming = context.heads.name(context.heads.on_tokens, pooled, batch["facts"], list(range(len(found))), len(found))
+    (losses + NAMING_WEIGHT * naming).sum().backward()
+    return losses.detach()
+
+
+LOSSES = {"sft": sft, "vrpo": vrpo, "ear": ear, "read": read}
 
 
 @torch.no_grad()
-def match_loudness(model):
-    """Turns the untrained adapters down to the loudness of the backbone's words (rms of its embeddings).
+def centre(model, examples, maker, n=64):
+    """Starts the adapters where the backbone can hear them: outputs that differ between clips, as loud as its words.
 
-    As initialised they are forty times louder.
+    As initialised they are forty times louder than the embeddings, and four fifths of that is the
+    same for every clip: their mean is taken away, the rest scaled to the embeddings' rms.
     """
-    rms = model.backbone.wte.weight.pow(2).mean().sqrt()
-    model.semantic.norm.weight.fill_(rms)
-    for p in (model.acoustic.proj.weight, model.acoustic.proj.bias):
-        p.mul_(rms * 3**0.5)  # default init on a normalised input: 1/sqrt(3)
-    return model
+    wanted = model.backbone.wte.weight.pow(2).mean().sqrt()
+    device = wanted.device
+    made = maker([e for e in examples if is_single(e)][:n], 0)["batch"]
+    n_frames = made["n_frames"].to(device)
+    taps, final = model.encode(made["mel"].to(device))
+    out, is_audio = model.semantic(final, n_frames)
+    out = out[is_audio]
+    gain = wanted / (out - out.mean(0)).pow(2).mean().sqrt()
+    model.semantic.norm.weight.mul_(gain)
+    model.semantic.norm.bias.copy_((model.semantic.norm.bias - out.mean(0)) * gain)
+    out = model.acoustic(taps).flatten(0, 1)
+    gain = wanted / (out - out.mean(0)).pow(2).mean().sqrt()
+    model.acoustic.proj.weight.mul_(gain)
+    model.acoustic.proj.bias.copy_((model.acoustic.proj.bias - out.mean(0)) * gain)
+
+
+# ---------------------------------------------------------------------------------------------
+# checkpoints of a running stage
+
+
+KEEP = 2
+
+
+def write_state(state, out, part, step):
+    """Writes out/state-PART-STEP.pt under a temporary name, syncs it, renames it, drops all but the last KEEP.
+
+    Whatever moment the process dies at, a whole checkpoint is there.  Raises UserError when the disk
+    is full; the older checkpoints stay.
+    """
+    path = os.path.join(out, f"state-{part}-{step:07}.pt")
+    temporary = path + ".tmp"
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        folder = os.open(out, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name itself
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as e:  # torch.save reports a failed write as RuntimeError
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise UserError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or str(e).splitlines()[0]}); older checkpoints are kept") from None
+    for old in list_states(out)[:-KEEP]:
+        os.remove(old)
+
+
+def list_states(out):
+    """Checkpoints in `out`, oldest first."""
+    names = [n for n in os.listdir(out) if re.fullmatch(r"state-\d+-\d{7}\.pt", n)] if os.path.isdir(out) else []
+    return [os.path.join(out, n) for n in sorted(names)]
+
+
+def read_state(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise UserError(f"{path}: not a checkpoint of a running stage ({str(e).splitlines()[0]})") from None
+
+
+class Asked:
+    """Remembers SIGTERM and Ctrl-C until the step is done; a second Ctrl-C is not waited for."""
+
+    def __enter__(self):
+        self.to_stop = False
+        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def note(self, number, _):
+        if self.to_stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.to_stop = True
+
+    def __exit__(self, *error):
+        for n, handler in self.before.items():
+            signal.signal(n, handler)
+
+
+# ---------------------------------------------------------------------------------------------
+# held-out loss
+
+
+HELD_OUT_T = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+@torch.no_grad()
+def held_out_loss(context, maker, examples, world, tokens):
+    """Cross-entropy per masked token at fixed t, masks fixed by the example: a curve without sampling noise.
+
+    Examples are shared out over the ranks.  Returns the mean over HELD_OUT_T and a list, one per t.
+    """
+    model, c = context.model, context.model.config
+    was_training = model.training
+    model.eval()
+    sums = [0.0] * (2 * len(HELD_OUT_T))
+    costs = {i: cost_of(e, c) for i, e in enumerate(examples)}
+    for ids in split(range(world.rank, len(examples), world.size), costs, tokens):
+        made = maker([examples[i] for i in ids], 0)
+        if made["batch"] is None:
+            continue
+        batch = to_device(made["batch"], world.device)
+        side = side_of(batch)
+        with context.autocast():
+            audio, is_audio = model.adapt(*model.encode(batch["mel"]), batch["n_frames"], max(1, min(context.stage or 1, 4)))
+            for k, t in enumerate(HELD_OUT_T):
+                noise = [generator_for(k, 0, i, stream=1) for i in made["ids"]]
+                noisy, is_masked = corrupt(side["ids"], side["is_answer"], c.mask_id, torch.full((len(noise),), t), generator=noise)
+                sums[2 * k] += masked_nll(reader(model, side, audio, is_audio), side["ids"], noisy, is_masked).sum().item()
+                sums[2 * k + 1] += is_masked.sum().item()
+    model.train(was_training)
+    sums = world.add(sums)
+    per_t = [a / max(1, n) for a, n in zip(sums[::2], sums[1::2])]
+    return sum(per_t) / len(per_t), per_t
 
 
 # ---------------------------------------------------------------------------------------------
 # the loop
 
 
-def train(model, tokenizer, examples, stage, row, out, seed=0, steps=None, save_every=250):
-    """Runs one stage and leaves `out` as a checkpoint folder.  Returns the list of losses."""
-    config, device = model.config, next(model.parameters()).device
-    steps = steps or row.steps or math.ceil(row.epochs * len(examples) / row.batch)
+@dataclass(frozen=True)
+class Options:
+    """Settings of a run that are not the stage's."""
+
+    seed: int = 42
+    steps: int | None = None  # ends the schedule here
+    stop_after: int | None = None  # saves and leaves after so many steps, the schedule unchanged
+    tokens: int = 8192  # positions in a micro-batch
+    workers: int = 0
+    save_every: int = 250
+    held_out_every: int = 100
+    precision: str = "bf16"
+    recompute: bool = False
+    compile: bool = False
+    dropout: bool = True
+    skip_limit: float = 0.01
+    tensorboard: bool = False
+
+
+MAX_BAD_STEPS = 10
+
+
+class Log:
+    """out/log.jsonl, a line a step, cut back to `step` when a run is resumed; TensorBoard beside it if wanted."""
+
+    def __init__(self, out, part, step, tensorboard):
+        path, lines = os.path.join(out, "log.jsonl"), []
+        if os.path.exists(path) and (part or step):
+            with open(path, encoding="utf-8") as f:
+                lines = [line for line in f if line.endswith("\n") and ((e := json.loads(line))["part"], e["step"]) <= (part, step)]
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            f.writelines(lines)
+        os.replace(path + ".tmp", path)
+        self.file = open(path, "a", encoding="utf-8")
+        self.board = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard: pip install tensorboard") from None
+            self.board = SummaryWriter(out)
+
+    def write(self, **entry):
+        self.file.write(json.dumps(entry) + "\n")
+        self.file.flush()
+        if self.board:
+            for name, value in entry.items():
+                if isinstance(value, (int, float)) and name not in ("step", "part"):
+                    self.board.add_scalar(f"part {entry['part']}/{name}", value, entry["step"])
+
+    def close(self):
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+
+def record_skipped(out, skipped, seen):
+    """Appends what was not seen before to out/skipped.jsonl.  Returns how many different examples there are."""
+    with open(os.path.join(out, "skipped.jsonl"), "a", encoding="utf-8") as f:
+        for s in skipped:
+            if s["id"] not in seen:
+                seen.add(s["id"])
+                f.write(json.dumps(s) + "\n")
+    return len(seen)
+
+
+def train(world, model, tokenizer, examples, stage, row, out, options=Options(), part=0, state=None, heads=None, held_out=()):
+    """Runs one part of a stage.  Returns True when it is finished, False when it was asked to stop and has saved.
+
+    state: what write_state wrote, to go on from.  heads: (Packer, Heads) of stage 0.
+    """
+    config, device, o = model.config, world.device, options
+    row_steps = row.steps or math.ceil(row.epochs * math.ceil(len(examples) / row.batch))
+    steps = o.steps or row_steps
     chosen = trainable(model, row.trains)
-    heads = Pretraining(examples, config).to(device) if stage < 0.6 else None
-    if heads is not None:
+    packer, heads = heads or (None, None)
+    if heads is not None and row.loss in ("ear", "read"):
+        heads.to(device)
         chosen |= {f"heads.{n}": p for n, p in heads.named_parameters()}
     # no decay on vectors: norms, biases, gains
     groups = [
         {"params": [p for p in chosen.values() if p.dim() > 1], "weight_decay": row.weight_decay},
         {"params": [p for p in chosen.values() if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=row.lr, betas=(0.9, 0.98))
-    rng = random.Random(seed)
-    lengths = [len(e.question) + len(e.answer) + len(e.transcript or "") for e in examples]
-    stream = example_stream(examples, row.batch, lengths, seed)
-    losses, smooth = [], defaultdict(float)
-    model.train()
-    with tqdm(total=steps, desc=f"stage {stage}", unit=" steps", mininterval=1) as progress:
-        for step in range(steps):
-            epoch, chosen_examples = next(stream)
-            generators = [generator_for(seed, epoch, e.id) for e in chosen_examples]
+    optimizer = torch.optim.AdamW(groups, lr=row.lr, betas=(0.9, row.beta2), fused=True)
+    reference = tuple(p.detach().clone() for p in chosen.values()) if row.loss == "vrpo" else ()
+    step, seen, bad_steps, hours = 0, set(), 0, 0.0
+    torch.manual_seed(o.seed + world.rank)  # dropout: all other randomness has generators of its own
+    if state is not None:
+        step, hours = state["step"], state["hours"]
+        for name, p in chosen.items():
+            p.data.copy_(state["trained"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        reference = tuple(r.to(device) for r in state["reference"])
+        if world.size == len(state["random"]):
+            torch.set_rng_state(state["random"][world.rank])
+            if device.type == "cuda" and state["random_cuda"]:
+                torch.cuda.set_rng_state(state["random_cuda"][world.rank], device)
+        seen = set(state["skipped"])
+    recomputed = contextlib.ExitStack()
+    if o.recompute:
+        for block in model.backbone.blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            recomputed.callback(delattr, block, "forward")
+    if o.compile:
+        for block in model.backbone.blocks:
+            block.compile()
+    autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=o.precision == "bf16")
+    memory = {} if row.loss == "read" else None
+    context = Context(model, stage, o.seed, row, autocast, tuple(chosen.values()), reference, heads, memory)
+    maker = Maker(tokenizer, config, row.loss, o.seed, packer, memory)
+    meeting = DistributedDataParallel(Meeting(chosen.values())) if world.size > 1 else None
+    costs = [cost_of(e, config) for e in examples]
+    stop = steps if o.stop_after is None else min(steps, step + o.stop_after)
+    data = MicroBatches(examples, costs, maker, row, world, o.tokens, o.seed, step, stop)
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=None, num_workers=0 if memory is not None else o.workers, collate_fn=as_is, worker_init_fn=ignore_signals, pin_memory=device.type == "cuda"
+    )
+    log = Log(out, part, step, o.tensorboard) if world.rank == 0 else None
+    model.train(o.dropout and row.loss != "vrpo")
+    mean, started, kept = None, time.perf_counter(), step
+
+    def keep(at):
+        nonlocal kept
+        kept = at
+        random_states = world.gather(torch.get_rng_state())
+        random_cuda = world.gather(torch.cuda.get_rng_state(device)) if device.type == "cuda" else []
+        failed = None
+        if world.rank == 0:
+            try:
+                write_state({
+                    "step": at, "part": part, "stage": stage, "hours": hours, "skipped": sorted(seen), "reference": list(reference),
+                    "trained": {n: p.detach() for n, p in chosen.items()}, "optimizer": optimizer.state_dict(),
+                    "random": random_states, "random_cuda": random_cuda,
+                }, out, part, at)  # fmt: skip
+            except UserError as e:
+                failed = str(e)
+        (failed, *_) = world.gather(failed)  # every rank stops, not rank 0 alone
+        if failed:
+            raise UserError(failed)
+
+    progress = tqdm(total=steps, initial=step, desc=f"stage {stage}" + (f", part {part + 1}" if stage == 0 else ""), unit=" steps", mininterval=1,
+                    disable=world.rank != 0)  # fmt: skip
+    with Asked() as asked, progress, recomputed, contextlib.closing(log) if log else contextlib.nullcontext():
+        lr, losses, made_ids, skipped, seconds = 0.0, [], [], [], 0.0
+        for made in loader:
+            skipped += made["skipped"]
+            if made["batch"] is not None:
+                made["batch"] = to_device(made["batch"], device)
+                losses.append(LOSSES[row.loss](context, made))
+                made_ids += made["ids"]
+                seconds += made["seconds"]
+            if not made["last"]:
+                continue
+            # ---- the end of a step: what every rank has to say, in one reduction
+            loss = torch.cat(losses).double() if losses else torch.zeros(0)
+            is_bad = not bool(loss.isfinite().all())
+            total, n, n_skipped, n_bad, n_asked, heard = world.add(
+                [0.0 if is_bad else float(loss.sum()), len(loss), len(skipped), is_bad, asked.to_stop, seconds]
+            )
+            if n_skipped:
+                all_skipped = [s for some in world.gather(skipped) for s in some]
+                count = record_skipped(out, all_skipped, seen) if world.rank == 0 else None
+                (count, *_) = world.gather(count)
+                if count > o.skip_limit * max(len(examples), 1 / o.skip_limit):
+                    raise UserError(f"{count} of {len(examples)} examples cannot be used, more than {o.skip_limit:.0%}: see {out}/skipped.jsonl")
             lr = learning_rate(step, row, steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            with torch.autocast(device.type, dtype=torch.bfloat16):
-                if stage == 0.3:
-                    parts = {"naming": naming_loss(model, heads, rng, generators)}
-                elif stage == 0:
-                    ctc, label = heads(model.encoder, [heads.pack(rng, g) for g in generators])
-                    parts = {"ctc": CTC_WEIGHT * ctc, "label": label}
-                else:
-                    batch = make_batch(chosen_examples, tokenizer, config, generators)
-                    batch = {k: v.to(device) for k, v in batch.items()}
-                    # stage 0.6 meets both ways of showing the backbone a clip, and hides at least half of
-                    # the answer: what a few tokens of it give away need not be heard
-                    layout, least_t = ((1 if step % 4 == 0 else 2), 0.5) if stage == 0.6 else (stage, 0.0)
-                    parts = {"loss": question_loss(model, batch, generators, layout, least_t).mean()}
-            loss = sum(parts.values())
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            for p in chosen.values():  # a rank without examples, a head without a label: zeros meet too
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+            if meeting is not None:
+                meeting().backward()
+            for p in chosen.values():
+                p.grad.mul_(world.size / max(n, 1))
             norm = nn.utils.clip_grad_norm_(chosen.values(), 1.0)
-            optimizer.step()
-            losses.append(loss.item())
-            for name, value in parts.items():
-                smooth[name] += (value.item() - smooth[name]) * max(0.01, 1 / (step + 1))
-            shown = {name: f"{value:.3f}" for name, value in smooth.items()}
-            progress.set_postfix(shown | {"lr": f"{lr:.1e}", "norm": f"{norm:.2f}"}, refresh=False)
-            progress.update()
-            if (step + 1) % save_every == 0 or step + 1 == steps:
-                model.stage = int(stage)
-                if stage == 0 and step + 1 == steps:
-                    match_loudness(model)
-                save(model, tokenizer, out, dtype=torch.float32)
-    return losses
+            if n and not n_bad and norm.isfinite():
+                optimizer.step()
+                bad_steps = 0
+                mean = total / n if mean is None else mean + (total / n - mean) * max(0.02, 1 / (step + 1))
+            elif n:
+                bad_steps += 1
+                ids = [i for some in world.gather(made_ids) for i in some]
+                if bad_steps >= MAX_BAD_STEPS:
+                    places = [examples[i].where or str(i) for i in sorted(ids)[:20]]
+                    raise UserError(f"loss or gradient not finite {MAX_BAD_STEPS} steps in a row; the last step's examples: {', '.join(places)}")
+            optimizer.zero_grad(set_to_none=True)
+            step, hours = step + 1, hours + heard / 3600
+            if log is not None:
+                log.write(part=part, step=step, loss=total / n if n and not n_bad else None, lr=lr, norm=norm.item() if norm.isfinite() else None, n=int(n), hours=hours,
+                          bad=int(bad_steps > 0), skipped=len(seen), seconds=time.perf_counter() - started)  # fmt: skip
+                shown = {"loss": f"{mean:.3f}" if mean is not None else "-", "lr": f"{lr:.1e}", "norm": f"{norm:.2f}", "audio": f"{hours:.2f}h"}
+                shown |= {"skipped": len(seen)} if seen else {}
+                progress.set_postfix(shown | {"ex/s": f"{row.batch * progress.format_dict['rate']:.0f}"} if progress.format_dict["rate"] else shown, refresh=False)
+                progress.update()
+            if len(held_out) and row.loss in ("sft", "read") and (step % o.held_out_every == 0 or step == steps):
+                quiet = Maker(tokenizer, config, "sft", 0, augmented=False)
+                value, per_t = held_out_loss(context, quiet, held_out, world, o.tokens)
+                if log is not None:
+                    log.write(part=part, step=step, held_out=value, held_out_t=dict(zip(map(str, HELD_OUT_T), per_t)))
+            if step % o.save_every == 0 and step < steps:
+                keep(step)
+            if n_asked:
+                break
+            losses, made_ids, skipped, seconds = [], [], [], 0.0
+    if step < steps:
+        if kept != step:
+            keep(step)
+        return False
+    return True
+
+
+def finish(world, model, tokenizer, out, stage, part, parts):
+    """The trained model as out/model.safetensors; then a mark that says that this part is done."""
+    failed = None
+    if world.rank == 0:
+        try:
+            model.stage = stage
+            save(model, tokenizer, out, dtype=torch.float32)
+            write_state({"step": 0, "part": part + 1}, out, part + 1, 0)
+            for path in list_states(out)[:-1]:
+                os.remove(path)
+        except UserError as e:
+            failed = str(e)
+    (failed, *_) = world.gather(failed)
+    if failed:
+        raise UserError(failed)
+
+
+# ---------------------------------------------------------------------------------------------
+# the command line
+
+
+def plot(folders, path="curves.png"):
+    """Draws the logged loss, smoothed, and the held-out loss of one or several runs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for folder in folders:
+        log = os.path.join(folder, "log.jsonl")
+        if not os.path.exists(log):
+            raise UserError(f"{folder}: no log.jsonl; train.py writes one there")
+        with open(log, encoding="utf-8") as f:
+            lines = [json.loads(line) for line in f]
+        for part in sorted({e["part"] for e in lines}):
+            name = folder + (f", part {part + 1}" if part or any(e["part"] for e in lines) else "")
+            for axis, key, decay in ((axes[0], "loss", 0.95), (axes[1], "held_out", 0.0)):
+                points = [(e["step"], e[key]) for e in lines if e["part"] == part and e.get(key) is not None]
+                smooth, curve = None, []
+                for _, y in points:
+                    smooth = y if smooth is None else decay * smooth + (1 - decay) * y
+                    curve.append(smooth)
+                if points:
+                    axis.plot([x for x, _ in points], curve, label=name)
+    for axis, title in zip(axes, ("training loss, smoothed", "held-out loss, mean over fixed t")):
+        axis.set(title=title, xlabel="step")
+        if axis.lines:
+            axis.legend(fontsize=7)
+    temporary = path + ".tmp"
+    try:
+        fig.savefig(temporary, format="png", dpi=120)
+        os.replace(temporary, path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror})") from None
+    plt.close(fig)
+    print(f"{path}: written")
+
+
+def start_from(args, stage, name, device):
+    """The model a stage begins with, and its tokenizer."""
+    if stage == 0:
+        tokenizer = load_tokenizer(os.path.dirname(args.data) or ".")
+        return build(PRESETS[name].with_tokenizer(tokenizer), device, seed=args.seed), tokenizer
+    if stage == 1 and name in RELEASES and not args.init:
+        # nothing of ours comes before: LLaDA and Whisper as released, fresh adapters
+        llada, whisper, _ = fetch(name, None, args.llada, args.whisper, "")
+        model, tokenizer = assemble(PRESETS[name], llada, whisper, None, device, torch.bfloat16, 1, name)
+        c = PRESETS[name]
+        torch.manual_seed(args.seed)
+        model.semantic = SemanticAdapter(c.audio_width, c.width).to(device)
+        model.acoustic = AcousticAdapter(c.audio_width, c.width, len(c.taps), c.audio_heads, c.qformer_ffn, c.n_queries).to(device)
+        model.soft_prompts = nn.Parameter(torch.randn(c.n_soft_prompts, c.width, device=device) * 0.02)
+        return model, tokenizer
+    init = args.init or f"out/{name}/stage{stage - 1}"
+    if not os.path.exists(os.path.join(init, "model.safetensors")):
+        raise UserError(f"{init}: no checkpoint to start from; `python train.py --stage {stage - 1} --model {name}` makes it")
+    return load(init, device, None if name in RELEASES else torch.float32)
+
+
+def run(args):
+    """Trains one stage; 0 when it is done or was asked to stop and has saved."""
+    stage, name = args.stage, args.model
+    if stage not in STAGES.get(name, {}):
+        raise UserError(f"there is no stage {stage} for {name}; there are {sorted(STAGES.get(name, {}))}")
+    args.data = args.data or f"data/stage{stage}.jsonl"
+    out = args.out or f"out/{name}/stage{stage}"
+    if not os.path.exists(args.data):
+        raise UserError(f"{args.data}: no such manifest; `python prepare.py tour --audio DIR --out data` makes it")
+    states = list_states(out)
+    if args.restart:
+        for path in states:
+            os.remove(path)
+        states = []
+    if states and not args.resume:
+        raise UserError(f"{out}: holds a run already; --resume goes on with it, --restart begins anew, --out writes elsewhere")
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{out}: cannot be written ({e.strerror})") from None
+    options = Options(
+        args.seed, args.max_steps, args.stop_after, args.tokens, args.workers, args.save_every, args.held_out_every, args.precision,
+        args.recompute, args.compile, not args.no_dropout, args.skip_limit, args.tensorboard,
+    )  # fmt: skip
+    with join_world(args.device) as world:
+        state = read_state(states[-1]) if states else None
+        parts, first = STAGES[name][stage], state["part"] if state else 0
+        if first == len(parts):
+            if world.rank == 0:
+                print(f"{out}: finished already")
+            return 0
+        model, tokenizer = load(out, world.device, torch.float32) if first else start_from(args, stage, name, world.device)
+        torch.manual_seed(args.seed)
+        if any("lora" in row.trains for row in parts) and not any("lora_" in n for n, _ in model.named_parameters()):
+            model.add_lora()
+        # clips are looked for when they are read: a missing one is skipped and told of, not the end of the run
+        examples = read_manifest(args.data, stage, check=False)
+        held_out_path = args.held_out or os.path.join(os.path.dirname(args.data), "held_out.jsonl")
+        held_out = read_manifest(held_out_path, None, check=False) if args.held_out or os.path.exists(held_out_path) else []
+        heads = None
+        if stage == 0:
+            if not any("words" in e.facts for e in examples):
+                raise UserError(f"{args.data}: stage 0 needs lines with facts, words among them")
+            packer = Packer(examples, model.config)
+            heads = packer, Heads(packer, model.config)
+        for part in range(first, len(parts)):
+            row = parts[part]
+            if row.loss == "read" and parts[part - 1].loss == "ear" and not (state and state["step"]):
+                centre(model, examples, Maker(tokenizer, model.config, "sft", args.seed, augmented=False))
+            chosen = [e for e in examples if not row.simple or (is_single(e) and len(e.answer) < 25)]
+            chosen = [e if e.id == i else dataclasses.replace(e, id=i) for i, e in enumerate(chosen)]
+            resumed = state if state and state["part"] == part and state["step"] else None
+            if not train(world, model, tokenizer, chosen, stage, row, out, options, part, resumed, heads, held_out):
+                if world.rank == 0:
+                    print(f"{out}: stopped and saved; --resume goes on")
+                return 0
+            finish(world, model, tokenizer, out, stage, part, parts)
+        if world.rank == 0:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            print(f"{out}: written; peak memory {peak:.0f} MiB")
+    return 0
 
 
 def main(argv=None):
     parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", type=int, required=True, choices=range(5))
+    parser.add_argument("--stage", type=int, choices=range(5))
     parser.add_argument("--model", default="diffa2", choices=sorted(PRESETS))
     parser.add_argument("--data", help="manifest (default: data/stageN.jsonl)")
-    parser.add_argument("--init", help="checkpoint to start from (default: out/MODEL/stage(N-1)); with stage 0: its first part, already trained")
+    parser.add_argument("--held-out", help="manifest of held-out examples (default: held_out.jsonl beside --data, if there)")
+    parser.add_argument("--init", help="checkpoint to start from (default: out/MODEL/stage(N-1))")
     parser.add_argument("--out", help="folder to write (default: out/MODEL/stageN)")
-    parser.add_argument("--max-steps", type=int)
+    parser.add_argument("--llada", help="diffa1, diffa2, stage 1: folder of LLaDA-8B-Instruct, instead of the hub's")
+    parser.add_argument("--whisper", help="diffa1, diffa2, stage 1: the encoder's file, instead of the hub's")
+    parser.add_argument("--resume", action="store_true", help="go on with the run that --out holds")
+    parser.add_argument("--restart", action="store_true", help="begin anew over the run that --out holds")
+    parser.add_argument("--max-steps", type=int, help="end each part of the stage, and its schedule, here")
+    parser.add_argument("--stop-after", type=int, help="save and leave after so many steps (the schedule stays)")
+    parser.add_argument("--tokens", type=int, default=8192, help="positions in a micro-batch (default 8192)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read clips, for each GPU")
+    parser.add_argument("--save-every", type=int, default=250, metavar="STEPS")
+    parser.add_argument("--held-out-every", type=int, default=100, metavar="STEPS")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the computation; trained weights are fp32")
+    parser.add_argument("--recompute", action="store_true", help="activation checkpointing: less memory, a third more time")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the backbone's blocks")
+    parser.add_argument("--no-dropout", action="store_true")
+    parser.add_argument("--skip-limit", type=float, default=0.01, help="stop when more than this share cannot be used (default 0.01)")
+    parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard's files beside log.jsonl")
+    parser.add_argument("--plot", nargs="+", metavar="OUT", help="draw the logged curves of these folders to curves.png")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--device")
     try:
         args = parser.parse_args(argv)
-        run(args)
+        for flag in ("max_steps", "stop_after", "tokens", "save_every", "held_out_every"):
+            if getattr(args, flag) is not None and getattr(args, flag) < 1:
+                raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 1")
+        if args.plot:
+            plot(args.plot)
+            return 0
+        if args.stage is None:
+            raise UserError("give a stage: python train.py --stage 1 --model tiny")
+        return run(args)
     except UserError as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
-
-
-def run(args):
-    stage, name = args.stage, args.model
-    if stage not in STAGES.get(name, {}):
-        raise UserError(f"there is no stage {stage} for {name}; there are {sorted(STAGES.get(name, {}))}")
-    data = args.data or f"data/stage{stage}.jsonl"
-    out = args.out or f"out/{name}/stage{stage}"
-    if not os.path.exists(data):
-        raise UserError(f"{data}: no such manifest; `python prepare.py tour --audio DIR --out data` makes it")
-    device = pick_device(args.device)
-    row = STAGES[name][stage]
-    if stage == 0 and not args.init:
-        tokenizer = load_tokenizer(os.path.dirname(data) or ".")
-        model = build(PRESETS[name].with_tokenizer(tokenizer), device, seed=args.seed)
-    else:
-        init = args.init or f"out/{name}/stage{stage - 1}"
-        if not os.path.exists(os.path.join(init, "model.safetensors")):
-            raise UserError(f"{init}: no checkpoint to start from; `python train.py --stage {stage - 1} --model {name}` makes it")
-        model, tokenizer = load(init, device, torch.float32)
-        torch.manual_seed(args.seed)
-        if "lora" in row.trains and not any("lora_" in n for n, _ in model.named_parameters()):
-            model.add_lora()
-    examples = read_manifest(data, stage)
-    if stage == 0 and not any(e.transcript for e in examples):
-        raise UserError(f"{data}: stage 0 needs lines with a transcript")
-    if not (stage == 0 and args.init):
-        train(model, tokenizer, examples, stage, row, out, args.seed, args.max_steps)
-    for part in (0.3, 0.6) if stage == 0 else ():
-        train(model, tokenizer, examples, part, STAGES[name][part], out, args.seed, args.max_steps)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{out}: written; peak memory {peak:.0f} MiB")
 
 
 if __name__ == "__main__":
