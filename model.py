@@ -500,12 +500,13 @@ PATTERNS = {  # files of each repository that are needed; stage 1 of DIFFA-2 has
 }
 
 
-def fetch(name, stage=None, llada=None, whisper=None, diffa=None):
+def fetch(name, stage=None, llada=None, whisper=None, diffa=None, adapters=True):
     """Paths of LLaDA's folder, Whisper's file and DIFFA's file: those given, else from the hub's cache or the hub.
 
+    adapters=False: LLaDA and Whisper alone, for training from the start; the third path is None.
     Says what it will download and what the model needs before it starts.
     """
-    release, given, found = RELEASES[name], {"llada": llada, "whisper": whisper, "diffa": diffa}, {}
+    release, given, found = RELEASES[name], {"llada": llada, "whisper": whisper} | ({"diffa": diffa} if adapters else {}), {}
     if stage == 1 and name == "diffa1":
         raise UserError("DIFFA-1 was released after its last stage only")
     patterns = PATTERNS | ({"diffa": ["stage1/pytorch_model.bin"]} if stage == 1 else {})
@@ -530,10 +531,10 @@ def fetch(name, stage=None, llada=None, whisper=None, diffa=None):
         except Exception as e:  # the hub's errors, the network's, the disk's: all of them end here
             why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
             raise UserError(f"{release[part][0]} cannot be downloaded ({why}); give --{part} instead") from None
-    for part in ("whisper", "diffa"):
-        if os.path.isdir(found[part]):
+    for part in given:
+        if part != "llada" and os.path.isdir(found[part]):
             found[part] = os.path.join(found[part], patterns[part][0])
-    return found["llada"], found["whisper"], found["diffa"]
+    return found["llada"], found["whisper"], found.get("diffa")
 
 
 def assemble(config, llada, whisper, diffa, device, dtype, stage, name=None):

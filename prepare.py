@@ -12,6 +12,7 @@ The same seed writes the same bytes.
 
 import argparse
 import difflib
+import functools
 import glob
 import json
 import os
@@ -233,13 +234,13 @@ def derived(facts):
     facts = dict(facts)
     words = facts.get("words", "").split()
     facts["layer"] = "speech" if words or "speaker" in facts else "a sound"
+    if len(words) == 1:
+        facts["word"] = words[0]
     if words and all(w in DIGITS for w in words):
         if len(words) > 1:
             facts |= {"first": words[0], "last": words[-1], "count": DIGITS[len(words)] if len(words) < 10 else str(len(words))}
         else:
             facts["digit"] = words[0]
-    elif len(words) == 1:
-        facts["word"] = words[0]
     heard = facts.get("words") or facts.get("sound") or facts.get("instrument")
     if heard:
         facts["any"] = heard
@@ -259,17 +260,48 @@ def askable(clip, tasks=None):
 
 
 def draw_question(clip, rng, tasks=None, sentences=0.12):
-    """A question that the clip allows, worded at random -> task, question, answer; None if there is none."""
+    """A question that the clip allows, worded at random; None if there is none.
+
+    Returns task, question, fact and a function that words any fact of its kind as the answer.
+    """
     allowed = askable(clip, tasks)
     if not allowed:
         return None
     task, fact = rng.choices(allowed, [SELDOM.get(t, 1) for t, _ in allowed])[0]
-    question, answer = rng.choice(TASKS[task].questions), capital(fact) + "."
+    question, long = rng.choice(TASKS[task].questions), TASKS[task].long
     if task == "asr":
-        answer = fact
-    elif TASKS[task].long and rng.random() < sentences:
-        question, answer = question + rng.choice(IN_A_SENTENCE), rng.choice(TASKS[task].long).format(fact)
-    return task, question, answer
+        return task, question, fact, str
+    if long and rng.random() < sentences:
+        return task, question + rng.choice(IN_A_SENTENCE), fact, rng.choice(long).format
+    return task, question, fact, lambda other: capital(other) + "."
+
+
+def question_line(clip, rng, out, tasks=None, sentences=0.12):
+    """A manifest line that asks about the clip; None if none of `tasks` can."""
+    drawn = draw_question(clip, rng, tasks, sentences)
+    if drawn is None:
+        return None
+    task, question, fact, word = drawn
+    return line_of(clip, task, question, word(fact), out)
+
+
+def preference_line(clip, rng, out, pools):
+    """A stage-4 line: the right answer, and the same answer with one fact wrong that is easily confused with it."""
+    drawn = draw_question(clip, rng, [t for t in TASKS if t in pools or t in ("asr", "any")], sentences=0.4)
+    if drawn is None:
+        return None
+    task, question, fact, word = drawn
+    words = fact.split()
+    if task in ("asr", "any") and "words" in clip.facts:  # one word of them
+        i = rng.randrange(len(words))
+        words[i] = distractors(words[i], DIGITS if words[i] in DIGITS else pools["word"], 1, rng)[0]
+        wrong = " ".join(words)
+    else:
+        pool = pools["sound" if task == "any" and "sound" in clip.facts else "instrument" if task == "any" else task]
+        wrong = (distractors(fact, pool, 1, rng) or [None])[0]
+    if wrong is None:
+        return None
+    return line_of(clip, task, question, word(fact), out) | {"rejected_response": word(wrong)}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -334,11 +366,17 @@ def choice_line(clip, rng, out, pools):
 
 def ask(clips, rng, out, tasks=None, repeat=1):
     """`repeat` manifest lines for each clip, their tasks drawn from those in `tasks` that the clip allows."""
-    for clip in clips:
-        for _ in range(repeat):
-            drawn = draw_question(clip, rng, tasks)
-            if drawn:
-                yield line_of(clip, *drawn, out)
+    return [line for clip in clips for _ in range(repeat) if (line := question_line(clip, rng, out, tasks))]
+
+
+@functools.lru_cache(maxsize=100_000)
+def seconds_of(path):
+    """Length by the file's header; None where there is none that can be read (check tells of it)."""
+    try:
+        info = soundfile.info(path)
+        return round(info.frames / info.samplerate, 4)
+    except (soundfile.LibsndfileError, OSError):
+        return None
 
 
 def line_of(clip, task, question, answer, out):
@@ -346,6 +384,7 @@ def line_of(clip, task, question, answer, out):
     line = {
         "messages": [{"role": "user", "content": "<audio>" + question}, {"role": "assistant", "content": answer}],
         "audios": [os.path.relpath(clip.path, os.path.dirname(os.path.abspath(out)))],
+        "duration": seconds_of(clip.path),
         "dataset": clip.dataset,
         "task": task,
         "facts": clip.facts,
@@ -498,14 +537,14 @@ BALANCE = {  # fact -> lines a manifest of 24,000 asks about it: every value of 
 }  # fmt: skip
 
 
-def tour(audio, out, seed=0, n_strings=4000, scale=1.0):
+def tour(audio, out, seed=0, n_strings=4000):
     """All manifests of the small model from a folder that holds the corpora of TOUR, or some of them.
 
     Stage 0 and 1 read what is said and heard, stages 2 and 3 ask about it, stage 3 by multiple choice
     too; test.jsonl holds the test split, a question a clip.  Test clips appear in no other manifest,
     string or mixture.
     """
-    rng = random.Random(seed)
+    rng, scale = random.Random(seed), n_strings / 4000
     have = [name for name in TOUR if os.path.isdir(os.path.join(audio, name))]
     if not have:
         raise UserError(f"{audio}: holds none of the folders {', '.join(TOUR)}")
@@ -513,20 +552,20 @@ def tour(audio, out, seed=0, n_strings=4000, scale=1.0):
     folder, here = os.path.join(out, "clips"), os.path.join(out, "manifest")  # audio paths are relative to the manifests' folder
     pools, test = {}, []
     words = sorted({c.facts["words"] for c in clips if "words" in c.facts and " " not in c.facts["words"]})
-    with tqdm(total=n_strings * 2 + 500, desc="composing", unit=" clips") as progress:
+    with tqdm(total=int(n_strings * 2.125), desc="composing", unit=" clips") as progress:
         for split in ("train", "test"):
             part = [c for c in clips if c.is_test == (split == "test")]
             digits, spoken = [c for c in part if c.dataset == "fsdd"], [c for c in part if c.dataset == "speech_commands"]
             noises = [c for c in part if "sound" in c.facts]
-            voices = espeak(words, 12, rng, f"{folder}/espeak") if split == "train" else []
-            n = n_strings if split == "train" else 200
+            voices = espeak(words, max(1, int(12 * scale)), rng, f"{folder}/espeak") if split == "train" else []
+            n = n_strings if split == "train" else int(200 * scale) + 1
             made = {"digits": [], "words": [], "mixtures": []}
             if digits:
                 made["digits"] = list(strings(digits, n, 5, rng, f"{folder}/{split}_digits", progress))
             if spoken + voices:
-                made["words"] = list(strings(spoken + voices, n // 2 if split == "train" else 100, 3, rng, f"{folder}/{split}_words", progress, 2))
+                made["words"] = list(strings(spoken + voices, n // 2 + 1, 3, rng, f"{folder}/{split}_words", progress, 2))
             if noises and (talk := digits + spoken + [c for c in part if c.dataset in ("ravdess", "librispeech")]):
-                for i, sound in enumerate(draw_balanced(noises, "sound", n // 2 if split == "train" else 200, rng)):
+                for i, sound in enumerate(draw_balanced(noises, "sound", n // 2 + 1 if split == "train" else n, rng)):
                     made["mixtures"].append(mix(rng.choice(talk), sound, rng, f"{folder}/{split}_mixtures/{i:05}.flac"))
                     progress.update()
             pools[split] = (part + voices, made)
@@ -552,9 +591,9 @@ def tour(audio, out, seed=0, n_strings=4000, scale=1.0):
         """A question that turns on the fact the clip was drawn for, half the time; else any it allows."""
         for clip, kind in pairs:
             chosen = [t for t, row in TASKS.items() if row.kind == kind]
-            drawn = draw_question(clip, rng, chosen if tasks is None and rng.random() < 0.5 else tasks)
-            if drawn:
-                yield line_of(clip, *drawn, here)
+            line = question_line(clip, rng, here, chosen if tasks is None and rng.random() < 0.5 else tasks)
+            if line:
+                yield line
 
     everything = [*made["digits"], *made["words"], *made["mixtures"]]
     choices = lambda pairs: filter(None, (choice_line(clip, rng, here, labels) for clip, _ in pairs))
@@ -564,6 +603,7 @@ def tour(audio, out, seed=0, n_strings=4000, scale=1.0):
         1: [*ask(everything, rng, here, ["asr"]), *about(singles(0.4), ["asr"])],
         2: [*ask(everything, rng, here, repeat=2), *about(singles(1))],
         3: [*ask(everything, rng, here), *about(singles(0.6)), *choices(singles(1)), *choices(paired)],
+        4: list(filter(None, (preference_line(clip, rng, here, labels) for clip, _ in [*singles(0.12), *rng.sample(paired, len(paired) // 8)]))),
     }
     for stage, lines in stages.items():
         rng.shuffle(lines)
@@ -571,8 +611,8 @@ def tour(audio, out, seed=0, n_strings=4000, scale=1.0):
     test, held_out = pools["test"]
     one = {"fsdd": ["digit"], "speech_commands": ["word"], "esc10": ["sound"], "ravdess": ["emotion", "sex"], "librispeech": ["sex"],
            "berklee": ["instrument"], "sonicpi": ["instrument"]}  # fmt: skip
-    lines = [line_of(c, *draw_question(c, rng, [task], 0), here) for c in test for task in one[c.dataset] if askable(c, [task])]
-    lines += [line_of(c, *draw_question(c, rng, [task], 0), here) for task, kind in (("asr", "digits"), ("asr", "words"), ("background", "mixtures")) for c in held_out[kind]]
+    lines = [question_line(c, rng, here, [task], 0) for c in test for task in one[c.dataset] if askable(c, [task])]
+    lines += [question_line(c, rng, here, [task], 0) for task, kind in (("asr", "digits"), ("asr", "words"), ("background", "mixtures")) for c in held_out[kind]]
     print(f"{out}/test.jsonl: {write_lines(lines, f'{out}/test.jsonl')} lines")
     tokenizer = train_tokenizer([line for lines in stages.values() for line in lines])
     tokenizer.save(f"{out}/tokenizer.json")
@@ -616,7 +656,7 @@ def main(argv=None):
     p.add_argument("--audio", required=True, help="folder that holds fsdd, speech_commands and esc10")
     p.add_argument("--out", default="data")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--strings", type=int, default=4000, help="composed digit strings; half as many word strings")
+    p.add_argument("--strings", type=int, default=4000, help="composed digit strings; all else in proportion (default 4000)")
     p = commands.add_parser("show", help="examples as the model sees them")
     p.add_argument("manifest")
     p.add_argument("-n", type=int, default=5)

@@ -175,11 +175,14 @@ def join_world(device=None):
     if size == 1:
         yield World(0, 1, device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    ours = not dist.is_initialized()
+    if ours:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), size, device)
     finally:
-        dist.destroy_process_group()
+        if ours:
+            dist.destroy_process_group()
 
 
 class Meeting(nn.Module):
@@ -599,7 +602,7 @@ def centre(model, examples, maker, n=64):
     As initialised they are forty times louder than the embeddings, and four fifths of that is the
     same for every clip: their mean is taken away, the rest scaled to the embeddings' rms.
     """
-    wanted = model.backbone.wte.weight.pow(2).mean().sqrt()
+    wanted = model.eval().backbone.wte.weight.pow(2).mean().sqrt()  # without dropout
     device = wanted.device
     made = maker([e for e in examples if is_single(e)][:n], 0)["batch"]
     n_frames = made["n_frames"].to(device)
@@ -837,8 +840,9 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
     stop = steps if o.stop_after is None else min(steps, step + o.stop_after)
     data = MicroBatches(examples, costs, maker, row, world, o.tokens, o.seed, step, stop)
     loader = torch.utils.data.DataLoader(
-        data, batch_size=None, num_workers=0 if memory is not None else o.workers, collate_fn=as_is, worker_init_fn=ignore_signals, pin_memory=device.type == "cuda"
-    )
+        data, batch_size=None, num_workers=0 if memory is not None else o.workers, collate_fn=as_is, worker_init_fn=ignore_signals,
+        pin_memory=device.type == "cuda", generator=torch.Generator(),  # its own: a loader must not shift dropout's numbers
+    )  # fmt: skip
     log = Log(out, part, step, o.tensorboard) if world.rank == 0 else None
     model.train(o.dropout and row.loss != "vrpo")
     mean, started, kept = None, time.perf_counter(), step
@@ -957,26 +961,26 @@ def finish(world, model, tokenizer, out, stage, part, parts):
 
 def plot(folders, path="curves.png"):
     """Draws the logged loss, smoothed, and the held-out loss of one or several runs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    runs = {}
     for folder in folders:
         log = os.path.join(folder, "log.jsonl")
         if not os.path.exists(log):
             raise UserError(f"{folder}: no log.jsonl; train.py writes one there")
         with open(log, encoding="utf-8") as f:
-            lines = [json.loads(line) for line in f]
-        for part in sorted({e["part"] for e in lines}):
-            name = folder + (f", part {part + 1}" if part or any(e["part"] for e in lines) else "")
+            runs[folder] = [json.loads(line) for line in f]
+    import matplotlib  # a second to import, and nobody else uses it
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for folder, entries in runs.items():
+        for part in sorted({e["part"] for e in entries}):
+            name = folder + (f", part {part + 1}" if any(e["part"] for e in entries) else "")
             for axis, key, decay in ((axes[0], "loss", 0.95), (axes[1], "held_out", 0.0)):
-                points = [(e["step"], e[key]) for e in lines if e["part"] == part and e.get(key) is not None]
-                smooth, curve = None, []
+                points, curve = [(e["step"], e[key]) for e in entries if e["part"] == part and e.get(key) is not None], []
                 for _, y in points:
-                    smooth = y if smooth is None else decay * smooth + (1 - decay) * y
-                    curve.append(smooth)
+                    curve.append(decay * curve[-1] + (1 - decay) * y if curve else y)
                 if points:
                     axis.plot([x for x, _ in points], curve, label=name)
     for axis, title in zip(axes, ("training loss, smoothed", "held-out loss, mean over fixed t")):
@@ -1000,7 +1004,7 @@ def start_from(args, stage, name, device):
         return build(PRESETS[name].with_tokenizer(tokenizer), device, seed=args.seed), tokenizer
     if stage == 1 and name in RELEASES and not args.init:
         # nothing of ours comes before: LLaDA and Whisper as released, fresh adapters
-        llada, whisper, _ = fetch(name, None, args.llada, args.whisper, "")
+        llada, whisper, _ = fetch(name, None, args.llada, args.whisper, adapters=False)
         model, tokenizer = assemble(PRESETS[name], llada, whisper, None, device, torch.bfloat16, 1, name)
         c = PRESETS[name]
         torch.manual_seed(args.seed)

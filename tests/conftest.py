@@ -4,12 +4,15 @@ import dataclasses
 import os
 import sys
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from model import Config, build, save
+from prepare import main as prepare
 from prepare import train_tokenizer
 
 SHARED_AUDIO = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "audio")
@@ -30,7 +33,7 @@ def shared_audio():
 @pytest.fixture(scope="session")
 def tokenizer():
     words = "zero one two three four five six seven rain dog what digit sound is this do you hear a speaker says the"
-    lines = [{"messages": [{"content": f"{a} {b}? {b.capitalize()}."}]} for a in words.split() for b in words.split()]
+    lines = [{"messages": [{"content": f"{a} {b}?"}, {"content": f"{b.capitalize()}."}]} for a in words.split() for b in words.split()]
     return train_tokenizer(lines, vocab=320)
 
 
@@ -71,3 +74,47 @@ def small_folder(tmp_path_factory, config, tokenizer):
     folder = tmp_path_factory.mktemp("small")
     save(model, tokenizer, str(folder), dtype=torch.float32)
     return str(folder)
+
+
+def sound(path, seconds=0.2):
+    """A short noise at `path`."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    rng = np.random.default_rng(len(path))
+    soundfile.write(path, rng.uniform(-0.3, 0.3, int(16000 * seconds)), 16000)
+
+
+@pytest.fixture(scope="session")
+def corpora(tmp_path_factory):
+    """A few files of each corpus of the small model, named and laid out as published."""
+    root = tmp_path_factory.mktemp("corpora")
+    for digit in range(10):
+        for index in (0, 1, 2, 3, 4):
+            sound(f"{root}/fsdd/recordings/{digit}_jackson_{index}.wav")
+    for word in ("bed", "cat", "seven"):
+        for speaker in ("0ab12345", "1cd12345", "2ef12345", "9ff12345"):
+            sound(f"{root}/speech_commands/{word}/{speaker}_nohash_0.wav")
+    for n, label in ((1, "Dog bark"), (2, "Rain")):
+        for fold in (1, 4, 5):
+            sound(f"{root}/esc10/00{n} - {label}/{fold}-{1000 + fold}-A.ogg", 0.5)
+    (root / "esc10" / "README.txt").write_text("not a clip")
+    for actor in ("01", "02", "21"):
+        for code in ("01-01-01-01", "05-02-02-01", "04-01-01-02"):
+            sound(f"{root}/ravdess/Actor_{actor}/03-01-{code}-{actor}.wav", 0.4)
+    for speaker in ("14", "16", "17", "20"):
+        sound(f"{root}/librispeech/train-clean-100/{speaker}/100/{speaker}-100-0000.flac", 0.4)
+    (root / "librispeech" / "SPEAKERS.TXT").write_text(
+        "; a comment\n14   | F | train-clean-360  | 25.03 | A Reader\n16   | F | x | 1 | B\n17   | M | x | 1 | C\n20   | M | x | 1 | D\n"
+    )
+    for name in ("bell_1a", "bell3", "guitar_chord1", "malevoice_aa_A1", "glass_tone13"):
+        sound(f"{root}/berklee/{name}.wav", 0.3)
+    for name in ("bd_808", "hat_cab", "drum_snare_3", "tabla_ke1"):
+        sound(f"{root}/sonicpi/{name}.flac", 0.3)
+    return str(root)
+
+
+@pytest.fixture(scope="session")
+def toured(tmp_path_factory, corpora):
+    """All manifests of the small model, made from `corpora`."""
+    out = str(tmp_path_factory.mktemp("tour"))
+    assert prepare(["tour", "--audio", corpora, "--out", out, "--strings", "20"]) == 0
+    return out

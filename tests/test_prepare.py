@@ -3,66 +3,58 @@
 import json
 import os
 import random
+from collections import Counter
 
 import numpy as np
-import pytest
-import soundfile
 
-from data import load_audio, read_manifest
-from prepare import CORPORA, DIGITS, QUESTIONS, Clip, compose, main, questions_about, read_corpus
-
-
-def sound(path, seconds=0.2):
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    rng = np.random.default_rng(len(path))
-    soundfile.write(path, rng.uniform(-0.3, 0.3, int(16000 * seconds)), 16000)
+from data import load_audio, mmau_prompt, mmsu_prompt, read_manifest
+from model import load_tokenizer
+from prepare import (
+    CHOICE_TASKS, CORPORA, DIGITS, TASKS, TOUR, Clip, askable, choice_line, compose, derived, distractors, draw_question, main, mix,
+    multiple_choice, preference_line, read_corpus,
+)  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def corpora(tmp_path_factory):
-    """A few files of each corpus, named and laid out as published."""
-    root = tmp_path_factory.mktemp("corpora")
-    for digit in range(10):
-        for index in (0, 1, 2, 3, 4):
-            sound(f"{root}/fsdd/recordings/{digit}_jackson_{index}.wav")
-    for word in ("bed", "cat", "seven"):
-        for speaker in ("0ab12345", "1cd12345", "2ef12345", "9ff12345"):
-            sound(f"{root}/speech_commands/{word}/{speaker}_nohash_0.wav")
-    for n, label in ((1, "Dog bark"), (2, "Rain")):
-        for fold in (1, 4, 5):
-            sound(f"{root}/esc10/00{n} - {label}/{fold}-{1000 + fold}-A.ogg", 0.5)
-    (root / "esc10" / "README.txt").write_text("not a clip")
-    return str(root)
-
-
-def test_names_tell_words_labels_and_split(corpora):
+def test_names_tell_facts_and_split(corpora):
     clips = {name: read_corpus(name, os.path.join(corpora, name)) for name in CORPORA}
-    assert [len(clips[n]) for n in ("fsdd", "speech_commands", "esc10")] == [50, 12, 6]
+    assert [len(clips[n]) for n in TOUR] == [50, 12, 6, 9, 4, 5, 4]
     digit = {os.path.basename(c.path): c for c in clips["fsdd"]}
-    assert digit["7_jackson_3.wav"].transcript == "seven"
+    assert digit["7_jackson_3.wav"].facts == {"words": "seven", "speaker": "jackson"}
     assert [digit[f"7_jackson_{i}.wav"].is_test for i in range(5)] == [True, True, True, False, False]
     words = {c.path.split("speech_commands/")[1]: c for c in clips["speech_commands"]}
-    assert words["cat/1cd12345_nohash_0.wav"].transcript == "cat"
+    assert words["cat/1cd12345_nohash_0.wav"].facts == {"words": "cat"}
     # the speaker's hash starts with 0, or the word's last clip by name
     assert sorted(k for k, c in words.items() if c.is_test and k.startswith("cat")) == ["cat/0ab12345_nohash_0.wav", "cat/9ff12345_nohash_0.wav"]
-    assert {(c.label, c.is_test) for c in clips["esc10"]} == {("dog bark", False), ("dog bark", True), ("rain", False), ("rain", True)}
+    assert {(c.facts["sound"], c.is_test) for c in clips["esc10"]} == {("dog bark", False), ("dog bark", True), ("rain", False), ("rain", True)}
     assert all("/4-" in c.path for c in clips["esc10"] if c.is_test)
+    acted = {os.path.basename(c.path): c for c in clips["ravdess"]}
+    assert acted["03-01-05-02-02-01-02.wav"].facts == {
+        "emotion": "angry", "intensity": "strong", "words": "dogs are sitting by the door", "sex": "female", "speaker": "actor 02",
+    }  # fmt: skip
+    assert {c.facts["speaker"] for c in clips["ravdess"] if c.is_test} == {"actor 21"}
+    assert {(c.facts["speaker"], c.facts["sex"], c.is_test) for c in clips["librispeech"]} == {
+        ("14", "female", False), ("16", "female", False), ("17", "male", False), ("20", "male", True),
+    }  # fmt: skip
+    samples = {os.path.basename(c.path).split(".")[0]: c for c in clips["berklee"] + clips["sonicpi"]}
+    assert samples["malevoice_aa_A1"].facts == {"instrument": "male voice"} and samples["bd_808"].facts == {"instrument": "bass drum"}
+    assert {k for k, c in samples.items() if c.is_test} == {"bell3", "glass_tone13", "drum_snare_3"}
 
 
 def test_the_real_corpora(shared_audio):
-    clips = {name: read_corpus(name, os.path.join(shared_audio, name)) for name in CORPORA}
-    assert [len(clips[n]) for n in ("fsdd", "speech_commands", "esc10")] == [2880, 1010, 320]
+    clips = {name: read_corpus(name, os.path.join(shared_audio, name)) for name in TOUR}
+    assert [len(clips[n]) for n in TOUR] == [2880, 1010, 320, 1320, 301, 421, 110]
     assert sum(c.is_test for c in clips["fsdd"]) == 180 and sum(c.is_test for c in clips["esc10"]) == 80
-    assert len({c.transcript for c in clips["speech_commands"]}) == 30
-    assert {c.transcript for c in clips["speech_commands"] if c.is_test} == {c.transcript for c in clips["speech_commands"]}
-    assert len({c.label for c in clips["esc10"]}) == 10
+    assert len({c.facts["words"] for c in clips["speech_commands"]}) == 30
+    assert {c.facts["words"] for c in clips["speech_commands"] if c.is_test} == {c.facts["words"] for c in clips["speech_commands"]}
+    assert len({c.facts["sound"] for c in clips["esc10"]}) == 10 and len({c.facts["emotion"] for c in clips["ravdess"]}) == 8
+    assert all("sex" in c.facts for c in clips["librispeech"])
 
 
 def test_bad_sources(tmp_path, corpora, capsys):
     for argv, says in (
         (["fsdd", str(tmp_path / "none"), "--out", str(tmp_path / "a.jsonl")], "no such folder"),
         (["fsdd", str(tmp_path), "--out", str(tmp_path / "a.jsonl")], "named like fsdd"),
-        (["tour", "--audio", str(tmp_path)], "no such folder"),
+        (["tour", "--audio", str(tmp_path)], "none of the folders"),
         (["nonesuch", "x"], "nonesuch"),
         (["fsdd", corpora + "/fsdd", "--out", "/proc/nothing/a.jsonl"], "cannot be written"),
         (["tour", "--audio", corpora, "--out", "/proc/nothing"], "cannot be written"),
@@ -78,59 +70,136 @@ def test_one_corpus_to_a_manifest(tmp_path, corpora):
     out = str(tmp_path / "m.jsonl")
     assert main(["esc10", corpora + "/esc10", "--out", out, "--split", "train"]) == 0
     examples = read_manifest(out)
-    assert len(examples) == 4 and {e.label for e in examples} == {"dog bark", "rain"}
+    assert len(examples) == 4 and {e.facts["sound"] for e in examples} == {"dog bark", "rain"}
+    assert all(e.duration == 0.5 for e in examples)
     assert main(["esc10", corpora + "/esc10", "--out", out, "--split", "test"]) == 0
     assert len(read_manifest(out)) == 2 and os.listdir(tmp_path) == ["m.jsonl"]
 
 
+def all_answers(facts):
+    """task -> the short answers that draw_question words for a clip of these facts."""
+    rng, found = random.Random(0), {}
+    for _ in range(400):
+        task, question, fact, word = draw_question(Clip("a", "x", facts), rng, sentences=0)
+        assert question in TASKS[task].questions
+        found.setdefault(task, set()).add(word(fact))
+    assert all(len(v) == 1 for v in found.values())
+    return {task: answers.pop() for task, answers in found.items()}
+
+
 def test_answers_are_true_of_the_clip():
-    string = Clip("a", "fsdd_strings", "seven three zero")
-    answers = {}
-    for task, answer in questions_about(string):
-        answers[task] = answer
-    assert answers["asr"] == "seven three zero" and answers["first"] == "Seven." and answers["last"] == "Zero."
-    assert answers["count"] == "Three." and answers["any"] == "Seven three zero." and answers["kind"] == "Speech."
-    assert "digit" not in answers and "sound" not in answers
-    single = dict(questions_about(Clip("a", "fsdd", "nine")))
-    assert single["digit"] == single["word"] == "Nine." and "count" not in single
-    rain = dict(questions_about(Clip("a", "esc10", label="sea waves")))
-    assert rain["sound"] == "Sea waves." and rain["kind"] == "A sound." and "asr" not in rain
-    assert "first" not in dict(questions_about(Clip("a", "speech_commands", "bed cat")))
-    assert set(answers) | set(single) | set(rain) == set(QUESTIONS)
+    string = all_answers({"words": "seven three zero"})
+    assert string == {"asr": "seven three zero", "first": "Seven.", "last": "Zero.", "count": "Three.", "any": "Seven three zero.", "layer": "Speech."}
+    assert all_answers({"words": "nine"}) == {"asr": "nine", "digit": "Nine.", "word": "Nine.", "any": "Nine.", "layer": "Speech."}
+    assert all_answers({"sound": "sea waves"}) == {"sound": "Sea waves.", "any": "Sea waves.", "layer": "A sound."}
+    assert set(all_answers({"words": "bed cat"})) == {"asr", "any", "layer"}
+    both = all_answers({"words": "cat", "background": "rain"})
+    assert both == {"asr": "cat", "word": "Cat.", "background": "Rain."}  # "what do you hear?" would have two answers
+    acted = all_answers({"emotion": "sad", "sex": "male", "intensity": "strong", "words": "a b"})
+    assert (acted["emotion"], acted["sex"], acted["intensity"]) == ("Sad.", "Male.", "Strong.")
+    kinds = {task: row.kind for task, row in TASKS.items()}
+    everything = derived({"words": "one two", "sound": "s", "instrument": "i", "emotion": "e", "intensity": "n", "sex": "x", "speaker": "y", "accent": "a"})
+    assert set(kinds.values()) - {"word", "digit", "background"} <= set(everything)
+
+
+def test_sentences_carry_the_fact():
+    rng = random.Random(0)
+    for _ in range(50):
+        task, question, fact, word = draw_question(Clip("a", "x", {"sound": "rain"}), rng, ["sound"], sentences=1)
+        assert "sentence" in question and "rain" in word(fact) and word("wind") == word(fact).replace("rain", "wind") and word(fact).endswith(".")
+
+
+def test_distractors_are_wrong_and_near_ones_come_first():
+    pool, rng = DIGITS, random.Random(0)
+    for _ in range(50):
+        wrong = distractors("five", pool, 3, rng)
+        assert len(set(wrong)) == 3 and "five" not in wrong and set(wrong[:2]) <= {"four", "nine", "one", "two", "three"}
+    assert distractors("rain", ["rain"], 3, rng) == [] and distractors("rain", ["rain", "dog"], 3, rng) == ["dog"]
+
+
+def test_the_right_choice_stands_everywhere_equally_often():
+    rng, n = random.Random(0), 4000
+    at = Counter()
+    for _ in range(n):
+        question, choices, right = multiple_choice("digit", "six", DIGITS, 4, rng)
+        assert len(set(choices)) == 4 and choices[right] == "Six"
+        at[right] += 1
+    # chi-square with 3 degrees of freedom: 16.3 is passed once in a thousand
+    assert sum((v - n / 4) ** 2 / (n / 4) for v in at.values()) < 16.3
+
+
+def test_choice_lines_in_every_style(tmp_path):
+    rng, pools, seen = random.Random(1), {t: DIGITS if t == "digit" else ["a"] for t in CHOICE_TASKS}, Counter()
+    for _ in range(200):
+        line = choice_line(Clip("a.wav", "x", {"words": "four"}), rng, str(tmp_path / "m"), pools)
+        (_, question), (_, answer) = (m.values() for m in line["messages"])
+        letters = {text: letter for letter, text in (row.split(". ", 1) for row in question.split("\n") if row[1:3] == ". ")}
+        assert answer in (letters["Four"] + ".", "Four.") and line["task"] == "digit_choice"
+        seen[len(letters)] += 1
+        if "**" in question:
+            assert len(letters) == 4 and answer == letters["Four"] + "."
+    assert set(seen) == {2, 3, 4, 5, 6, 8}
+    assert choice_line(Clip("a.wav", "x", {"words": "one two three four"}), rng, str(tmp_path), {t: [] for t in CHOICE_TASKS}) is None
+
+
+def test_benchmark_prompts():
+    assert mmsu_prompt("Q?", ["x", "y", "z", "w"]).endswith("or content.\n\nQuestion: Q?\n\nA. x\nB. y\nC. z\nD. w")
+    assert mmau_prompt("Q?", ["x", "y"]).endswith("content and style.\n\nQuestion: Q?\n\nChoices:\nA. x\nB. y\nAnswer:")
+
+
+def test_preference_pairs_differ_in_one_fact(tmp_path):
+    rng = random.Random(2)
+    pools = {t: set() for t in CHOICE_TASKS} | {"digit": DIGITS, "word": ["cat", "bed"], "sound": ["rain", "dog bark"], "emotion": ["sad", "happy"],
+                                                "first": DIGITS, "last": DIGITS, "count": DIGITS, "background": ["rain", "dog bark"]}  # fmt: skip
+    for facts in ({"words": "one two"}, {"sound": "rain"}, {"words": "cat"}, {"emotion": "sad"}, {"words": "cat", "background": "rain"}):
+        for _ in range(30):
+            line = preference_line(Clip("a.wav", "x", facts), rng, str(tmp_path / "m"), pools)
+            right, wrong = line["messages"][1]["content"].lower().split(), line["rejected_response"].lower().split()
+            assert right != wrong
+            if line["task"] == "asr":
+                assert len(right) == len(wrong) and sum(a != b for a, b in zip(right, wrong)) == 1
 
 
 def test_composing_keeps_every_clip(tmp_path, corpora):
-    clips = [c for c in read_corpus("fsdd", corpora + "/fsdd")][:3]
+    clips = read_corpus("fsdd", corpora + "/fsdd")[:3]
     made = compose(clips, random.Random(0), str(tmp_path / "s.flac"))
     audio, _ = load_audio(made.path)
-    assert made.transcript == " ".join(c.transcript for c in clips)
+    assert made.facts == {"words": " ".join(c.facts["words"] for c in clips)}
     loud = np.abs(audio) > 0.05 * np.abs(audio).max()
     assert 0.3 * 9600 < loud.sum() <= 9600 and len(audio) > 9600  # three clips of 0.2 s and gaps
     assert np.abs(audio).max() <= 1
 
 
-@pytest.fixture(scope="session")
-def toured(tmp_path_factory, corpora):
-    out = str(tmp_path_factory.mktemp("tour"))
-    assert main(["tour", "--audio", corpora, "--out", out, "--strings", "20"]) == 0
-    return out
+def test_mixing_keeps_the_ratio(tmp_path, corpora):
+    """At a fixed ratio the sound under the speech has the power it should: measured where the voice is silent."""
+    speech, noise = read_corpus("fsdd", corpora + "/fsdd")[0], read_corpus("esc10", corpora + "/esc10")[0]
+    made = mix(speech, noise, random.Random(0), str(tmp_path / "m.flac"), low=6.0, high=6.0)
+    assert made.facts == speech.facts | {"background": noise.facts["sound"]}
+    audio, _ = load_audio(made.path)
+    voice, _ = load_audio(speech.path)
+    power = np.convolve(audio**2, np.ones(len(voice)) / len(voice), "valid")
+    # both clips are white noise of one level: with the voice (1 + 1/4) of it, without it 1/4
+    assert 4.0 < power.max() / power.min() < 6.5
 
 
 def test_tour_never_trains_on_the_test_split(toured, corpora):
-    test_clips = {os.path.abspath(c.path) for name in CORPORA for c in read_corpus(name, os.path.join(corpora, name)) if c.is_test}
-    for stage in range(4):
+    test_clips = {os.path.abspath(c.path) for name in TOUR for c in read_corpus(name, os.path.join(corpora, name)) if c.is_test}
+    for stage in range(5):
         examples = read_manifest(f"{toured}/stage{stage}.jsonl", stage)
         assert examples and not {os.path.abspath(e.audio) for e in examples} & test_clips
-        assert not any("test_digits" in e.audio for e in examples)
+        assert not any("/test_" in e.audio for e in examples)
     examples = read_manifest(f"{toured}/test.jsonl")
     assert test_clips <= {os.path.abspath(e.audio) for e in examples}
     assert all(e.answer for e in read_manifest(f"{toured}/stage1.jsonl", 1))
+    assert all(e.rejected and e.rejected != e.answer for e in read_manifest(f"{toured}/stage4.jsonl", 4))
+    tasks = {e.task for e in read_manifest(f"{toured}/stage3.jsonl", 3)}
+    assert any(t.endswith("_choice") for t in tasks) and not any(e.task.endswith("_choice") for e in read_manifest(f"{toured}/stage2.jsonl", 2))
 
 
 def test_tour_is_the_same_for_a_seed(toured, corpora, tmp_path):
     again = str(tmp_path / "again")
     assert main(["tour", "--audio", corpora, "--out", again, "--strings", "20"]) == 0
-    for name in ("stage0.jsonl", "stage3.jsonl", "test.jsonl", "tokenizer.json", "clips/digits/00003.flac"):
+    for name in ("stage0.jsonl", "stage3.jsonl", "stage4.jsonl", "test.jsonl", "tokenizer.json", "clips/train_digits/00003.flac"):
         same = [open(os.path.join(folder, name), "rb").read() for folder in (toured, again)]
         if name.endswith(".jsonl"):  # the clips lie elsewhere, all else is equal
             strip = lambda data: [(e["messages"], e["task"], os.path.basename(e["audios"][0])) for e in map(json.loads, data.splitlines())]
@@ -139,16 +208,15 @@ def test_tour_is_the_same_for_a_seed(toured, corpora, tmp_path):
 
 
 def test_tokenizer_speaks_the_prompt(toured, tokenizer):
-    from model import load_tokenizer
-
     t = load_tokenizer(toured)
     for text in ("Rain.", "seven three", "What do you hear? é ß 漢", "\n\n"):
         assert t.decode(t.encode(text, add_special_tokens=False).ids) == text
-    assert len(t.encode("You are a helpful voice assistant.", add_special_tokens=False).ids) < 12
-    assert t.get_vocab_size() <= 640 and len(DIGITS) == 10
+    assert len(t.encode("You are a helpful voice assistant.", add_special_tokens=False).ids) < 9
+    assert t.get_vocab_size() <= 768
 
 
 def test_show_prints_what_the_model_sees(toured, capsys):
     assert main(["show", f"{toured}/stage2.jsonl", "-n", "2"]) == 0
     out = capsys.readouterr().out
     assert out.count("canvas of") == 2 and "This is the audio:'" in out and "' <audio>. " in out
+    assert askable(Clip("a", "x", {})) == [("layer", "a sound")]
