@@ -329,6 +329,17 @@ def encode_text(example, tokenizer, config, generator=None, answer=None):
     return {"ids": ids + reply + [config.eos_id] * (canvas - len(reply)), "is_answer": is_answer, "audio_at": audio_at}
 
 
+def encode_bare(example, tokenizer, config):
+    """Audio, question, answer and nothing else: what the small model's backbone learns to read with.
+
+    No chat format and a canvas in fours: a word's worth of answer is not lost among fifty tokens.
+    """
+    ids = tokenizer.encode(" " + example.question, add_special_tokens=False).ids
+    reply = answer_ids(tokenizer, example.answer, config)
+    canvas = (len(reply) // 4 + 1) * 4
+    return {"ids": ids + reply + [config.eos_id] * (canvas - len(reply)), "is_answer": [False] * len(ids) + [True] * canvas, "audio_at": 0}
+
+
 def collate(items, config):
     """Clean batch from items of encode_text, each with "mel" and "n_frames" where there is audio.
 
@@ -350,18 +361,18 @@ def collate(items, config):
     return batch
 
 
-def bucket(lengths, batch_size, generator=None, spread=50):
-    """Random batches of similar length: shuffle, sort within runs of `spread` batches, shuffle the batches.
+def bucket(ids, costs, budget):
+    """ids in batches of similar cost, each at most `budget` with its padding, or one example.
 
-    lengths: one number per example (tokens, seconds).  Returns lists of indices that cover each
-    example once; only one batch may be smaller than batch_size.
+    costs[i]: about how many positions example i takes.  An empty list gives one empty batch.
     """
-    order = torch.randperm(len(lengths), generator=generator).tolist()
     batches = []
-    for start in range(0, len(order), batch_size * spread):
-        run = sorted(order[start : start + batch_size * spread], key=lambda i: lengths[i])
-        batches += [run[i : i + batch_size] for i in range(0, len(run), batch_size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    for i in sorted(ids, key=lambda i: (costs[i], i)):
+        if batches and costs[i] * (len(batches[-1]) + 1) <= budget:  # costs ascend: i is the widest
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches or [[]]
 
 
 if __name__ == "__main__":

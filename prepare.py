@@ -540,8 +540,10 @@ BALANCE = {  # fact -> lines a manifest of 24,000 asks about it: every value of 
 def tour(audio, out, seed=0, n_strings=4000):
     """All manifests of the small model from a folder that holds the corpora of TOUR, or some of them.
 
-    Stage 0 and 1 read what is said and heard, stages 2 and 3 ask about it, stage 3 by multiple choice
-    too; test.jsonl holds the test split, a question a clip.  Test clips appear in no other manifest,
+    Stage 1 reads what is said, stages 2 and 3 ask about it, stage 3 by multiple choice too, stage 4 has
+    preference pairs; stage 0 has something of all, for it stands in for a language model that has read
+    everything.  held_out.jsonl asks about one clip in fifty of the training split, for the loss curves;
+    test.jsonl holds the test split, a question a clip.  No clip of these two is in any other manifest,
     string or mixture.
     """
     rng, scale = random.Random(seed), n_strings / 4000
@@ -549,12 +551,13 @@ def tour(audio, out, seed=0, n_strings=4000):
     if not have:
         raise UserError(f"{audio}: holds none of the folders {', '.join(TOUR)}")
     clips = [clip for name in have for clip in read_corpus(name, os.path.join(audio, name))]
+    held_out = {c.path for c in rng.sample([c for c in clips if not c.is_test], max(1, sum(not c.is_test for c in clips) // 50))}
     folder, here = os.path.join(out, "clips"), os.path.join(out, "manifest")  # audio paths are relative to the manifests' folder
     pools, test = {}, []
     words = sorted({c.facts["words"] for c in clips if "words" in c.facts and " " not in c.facts["words"]})
     with tqdm(total=int(n_strings * 2.125), desc="composing", unit=" clips") as progress:
         for split in ("train", "test"):
-            part = [c for c in clips if c.is_test == (split == "test")]
+            part = [c for c in clips if c.is_test == (split == "test") and c.path not in held_out]
             digits, spoken = [c for c in part if c.dataset == "fsdd"], [c for c in part if c.dataset == "speech_commands"]
             noises = [c for c in part if "sound" in c.facts]
             voices = espeak(words, max(1, int(12 * scale)), rng, f"{folder}/espeak") if split == "train" else []
@@ -599,7 +602,7 @@ def tour(audio, out, seed=0, n_strings=4000):
     choices = lambda pairs: filter(None, (choice_line(clip, rng, here, labels) for clip, _ in pairs))
     paired = [(c, None) for c in everything]
     stages = {
-        0: [*ask(train, rng, here), *ask(everything, rng, here), *about(singles(1))],
+        0: [*ask(train, rng, here), *ask(everything, rng, here), *about(singles(1)), *choices(singles(0.4)), *choices(paired[::3])],
         1: [*ask(everything, rng, here, ["asr"]), *about(singles(0.4), ["asr"])],
         2: [*ask(everything, rng, here, repeat=2), *about(singles(1))],
         3: [*ask(everything, rng, here), *about(singles(0.6)), *choices(singles(1)), *choices(paired)],
@@ -608,11 +611,13 @@ def tour(audio, out, seed=0, n_strings=4000):
     for stage, lines in stages.items():
         rng.shuffle(lines)
         print(f"{out}/stage{stage}.jsonl: {write_lines(lines, f'{out}/stage{stage}.jsonl')} lines")
-    test, held_out = pools["test"]
+    lines = [question_line(c, rng, here, sentences=0) for c in clips if c.path in held_out]
+    print(f"{out}/held_out.jsonl: {write_lines(filter(None, lines), f'{out}/held_out.jsonl')} lines")
+    test, composed = pools["test"]
     one = {"fsdd": ["digit"], "speech_commands": ["word"], "esc10": ["sound"], "ravdess": ["emotion", "sex"], "librispeech": ["sex"],
            "berklee": ["instrument"], "sonicpi": ["instrument"]}  # fmt: skip
     lines = [question_line(c, rng, here, [task], 0) for c in test for task in one[c.dataset] if askable(c, [task])]
-    lines += [question_line(c, rng, here, [task], 0) for task, kind in (("asr", "digits"), ("asr", "words"), ("background", "mixtures")) for c in held_out[kind]]
+    lines += [question_line(c, rng, here, [task], 0) for task, kind in (("asr", "digits"), ("asr", "words"), ("background", "mixtures")) for c in composed[kind]]
     print(f"{out}/test.jsonl: {write_lines(lines, f'{out}/test.jsonl')} lines")
     tokenizer = train_tokenizer([line for lines in stages.values() for line in lines])
     tokenizer.save(f"{out}/tokenizer.json")

@@ -19,7 +19,8 @@ number of processes changes nothing but the speed.
 Stage 0 exists for the small model alone.  The paper freezes Whisper and LLaDA, and at this size
 there is nothing pretrained to freeze, so stage 0 makes it, in three parts: the encoder learns to
 recognise words (CTC) and what clips are (label heads); the backbone learns to read through the
-frozen encoder, single clips first; then it meets both ways of being shown a clip.  From stage 1 on
+frozen encoder, single clips without the chat format first; then it meets both ways of being shown a
+clip.  From stage 1 on
 the same parts are frozen as in the paper.
 """
 
@@ -53,7 +54,7 @@ from tqdm import tqdm
 
 from adapters import AcousticAdapter, SemanticAdapter
 from data import (
-    SAMPLE_RATE, SAMPLES_PER_FRAME, answer_ids, bucket, build_prompt, collate, encode_text, load_audio, log_mel, read_manifest, window_seconds,
+    SAMPLE_RATE, SAMPLES_PER_FRAME, answer_ids, bucket, build_prompt, collate, encode_bare, encode_text, load_audio, log_mel, read_manifest, window_seconds,
 )  # fmt: skip
 from diffusion import corrupt, draw_t, masked_nll, sft_loss
 from model import PRESETS, RELEASES, Parser, UserError, assemble, build, fetch, load, load_tokenizer, pick_device, save
@@ -74,7 +75,7 @@ class Stage:
     steps: int = 0  # this many steps whatever its size
     loss: str = "sft"  # a row of LOSSES
     least_t: float = 0.0  # t is drawn from (least_t, 1]
-    simple: bool = False  # single clips and short answers only
+    bare: bool = False  # single clips and short answers without the chat format
     weight_decay: float = 0.05
     beta2: float = 0.999
 
@@ -93,9 +94,9 @@ STAGES = {  # a stage is a list of parts; only the small model's stage 0 has mor
     "tiny": {
         0: [
             Stage(("encoder.",), lr=1e-3, batch=4, warmup=200, steps=7500, loss="ear", beta2=0.98),
-            Stage(READ, lr=1e-3, batch=32, warmup=50, steps=1300, loss="read", least_t=0.6, simple=True, beta2=0.98),
-            Stage(READ, lr=1e-3, batch=32, warmup=50, steps=1300, loss="read", least_t=0.2, beta2=0.98),
-            Stage((*READ, "acoustic."), lr=5e-4, batch=16, warmup=50, steps=400, least_t=0.2, beta2=0.98),
+            Stage(READ, lr=1.5e-3, batch=64, warmup=50, steps=900, loss="read", least_t=0.6, bare=True, beta2=0.98),
+            Stage(READ, lr=1e-3, batch=32, warmup=50, steps=1000, loss="read", least_t=0.2, beta2=0.98),
+            Stage((*READ, "acoustic."), lr=5e-4, batch=16, warmup=50, steps=300, least_t=0.2, beta2=0.98),
         ],
         1: [Stage(("semantic.", "soft_prompts"), lr=3e-4, batch=16, warmup=20, steps=150, beta2=0.98)],
         2: [Stage(ADAPTERS, lr=4e-4, batch=16, warmup=20, steps=400, beta2=0.98)],
@@ -248,9 +249,9 @@ class Maker:
     epoch; a clip found there is not read again.  augmented=False: the clip as it is (held-out loss).
     """
 
-    def __init__(self, tokenizer, config, loss, seed, packer=None, memory=None, augmented=True):
+    def __init__(self, tokenizer, config, loss, seed, packer=None, memory=None, augmented=True, bare=False):
         self.tokenizer, self.config, self.loss, self.seed = tokenizer, config, loss, seed
-        self.packer, self.memory, self.augmented = packer, memory, augmented
+        self.packer, self.memory, self.augmented, self.bare = packer, memory, augmented, bare
 
     def item(self, example, epoch):
         """One example -> {"mel", "n_frames", "sides", "seconds"}; for stage 0's encoder a window of clips."""
@@ -259,6 +260,8 @@ class Maker:
             return self.packer.pack(generator)
         if self.loss == "vrpo":
             sides = {side: pair_text(example, text, self.tokenizer, c) for side, text in (("chosen", example.answer), ("rejected", example.rejected))}
+        elif self.bare:
+            sides = {"text": encode_bare(example, self.tokenizer, c)}
         else:
             sides = {"text": encode_text(example, self.tokenizer, c, generator)}
         key = (example.audio, epoch // HEAR_AGAIN)
@@ -316,25 +319,19 @@ def cost_of(example, config):
     return 60 + text // 3 + config.n_queries + round(12.5 * min(seconds, window_seconds(config)))
 
 
-def split(ids, costs, budget):
-    """ids in micro-batches of similar cost, each at most `budget` positions with its padding (or one example)."""
-    micros = []
-    for i in sorted(ids, key=lambda i: (costs[i], i)):
-        if micros and costs[i] * (len(micros[-1]) + 1) <= budget:  # costs ascend: i is the widest
-            micros[-1].append(i)
-        else:
-            micros.append([i])
-    return micros or [[]]
+def schedule_of(n_examples, batch, seed, start=0):
+    """(step, epoch, ids of the global batch) for ever, from step `start`: every example once an epoch.
 
-
-def schedule_of(costs, batch, seed, start=0):
-    """(step, epoch, ids of the global batch) for ever, from step `start`: every example once an epoch."""
-    per_epoch = -(-len(costs) // batch)
+    A global batch is drawn from all lengths alike, and micro-batches sort it: length tells corpora
+    apart, and batches of one corpus each pull the model to and fro.
+    """
+    per_epoch = -(-n_examples // batch)
     for epoch in itertools.count(start // per_epoch):
-        order = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        for n, ids in enumerate(bucket(costs, batch, order), start=epoch * per_epoch):
+        order = torch.randperm(n_examples, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+        for n in range(epoch * per_epoch, (epoch + 1) * per_epoch):
             if n >= start:
-                yield n, epoch, ids
+                first = (n - epoch * per_epoch) * batch
+                yield n, epoch, order[first : first + batch]
 
 
 class MicroBatches(torch.utils.data.IterableDataset):
@@ -345,10 +342,10 @@ class MicroBatches(torch.utils.data.IterableDataset):
         self.rank, self.size, self.budget, self.seed, self.start, self.stop = world.rank, world.size, budget, seed, start, stop
 
     def plan(self):
-        for step, epoch, ids in schedule_of(self.costs, self.row.batch, self.seed, self.start):
+        for step, epoch, ids in schedule_of(len(self.costs), self.row.batch, self.seed, self.start):
             if step >= self.stop:
                 return
-            micros = split(ids[self.rank :: self.size], self.costs, self.budget)
+            micros = bucket(ids[self.rank :: self.size], self.costs, self.budget)
             for n, micro in enumerate(micros):
                 yield step, epoch, micro, n + 1 == len(micros)
 
@@ -583,8 +580,9 @@ def read(context, made):
     batch["n_frames"] = torch.tensor([len(f) for f in found], device=final.device)
     with context.autocast():
         audio, is_audio = model.adapt(None, final, batch["n_frames"], 1)
-        losses = question_loss(model, batch, audio, is_audio, context.noise(made), context.row.least_t)
         tokens, is_token = (x[:, model.config.n_soft_prompts :] for x in (audio, is_audio))
+        heard = (tokens, is_token) if context.row.bare else (audio, is_audio)
+        losses = question_loss(model, batch, *heard, context.noise(made), context.row.least_t)
         tokens = F.layer_norm(tokens.float(), tokens.shape[-1:]) * is_token[:, :, None]
         pooled = tokens.sum(1) / is_token.sum(1, keepdim=True)  # (B, D)
         naming = context.heads.name(context.heads.on_tokens, pooled, batch["facts"], list(range(len(found))), len(found))
@@ -596,26 +594,20 @@ LOSSES = {"sft": sft, "vrpo": vrpo, "ear": ear, "read": read}
 
 
 @torch.no_grad()
-def centre(model, examples, maker, n=64):
-    """Starts the adapters where the backbone can hear them: outputs that differ between clips, as loud as its words.
+def match_loudness(model, examples, maker, n=64):
+    """Turns the untrained adapters down until what differs between tokens is as loud as the backbone's words.
 
-    As initialised they are forty times louder than the embeddings, and four fifths of that is the
-    same for every clip: their mean is taken away, the rest scaled to the embeddings' rms.
+    As initialised they are forty times louder than the embeddings.
     """
-    wanted = model.eval().backbone.wte.weight.pow(2).mean().sqrt()  # without dropout
-    device = wanted.device
+    rms = model.eval().backbone.wte.weight.pow(2).mean().sqrt()  # eval: without dropout
     made = maker([e for e in examples if is_single(e)][:n], 0)["batch"]
-    n_frames = made["n_frames"].to(device)
-    taps, final = model.encode(made["mel"].to(device))
+    n_frames = made["n_frames"].to(rms.device)
+    taps, final = model.encode(made["mel"].to(rms.device))
     out, is_audio = model.semantic(final, n_frames)
-    out = out[is_audio]
-    gain = wanted / (out - out.mean(0)).pow(2).mean().sqrt()
-    model.semantic.norm.weight.mul_(gain)
-    model.semantic.norm.bias.copy_((model.semantic.norm.bias - out.mean(0)) * gain)
-    out = model.acoustic(taps).flatten(0, 1)
-    gain = wanted / (out - out.mean(0)).pow(2).mean().sqrt()
-    model.acoustic.proj.weight.mul_(gain)
-    model.acoustic.proj.bias.copy_((model.acoustic.proj.bias - out.mean(0)) * gain)
+    for out, last in ((out[is_audio], model.semantic.norm), (model.acoustic(taps).flatten(0, 1), model.acoustic.proj)):
+        gain = rms / (out - out.mean(0)).pow(2).mean().sqrt()
+        last.weight.mul_(gain)
+        last.bias.mul_(gain)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -701,14 +693,16 @@ def held_out_loss(context, maker, examples, world, tokens):
     model.eval()
     sums = [0.0] * (2 * len(HELD_OUT_T))
     costs = {i: cost_of(e, c) for i, e in enumerate(examples)}
-    for ids in split(range(world.rank, len(examples), world.size), costs, tokens):
+    for ids in bucket(range(world.rank, len(examples), world.size), costs, tokens):
         made = maker([examples[i] for i in ids], 0)
         if made["batch"] is None:
             continue
         batch = to_device(made["batch"], world.device)
         side = side_of(batch)
         with context.autocast():
-            audio, is_audio = model.adapt(*model.encode(batch["mel"]), batch["n_frames"], max(1, min(context.stage or 1, 4)))
+            audio, is_audio = model.adapt(*model.encode(batch["mel"]), batch["n_frames"], context.stage or 1)
+            if context.row.bare:
+                audio, is_audio = (x[:, c.n_soft_prompts :] for x in (audio, is_audio))
             for k, t in enumerate(HELD_OUT_T):
                 noise = [generator_for(k, 0, i, stream=1) for i in made["ids"]]
                 noisy, is_masked = corrupt(side["ids"], side["is_answer"], c.mask_id, torch.full((len(noise),), t), generator=noise)
@@ -731,7 +725,7 @@ class Options:
     seed: int = 42
     steps: int | None = None  # ends the schedule here
     stop_after: int | None = None  # saves and leaves after so many steps, the schedule unchanged
-    tokens: int = 8192  # positions in a micro-batch
+    tokens: int = 6144  # positions in a micro-batch
     workers: int = 0
     save_every: int = 250
     held_out_every: int = 100
@@ -834,7 +828,7 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
     autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=o.precision == "bf16")
     memory = {} if row.loss == "read" else None
     context = Context(model, stage, o.seed, row, autocast, tuple(chosen.values()), reference, heads, memory)
-    maker = Maker(tokenizer, config, row.loss, o.seed, packer, memory)
+    maker = Maker(tokenizer, config, row.loss, o.seed, packer, memory, bare=row.bare)
     meeting = DistributedDataParallel(Meeting(chosen.values())) if world.size > 1 else None
     costs = [cost_of(e, config) for e in examples]
     stop = steps if o.stop_after is None else min(steps, step + o.stop_after)
@@ -922,7 +916,7 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
                 progress.set_postfix(shown | {"ex/s": f"{row.batch * progress.format_dict['rate']:.0f}"} if progress.format_dict["rate"] else shown, refresh=False)
                 progress.update()
             if len(held_out) and row.loss in ("sft", "read") and (step % o.held_out_every == 0 or step == steps):
-                quiet = Maker(tokenizer, config, "sft", 0, augmented=False)
+                quiet = Maker(tokenizer, config, "sft", 0, augmented=False, bare=row.bare)
                 value, per_t = held_out_loss(context, quiet, held_out, world, o.tokens)
                 if log is not None:
                     log.write(part=part, step=step, held_out=value, held_out_t=dict(zip(map(str, HELD_OUT_T), per_t)))
@@ -1066,8 +1060,8 @@ def run(args):
         for part in range(first, len(parts)):
             row = parts[part]
             if row.loss == "read" and parts[part - 1].loss == "ear" and not (state and state["step"]):
-                centre(model, examples, Maker(tokenizer, model.config, "sft", args.seed, augmented=False))
-            chosen = [e for e in examples if not row.simple or (is_single(e) and len(e.answer) < 25)]
+                match_loudness(model, examples, Maker(tokenizer, model.config, "sft", args.seed, augmented=False))
+            chosen = [e for e in examples if not row.bare or (is_single(e) and len(e.answer) < 25)]
             chosen = [e if e.id == i else dataclasses.replace(e, id=i) for i, e in enumerate(chosen)]
             resumed = state if state and state["part"] == part and state["step"] else None
             if not train(world, model, tokenizer, chosen, stage, row, out, options, part, resumed, heads, held_out):
@@ -1095,7 +1089,7 @@ def main(argv=None):
     parser.add_argument("--restart", action="store_true", help="begin anew over the run that --out holds")
     parser.add_argument("--max-steps", type=int, help="end each part of the stage, and its schedule, here")
     parser.add_argument("--stop-after", type=int, help="save and leave after so many steps (the schedule stays)")
-    parser.add_argument("--tokens", type=int, default=8192, help="positions in a micro-batch (default 8192)")
+    parser.add_argument("--tokens", type=int, default=6144, help="positions in a micro-batch (default 6144: ten questions of diffa2)")
     parser.add_argument("--workers", type=int, default=0, help="processes that read clips, for each GPU")
     parser.add_argument("--save-every", type=int, default=250, metavar="STEPS")
     parser.add_argument("--held-out-every", type=int, default=100, metavar="STEPS")
