@@ -2,32 +2,46 @@
 
     python bench.py fullsize DIR             dress rehearsal of diffa2 with random weights (20 GB of disk)
     python bench.py fullsize DIR --device cuda
+    python bench.py train                    a training step of each stage beside a naive one
+    python bench.py variance data/stage4.jsonl --model out/tiny/stage3     VRPO's estimators
 
 `fullsize` writes files with the names, shapes and formats of LLaDA-8B-Instruct (6 shards, 16.03 GB),
 Whisper-large-v3's encoder and DIFFA-2's pytorch_model.bin, loads them by the ordinary path, holds the
 parameter counts against the paper's Table B.3, and answers one clip.  Random weights mean nothing:
 the answer is noise; what it proves is shapes, memory and speed.
+
+`train` times whole steps (forward, backward, optimizer) on random data of fixed shapes, each kind in a
+process of its own so that peaks of memory are its own too.  The naive step is what one writes first:
+the whole model in fp32, logits at every position of the row, all samples of VRPO in one graph and the
+reference a second model.
 """
 
 import argparse
+import copy
+import functools
 import json
 import os
 import platform
 import shutil
 import statistics
+import subprocess
 import sys
 import threading
 import time
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import train
+import vrpo
 from adapters import count, merge_lora
-from data import SAMPLE_RATE
+from data import SAMPLE_RATE, read_manifest
 from decode import ask
-from model import DIFFA2, PRESETS, SPECIAL_TOKENS, Parser, UserError, load, released_name
+from diffusion import corrupt, draw_counts, draw_t
+from model import DIFFA2, PRESETS, SPECIAL_TOKENS, Config, Parser, UserError, load, released_name, splice_order
 
 LLADA_BYTES, SHARDS = 16_031_162_368, 6  # FACTS section 6
 TABLE_B3 = {"encoder": 636_968_960, "semantic": 36_392_448, "acoustic": 47_892_992, "backbone": 8_015_581_184, "LoRA": 14_680_064}
@@ -104,9 +118,8 @@ def write_fullsize(folder, config):
         name = f"model-{i + 1:05}-of-{SHARDS:05}.safetensors"
         chosen = dict(list(backbone.items())[i * per_shard : (i + 1) * per_shard])
         tensors = {f"model.transformer.{k}": torch.ones(s, dtype=half.dtype) if len(s) == 1 else random_tensor(s, half, rng) for k, s in chosen.items()}
-        written(f"llada/{name}", lambda path: save_file(tensors, path))
+        written(f"llada/{name}", functools.partial(save_file, tensors))
         where |= dict.fromkeys(tensors, name)
-        del tensors
     size = sum(int(np.prod(s)) * 2 for s in backbone.values())
     assert size == LLADA_BYTES, size
     for name, content in (("model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where}), ("config.json", {"model_type": "llada"})):
@@ -114,13 +127,12 @@ def write_fullsize(folder, config):
             json.dump(content, f)
     full_tokenizer(config).save(f"{folder}/llada/tokenizer.json")
     ear = {k: random_tensor(s, pool, rng).half() for k, s in shapes.items() if k.startswith("encoder.")}
-    written("large-v3.pt", lambda path: torch.save({"dims": {}, "model_state_dict": ear}, path))
-    del ear
+    written("large-v3.pt", functools.partial(torch.save, {"dims": {}, "model_state_dict": ear}))
     trained = {}
     for key, name in released_keys(config):
         shape = (1, *shapes[name][1:]) if name == "acoustic.queries" else shapes[name]
         trained[key] = random_tensor(shape, pool, rng)
-    written("pytorch_model.bin", lambda path: torch.save(trained, path))
+    written("pytorch_model.bin", functools.partial(torch.save, trained))
 
 
 def released_keys(config):
@@ -199,6 +211,191 @@ def fullsize(folder, device, keep):
             os.remove(path)
 
 
+# ---------------------------------------------------------------------------------------------
+# training steps
+
+BENCH_SIZES = {  # the real vocabulary and window on a backbone that a CPU can train
+    "wide": Config(
+        n_mels=80, audio_width=384, audio_heads=6, audio_layers=4, taps=(1, 2, 3, 4), qformer_ffn=1536,
+        width=512, layers=6, heads=8, ffn=1536,
+    ),
+}  # fmt: skip
+
+
+def random_questions(config, batch, sides, text=80, canvas=32, seed=0):
+    """A micro-batch as train.Maker makes them: full windows of noise, `text` prompt tokens, `canvas` answer tokens."""
+    g = torch.Generator().manual_seed(seed)
+    made = {"mel": torch.randn(batch, config.n_mels, 2 * config.n_frames, generator=g), "n_frames": torch.full((batch,), config.n_frames)}
+    for side in sides:
+        ids = torch.randint(min(10_000, config.vocab), (batch, text + canvas), generator=g)
+        is_answer = torch.arange(text + canvas).expand(batch, -1) >= text
+        made |= {f"{side}.ids": ids, f"{side}.valid": torch.ones_like(is_answer), f"{side}.is_answer": is_answer, f"{side}.audio_at": torch.full((batch,), 20)}
+    return {"batch": made, "ids": list(range(batch)), "epoch": 0, "step": 1}
+
+
+def everywhere(model, noisy, side, audio, is_audio):
+    """The naive forward pass: logits (B, T + A, vocab) in fp32 at every position, and where the text stands among them."""
+    order = splice_order(noisy.size(1), audio.size(1), side["audio_at"])
+    x = torch.cat([model.backbone.wte(noisy), audio], 1)
+    x = x.gather(1, order[:, :, None].expand(-1, -1, x.size(2)))
+    valid = torch.cat([side["valid"], is_audio], 1).gather(1, order)
+    return model.backbone.ff_out(model.backbone(x, valid)).float(), order
+
+
+def naive_nll(model, ids, noisy, is_masked, side, audio, is_audio):
+    """Cross-entropy of the masked tokens (B,), out of the logits of all positions."""
+    logits, order = everywhere(model, noisy, side, audio, is_audio)
+    pad = lambda x, fill: torch.cat([x, torch.full(is_audio.shape, fill, dtype=x.dtype, device=x.device)], 1).gather(1, order)
+    loss = F.cross_entropy(logits.flatten(0, 1), pad(ids, 0).flatten(), reduction="none").view(order.shape)
+    return (loss * pad(is_masked, False)).sum(1)
+
+
+def naive_step(model, other, made, stage, seed=0):
+    """The loss of a step as one writes it first; the same numbers as train.LOSSES, all of it in fp32."""
+    batch = made["batch"]
+    noise = [train.generator_for(seed, 0, i, stream=1) for i in made["ids"]]
+    hear = lambda m: m.adapt(*m.encode(batch["mel"]), batch["n_frames"], stage)
+    if stage < 4:
+        side, t = train.side_of(batch), draw_t(len(made["ids"]), noise)
+        noisy, is_masked = corrupt(side["ids"], side["is_answer"], model.config.mask_id, t, generator=noise)
+        return naive_nll(model, side["ids"], noisy, is_masked, side, *hear(model)) / t.to(noisy.device) / side["is_answer"].sum(1)
+    sides = {name: train.side_of(batch, name) for name in ("chosen", "rejected")}
+    masks = vrpo.draw_pair_masks(*(s["is_answer"] for s in sides.values()), vrpo.SAMPLES, noise)
+
+    def scores(m, name):
+        heard, side, (is_masked, weight) = hear(m), sides[name], masks[name]
+        rows = [-w * naive_nll(m, side["ids"], torch.where(x, m.config.mask_id, side["ids"]), x, side, *heard) for x, w in zip(is_masked, weight)]
+        return torch.stack(rows)
+
+    with torch.no_grad():
+        reference = [scores(other, name) for name in sides]
+    return vrpo.vrpo_loss(vrpo.margin(*(scores(model, name) for name in sides), *reference))
+
+
+def one_training_kind(args):
+    """Times one stage one way and prints a line of JSON; runs in a process of its own."""
+    stage, naive, device = args.stage, args.naive, torch.device(args.device or "cpu")
+    config = BENCH_SIZES[args.size] if args.size in BENCH_SIZES else PRESETS[args.size]
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = DIFFA2(config, lora=stage >= 3)
+    chosen = train.trainable(model, train.STAGES["diffa2"][stage][0].trains)
+    if not naive:
+        train.halve_frozen(model)
+    other = copy.deepcopy(model) if naive and stage == 4 else None
+    model.train(stage != 4)
+    made = random_questions(config, args.batch, ("chosen", "rejected") if stage == 4 else ("text",))
+    made["batch"] = train.to_device(made["batch"], device)
+    autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
+    reference = tuple(p.detach().clone() for p in chosen.values()) if stage == 4 else ()
+    context = train.Context(model, stage, 0, train.STAGES["diffa2"][stage][0], autocast, tuple(chosen.values()), reference)
+    optimizer = torch.optim.AdamW(chosen.values(), lr=1e-5, fused=True)
+    if args.recompute and not naive:
+        train.recompute(model)
+    seconds = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with Peak() as peak:
+        for _ in range(1 + args.repeats):  # the first one warms up
+            start = time.perf_counter()
+            if naive:
+                naive_step(model, other, made, stage).sum().backward()
+            else:
+                train.LOSSES[context.row.loss](context, made)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak.bytes
+    print(json.dumps({"seconds": seconds[1:], "memory": memory}))
+
+
+def train_bench(args):
+    """Every stage, ours and naive in turn; each in its own process."""
+    name = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"size {args.size}, batch {args.batch}, 30 s clips, {name}, torch {torch.__version__}; {args.repeats} steps each, median (least - most)\n")
+    print(f"{'stage':6}{'':8}{'s/step':>24}{'steps/s':>9}{'audio h/s':>11}{'peak GB':>9}{'speed':>8}{'memory':>8}")
+    for stage in args.stages:
+        found = {}
+        for kind in ("naive", "ours"):
+            command = [sys.executable, os.path.abspath(__file__), "train", "--stage", str(stage), "--size", args.size, "--batch", str(args.batch),
+                       "--repeats", str(args.repeats)] + ["--naive"] * (kind == "naive") + ["--recompute"] * args.recompute  # fmt: skip
+            done = subprocess.run(command + (["--device", args.device] if args.device else []), capture_output=True, text=True)
+            if done.returncode:
+                print(f"{stage:<6}{kind:8} failed: {(done.stderr.strip().splitlines() or ['killed: out of memory?'])[-1]}")
+                continue
+            found[kind] = json.loads(done.stdout.splitlines()[-1])
+            times, memory = found[kind]["seconds"], found[kind]["memory"]
+            median = statistics.median(times)
+            ratios = ""
+            if kind == "ours" and "naive" in found:
+                ratios = f"{statistics.median(found['naive']['seconds']) / median:7.1f}x{memory / found['naive']['memory']:7.2f}x"
+            hours = args.batch * 30 / 3600 / median
+            print(f"{stage:<6}{kind:8}{median:10.2f} ({min(times):5.2f} - {max(times):5.2f}){1 / median:9.3f}{hours:11.4f}{memory / 1e9:9.2f}{ratios}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# VRPO's estimators
+
+
+def variance_bench(args):
+    """Variance of the margin and of its gradient on a trained model: shared against independent masks,
+    stratified exact counts against independent t, at one budget of samples."""
+    model, tokenizer = load(args.model, args.device)
+    if not any("lora_" in n for n, _ in model.named_parameters()):
+        model.add_lora()
+    c = model.config
+    chosen = train.trainable(model, train.STAGES["tiny"][4][0].trains)
+    examples = read_manifest(args.manifest, 4)[: args.pairs]
+    reference = [p.detach().clone() for p in chosen.values()]
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # a policy some steps away: as far as steps of 3e-5 would bring every weight
+        for p in chosen.values():
+            p.add_(args.distance * torch.randn(p.shape, generator=g))
+    maker = train.Maker(tokenizer, c, "vrpo", 0, augmented=False)
+    n, names = vrpo.SAMPLES, ("chosen", "rejected")
+    print(f"{args.model}, {len(examples)} pairs, {args.repeats} estimates of {n} samples each, policy {args.distance:g} (std) from the reference\n")
+    print(f"{'masks':14}{'t':22}{'variance of the margin':>24}{'of the gradient (trace)':>26}")
+    for shared in (True, False):
+        for stratified in (True, False):
+            spread, trace = [], []
+            for example in examples:
+                made = maker([example], 0)["batch"]
+                sides = {name: train.side_of(made, name) for name in names}
+
+                def draw(name):
+                    is_answer = sides[name]["is_answer"]
+                    if stratified:
+                        return draw_counts(is_answer, n, g)
+                    t = torch.stack([draw_t(1, g) for _ in range(n)])  # (n, 1)
+                    return torch.stack([corrupt(sides[name]["ids"], is_answer, c.mask_id, x, generator=g)[1] for x in t]), 1 / t
+
+                margins, mean, square = [], None, None
+                encoded = model.encode(made["mel"])
+                for _ in range(args.repeats):
+                    masks = {name: draw(name) for name in names}
+                    others = masks if shared else {name: draw(name) for name in names}
+
+                    def scores(masks):
+                        heard = model.adapt(*encoded, made["n_frames"], 4)
+                        return [vrpo.score(train.reader(model, sides[name], *heard), sides[name]["ids"], masks[name], c.mask_id) for name in names]
+
+                    policy = scores(masks)
+                    with torch.no_grad(), vrpo.swapped(chosen.values(), reference):
+                        old = scores(others)
+                    m = vrpo.margin(*policy, *old)
+                    gradient = torch.cat([x.flatten() for x in torch.autograd.grad(vrpo.vrpo_loss(m).sum(), list(chosen.values()), allow_unused=True) if x is not None])
+                    margins.append(m.item())
+                    mean = gradient if mean is None else mean + gradient
+                    square = gradient**2 if square is None else square + gradient**2
+                k = args.repeats
+                spread.append(statistics.variance(margins))
+                trace.append(((square - mean**2 / k) / (k - 1)).sum().item())
+            kinds = ("shared" if shared else "independent", "stratified counts" if stratified else "independent t")
+            print(f"{kinds[0]:14}{kinds[1]:22}{statistics.mean(spread):24.4f}{statistics.mean(trace):26.5f}", flush=True)
+
+
 def main(argv=None):
     parser = Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -206,9 +403,32 @@ def main(argv=None):
     p.add_argument("folder")
     p.add_argument("--device")
     p.add_argument("--keep", action="store_true", help="leave the weights on the disk")
+    p = commands.add_parser("train", help="training steps of every stage beside naive ones")
+    p.add_argument("--size", default="wide", choices=sorted([*BENCH_SIZES, *PRESETS]))
+    p.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3, 4], choices=(1, 2, 3, 4))
+    p.add_argument("--batch", type=int, default=4)
+    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--recompute", action="store_true", help="activation checkpointing in ours")
+    p.add_argument("--device")
+    p.add_argument("--stage", type=int, help="this one alone, and one line of JSON")
+    p.add_argument("--naive", action="store_true", help="with --stage: the naive step")
+    p = commands.add_parser("variance", help="VRPO's estimators on a trained model")
+    p.add_argument("manifest")
+    p.add_argument("--model", default="tiny")
+    p.add_argument("--pairs", type=int, default=8)
+    p.add_argument("--repeats", type=int, default=30)
+    p.add_argument("--distance", type=float, default=1e-3)
+    p.add_argument("--device")
     try:
         args = parser.parse_args(argv)
-        fullsize(args.folder, args.device, args.keep)
+        if args.command == "fullsize":
+            fullsize(args.folder, args.device, args.keep)
+        elif args.command == "variance":
+            variance_bench(args)
+        elif args.stage is None:
+            train_bench(args)
+        else:
+            one_training_kind(args)
     except UserError as e:
         print(f"bench.py: {e}", file=sys.stderr)
         return 2

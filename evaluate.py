@@ -75,8 +75,7 @@ def report(examples, tasks, answers):
 
 def run(args):
     examples = read_manifest(args.manifest)
-    with open(args.manifest, encoding="utf-8") as f:
-        tasks = [json.loads(line).get("task", "all") for line in f if line.strip()]
+    tasks = [e.task or "all" for e in examples]
     block = args.block or min(32, args.answer_length)
     options = dict(answer_length=args.answer_length, block=block, steps=args.steps, factor=args.factor or 1.0, cache=args.cache)
     check_budget(args.answer_length, block, args.steps, options["factor"])

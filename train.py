@@ -28,6 +28,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import json
 import math
@@ -115,6 +116,22 @@ def trainable(model, trains):
         if p.requires_grad:
             chosen[name] = p
     return chosen
+
+
+def halve_frozen(model):
+    """Frozen matrices in bf16; vectors stay as they are (Whisper's norms want fp32, and weigh nothing)."""
+    for p in model.parameters():
+        if not p.requires_grad and p.dim() > 1:
+            p.data = p.data.to(torch.bfloat16)
+
+
+def recompute(model):
+    """Activation checkpointing: each block's inside is computed again for the backward pass.  Returns a stack that undoes it."""
+    undo = contextlib.ExitStack()
+    for block in model.backbone.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        undo.callback(delattr, block, "forward")
+    return undo
 
 
 def learning_rate(step, row, steps):
@@ -754,10 +771,8 @@ class Log:
         self.file = open(path, "a", encoding="utf-8")
         self.board = None
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--tensorboard: pip install tensorboard") from None
+            from torch.utils.tensorboard import SummaryWriter
+
             self.board = SummaryWriter(out)
 
     def write(self, **entry):
@@ -793,6 +808,8 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
     row_steps = row.steps or math.ceil(row.epochs * math.ceil(len(examples) / row.batch))
     steps = o.steps or row_steps
     chosen = trainable(model, row.trains)
+    if model.base and o.precision == "bf16":  # the released models; ours keeps to the bit what it froze
+        halve_frozen(model)
     packer, heads = heads or (None, None)
     if heads is not None and row.loss in ("ear", "read"):
         heads.to(device)
@@ -817,11 +834,7 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
             if device.type == "cuda" and state["random_cuda"]:
                 torch.cuda.set_rng_state(state["random_cuda"][world.rank], device)
         seen = set(state["skipped"])
-    recomputed = contextlib.ExitStack()
-    if o.recompute:
-        for block in model.backbone.blocks:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-            recomputed.callback(delattr, block, "forward")
+    undo = recompute(model) if o.recompute else contextlib.ExitStack()
     if o.compile:
         for block in model.backbone.blocks:
             block.compile()
@@ -862,7 +875,7 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
 
     progress = tqdm(total=steps, initial=step, desc=f"stage {stage}" + (f", part {part + 1}" if stage == 0 else ""), unit=" steps", mininterval=1,
                     disable=world.rank != 0)  # fmt: skip
-    with Asked() as asked, progress, recomputed, contextlib.closing(log) if log else contextlib.nullcontext():
+    with Asked() as asked, progress, undo, contextlib.closing(log) if log else contextlib.nullcontext():
         lr, losses, made_ids, skipped, seconds = 0.0, [], [], [], 0.0
         for made in loader:
             skipped += made["skipped"]
@@ -1021,6 +1034,8 @@ def run(args):
     out = args.out or f"out/{name}/stage{stage}"
     if not os.path.exists(args.data):
         raise UserError(f"{args.data}: no such manifest; `python prepare.py tour --audio DIR --out data` makes it")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard")
     states = list_states(out)
     if args.restart:
         for path in states:

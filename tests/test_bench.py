@@ -1,5 +1,7 @@
 """The rehearsal's files have the published names, and loading keeps no second copy of the weights."""
 
+import copy
+import functools
 import json
 import os
 import subprocess
@@ -8,9 +10,11 @@ import sys
 import pytest
 import torch
 
+import bench
+import train
 from bench import anonymous_bytes, full_tokenizer, random_tensor, released_keys
 from data import build_prompt
-from model import DIFFA2, PRESETS, SPECIAL_TOKENS, trained_part
+from model import DIFFA2, PRESETS, SPECIAL_TOKENS, build, trained_part
 
 
 def test_released_keys_cover_what_is_trained():
@@ -77,3 +81,48 @@ def test_loading_is_lean(tmp_path, tokenizer, dtype):
     assert weights > 100e6  # large beside what a process allocates anyway
     assert 0 < grown <= 1.1 * weights, (grown, weights)
     assert anonymous_bytes() > 0
+
+
+# ---------------------------------------------------------------------------------------------
+# training steps
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+def test_the_naive_step_computes_the_same(config, stage):
+    """What `bench.py train` compares must be one computation done two ways: loss and gradients, fp32, dropout off."""
+    model = build(config, seed=0)
+    if stage >= 3:
+        model.add_lora()
+    row = train.STAGES["diffa2"][stage][0]
+    chosen = train.trainable(model, row.trains)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in chosen.values():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    model.eval(), other.eval()
+    made = bench.random_questions(config, 3, ("chosen", "rejected") if stage == 4 else ("text",), text=30, canvas=6)
+    reference = tuple(p.detach().clone() for n, p in other.named_parameters() if n in chosen) if stage == 4 else ()
+    context = train.Context(model, stage, 0, row, functools.partial(torch.autocast, "cpu", enabled=False), tuple(chosen.values()), reference)
+    ours = train.LOSSES[row.loss](context, made)
+    gradients = {n: p.grad.clone() for n, p in chosen.items() if p.grad is not None}
+    model.zero_grad()
+    naive = bench.naive_step(model, other, made, stage)
+    assert torch.allclose(ours, naive, rtol=1e-4), (ours, naive)
+    naive.sum().backward()
+    for n, g in gradients.items():
+        assert torch.allclose(g, chosen[n].grad, atol=1e-4 * max(1, g.abs().max())), n
+
+
+def test_one_kind_prints_a_line_of_json(capsys, config, monkeypatch):
+    monkeypatch.setitem(bench.BENCH_SIZES, "small", config)
+    for naive in ([], ["--naive"]):
+        assert bench.main(["train", "--size", "small", "--stage", "3", "--batch", "2", "--repeats", "2", *naive]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert len(found["seconds"]) == 2 and min(found["seconds"]) > 0 and found["memory"] > 0
+
+
+def test_variance_table(capsys, toured, small_folder, tmp_path):
+    assert bench.main(["variance", f"{toured}/stage4.jsonl", "--model", small_folder, "--pairs", "1", "--repeats", "3"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("shared", "independent"))]
+    assert len(rows) == 4 and all(float(r[-1]) > 0 and float(r[-2]) > 0 for r in rows)
+    assert bench.main(["variance", str(tmp_path / "none.jsonl")]) == 2

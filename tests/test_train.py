@@ -468,6 +468,16 @@ def test_plot_draws_the_logs(one, tmp_path, monkeypatch):
     assert main(["--plot", str(tmp_path)]) == 2
 
 
+def test_tensorboard_is_optional(one, toured, tmp_path, capsys):
+    import importlib.util
+
+    code = main(arguments(toured, tmp_path, 1, "--init", f"{one}/stage0", "--max-steps", "2", "--tensorboard"))
+    if importlib.util.find_spec("tensorboard"):
+        assert code == 0 and any(f.startswith("events") for f in os.listdir(tmp_path / "stage1"))
+    else:
+        assert code == 2 and "pip install tensorboard" in capsys.readouterr().err and os.listdir(tmp_path) == []
+
+
 def test_recompute_changes_memory_not_results(one, toured, tmp_path):
     run_ = lambda name, *extra: main(arguments(toured, tmp_path / name, 3, "--init", f"{one}/stage2", "--max-steps", "3", *extra))
     assert run_("a") == 0 and run_("b", "--recompute") == 0
