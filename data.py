@@ -63,30 +63,33 @@ def read_manifest(path, stage=None, check=True):
     Paths are relative to the manifest.  check: every audio file must exist.
     Raises UserError naming file and line.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such manifest")
-    with open(path, encoding="utf-8") as f:
-        try:
-            text = f.read()
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: not a text file") from None
-    if text.lstrip().startswith("["):
-        try:
-            entries = [(f"{path}: entry {i}", entry) for i, entry in enumerate(json.loads(text), 1)]
-        except json.JSONDecodeError as e:
-            raise UserError(f"{path}:{e.lineno}: not JSON ({e.msg})") from None
-    else:
-        entries = []
-        for n, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    entries.append((f"{path}:{n}", json.loads(line)))
-                except json.JSONDecodeError as e:
-                    raise UserError(f"{path}:{n}: not JSON ({e.msg})") from None
+    entries = list(read_entries(path))
     if not entries:
         raise UserError(f"{path}: holds no example")
     folder = os.path.dirname(os.path.abspath(path))
     return [parse_example(entry, i, where, folder, stage, check) for i, (where, entry) in enumerate(entries)]
+
+
+def read_entries(path):
+    """The entries of a manifest one by one -> (where, dict), JSONL line by line: memory does not grow with it."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such manifest")
+    n = 0
+    try:
+        with open(path, encoding="utf-8") as f:
+            first = f.read(64).lstrip()
+            f.seek(0)
+            if first.startswith("["):
+                for n, entry in enumerate(json.load(f), 1):
+                    yield f"{path}: entry {n}", entry
+                return
+            for n, line in enumerate(f, 1):
+                if line.strip():
+                    yield f"{path}:{n}", json.loads(line)
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file") from None
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}:{e.lineno if not n else n}: not JSON ({e.msg})") from None
 
 
 def parse_example(entry, id, where, folder, stage=None, check=True):

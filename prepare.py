@@ -2,6 +2,8 @@
 
     python prepare.py tour --audio DIR --out data     all manifests of the small model, and its tokenizer
     python prepare.py fsdd DIR --out fsdd.jsonl       one corpus, plain questions
+    python prepare.py toy                             a synthetic corpus for people with no data, and its manifests
+    python prepare.py check data/*.jsonl              what manifests hold, and what is wrong with them
     python prepare.py show data/stage2.jsonl -n 5     examples as the model sees them
 
 A corpus is a row of CORPORA: what its files are called, which facts their names tell, which of
@@ -21,7 +23,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Callable
 
@@ -30,7 +32,10 @@ import soundfile
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from data import ASR_QUESTION, SAMPLE_RATE, build_prompt, encode_text, lettered, load_audio, mmau_prompt, mmsu_prompt, prompt_text, read_manifest
+from data import (
+    ASR_QUESTION, SAMPLE_RATE, build_prompt, encode_text, lettered, load_audio, mmau_prompt, mmsu_prompt, parse_example, prompt_text,
+    read_entries, read_manifest,
+)  # fmt: skip
 from model import PRESETS, SPECIAL_TOKENS, Parser, UserError, load_tokenizer
 
 DIGITS = "zero one two three four five six seven eight nine".split()
@@ -170,7 +175,7 @@ TASKS = {
     "asr": Task("words", (
         ASR_QUESTION, "Write down what is said.", "What is being said in this recording?", "Turn the speech into text.",
         "Give the exact words of the speaker.", "Which words can be heard?", "Write out the spoken words.", "What does the speaker say?",
-        "What is said?", "Type what you hear being said.", "Transcribe the recording.", "Convert this speech to text.",
+        "What is said?", "Type what you hear being said.", "Transcribe the recording.", "Speech to text, please.",
         "Put the spoken words into writing.", "Note down every word you hear.", "What are the words in this clip?",
         "Please write a transcript.", "Listen and write what is spoken.", "Provide the transcription of the speech.",
         "Tell me word for word what was said.", "What did the person say?", "Render the speech as text.",
@@ -409,6 +414,16 @@ def write_lines(lines, out):
     return n
 
 
+def write_text(text, out):
+    """One file under a temporary name, renamed."""
+    try:
+        with open(out + ".tmp", "w", encoding="utf-8") as f:
+            f.write(text)
+        os.replace(out + ".tmp", out)
+    except OSError as e:
+        raise UserError(f"{out}: cannot be written ({e.strerror})") from None
+
+
 def make_folder(path):
     try:
         os.makedirs(path, exist_ok=True)
@@ -509,6 +524,219 @@ def strings(clips, n, most, rng, folder, progress, least=1):
         chosen = [rng.choice(groups[rng.choice(names)]) for _ in range(rng.randint(least, most))]
         yield compose(chosen, rng, os.path.join(folder, f"{i:05}.flac"))
         progress.update()
+
+
+# ---------------------------------------------------------------------------------------------
+# checking manifests
+
+
+DOMAINS = {"sound": "sound", "instrument": "music", "background": "mixture"}  # task -> domain; all else is speech
+
+
+def domain_of(entry):
+    facts = entry.get("facts") or {}
+    return "mixture" if "background" in facts else "sound" if "sound" in facts else "music" if "instrument" in facts else "speech"
+
+
+def choices_in(question):
+    """The options that a question lists, letter -> text; {} when it lists none."""
+    found = re.findall(r"^([A-H])\. (.+)$", question, re.MULTILINE)
+    return dict(found) if [letter for letter, _ in found] == list(LETTERS[: len(found)]) and len(found) > 1 else {}
+
+
+def wrong_option(question, answer):
+    """What is wrong with a multiple-choice answer, or None: a letter must be listed and stand for its text."""
+    choices = choices_in(question)
+    if not choices:
+        return None
+    if len(set(choices.values())) < len(choices):
+        return "two options are the same"
+    m = re.fullmatch(r"([A-H])[.):]?(?:\s+(.+?))?\.?", answer.strip())
+    if m and (m[1] not in choices or (m[2] and m[2].lower() != choices[m[1]].lower())):
+        return f"option {m[1]} is not what the answer says"
+    if not m and answer.strip().rstrip(".").lower() not in {c.lower() for c in choices.values()}:
+        return "the answer is none of the options"
+    return None
+
+
+SPEAKER_MATTERS = ("ravdess", "librispeech", "iemocap", "vctk", "voxceleb1", "vocalsound")  # test speakers must be unheard
+
+
+def check(paths, decode=False, show=5):
+    """Prints what manifests hold, as Table A.1 does, and what is wrong with them.  Returns the number of errors.
+
+    A manifest whose name has "test" or "held_out" in it is for testing: its clips, and its speakers
+    where that matters, must be in no other.  Audio is looked at by its header, with decode=True read.
+    """
+    errors, n_errors = [], 0
+    counts, hours, answers, clips = Counter(), Counter(), [], {}
+    heard = {True: set(), False: set()}  # for testing or not -> clips
+    speakers = {True: set(), False: set()}
+    seen, n = set(), 0
+
+    def wrong(where, what):
+        nonlocal n_errors
+        n_errors += 1
+        if len(errors) < show:
+            errors.append(f"{where}: {what}")
+
+    for path in paths:
+        is_test, folder = any(w in os.path.basename(path) for w in ("test", "held_out")), os.path.dirname(os.path.abspath(path))
+        for where, entry in tqdm(read_entries(path), desc=os.path.basename(path), unit=" lines", mininterval=1):
+            n += 1
+            try:
+                e = parse_example(entry, n, where, folder, None, check=False)
+            except UserError as error:
+                wrong(where, str(error).removeprefix(where + ": "))
+                continue
+            key = hash((e.audio, e.question, e.answer, e.rejected))
+            if key in seen:
+                counts["duplicate lines"] += 1
+            seen.add(key)
+            domain, task = domain_of(entry), e.task or "-"
+            counts[domain, e.dataset or "-"] += 1
+            counts["task", task] += 1
+            if len(answers) < 1_000_000:
+                answers.append(len(e.answer.split()))
+            if problem := wrong_option(e.question, e.answer):
+                wrong(where, problem)
+            if e.rejected is not None and e.rejected.strip() == e.answer.strip():
+                wrong(where, "the rejected answer is the chosen one")
+            if e.audio is not None:
+                clip = hash(os.path.realpath(e.audio))
+                if clip not in clips:
+                    clips[clip] = seconds_of(e.audio)
+                    if clips[clip] is None:
+                        wrong(where, f"{e.audio}: missing, or not readable as audio")
+                    elif decode:
+                        try:
+                            load_audio(e.audio)
+                        except UserError as error:
+                            wrong(where, str(error))
+                    hours[domain, e.dataset or "-"] += (clips[clip] or 0) / 3600
+                heard[is_test].add(clip)
+                if clip in heard[not is_test]:
+                    wrong(where, f"{e.audio}: is in a test manifest and in another one")
+                if e.dataset in SPEAKER_MATTERS and "speaker" in e.facts:
+                    speaker = (e.dataset, e.facts["speaker"])
+                    speakers[is_test].add(speaker)
+                    if speaker in speakers[not is_test] and "held_out" not in path:
+                        wrong(where, f"{e.dataset}'s {e.facts['speaker']} speaks in a test manifest and in another one")
+    print(f"{'domain':10}{'corpus':26}{'lines':>10}{'hours of clips':>16}")
+    for domain in ("sound", "music", "speech", "mixture"):
+        rows = sorted(k for k in counts if isinstance(k, tuple) and k[0] == domain)
+        for k in rows:
+            print(f"{domain:10}{k[1]:26}{counts[k]:>10,}{hours[k]:>16.2f}")
+    print(f"{'total':36}{n:>10,}{sum(hours.values()):>16.2f}   {len(clips):,} clips")
+    print("tasks: " + ", ".join(f"{k[1]} {v:,}" for k, v in counts.most_common() if k[0] == "task"))
+    if answers:
+        answers.sort()
+        print(f"words in an answer: median {answers[len(answers) // 2]}, 95 % up to {answers[int(len(answers) * 0.95)]}, most {answers[-1]}")
+    print(f"duplicate lines: {counts['duplicate lines']:,}")
+    for line in errors:
+        print(line, file=sys.stderr)
+    if n_errors:
+        print(f"prepare.py: {n_errors} error{'s' * (n_errors > 1)} in {n} lines" + (f", the first {show} above" if n_errors > show else ""), file=sys.stderr)
+    return n_errors
+
+
+# ---------------------------------------------------------------------------------------------
+# a corpus for people with no data at hand
+
+
+def synthesize(kind, rng):
+    """Two seconds or so of a sound or an instrument, different each time -> samples at 16 kHz."""
+    n, g = int(rng.uniform(1.5, 2.5) * SAMPLE_RATE), np.random.default_rng(rng.getrandbits(32))
+    t, noise = np.arange(n) / SAMPLE_RATE, g.standard_normal(n)
+    smooth = lambda x, width: np.convolve(x, np.ones(width) / width, "same")
+    hits = lambda every, decay: sum((t >= s) * np.exp(-np.clip(t - s, 0, None) * decay) for s in np.arange(rng.uniform(0, 0.2), t[-1], every))
+    f = rng.uniform(0.8, 1.25)
+    if kind == "rain":
+        return noise - smooth(noise, 3)
+    if kind == "sea waves":
+        return smooth(noise, 12) * (1 + 0.9 * np.sin(2 * np.pi * 0.5 * f * t + rng.uniform(0, 6)))
+    if kind == "clock tick":
+        return hits(0.5, 300) * np.sin(2 * np.pi * 2000 * f * t) + 0.005 * noise
+    if kind == "helicopter":
+        return hits(0.08 * f, 40) * smooth(noise, 20)
+    if kind == "siren":
+        return np.sin(2 * np.pi * np.cumsum(700 * f + 300 * np.sin(2 * np.pi * 1.2 * t)) / SAMPLE_RATE)
+    if kind == "bell":
+        return sum(np.exp(-t * d) * np.sin(2 * np.pi * 440 * f * r * t) for r, d in ((1, 1.5), (2.76, 3), (5.4, 5)))
+    if kind == "guitar":  # Karplus-Strong
+        period = int(SAMPLE_RATE / (130 * f))
+        string, out = list(g.uniform(-1, 1, period)), np.zeros(n)
+        for i in range(n):
+            out[i] = string[i % period]
+            string[i % period] = 0.498 * (string[i % period] + string[(i + 1) % period])
+        return out
+    if kind == "bass drum":
+        return hits(0.45, 12) * np.sin(2 * np.pi * 60 * f * t)
+    if kind == "theremin":
+        return np.sin(2 * np.pi * np.cumsum(500 * f * (1 + 0.03 * np.sin(2 * np.pi * 6 * t))) / SAMPLE_RATE)
+    raise ValueError(kind)
+
+
+TOY_SOUNDS, TOY_INSTRUMENTS = ("clock tick", "helicopter", "rain", "sea waves", "siren"), ("bass drum", "bell", "guitar", "theremin")
+TOY_WORDS = "bird cat dog happy house left right stop tree yes".split()
+
+
+def toy(out, each, seed=0):
+    """A small corpus of espeak-ng's speech and synthesised sound, named as the real ones: OUT/fsdd, speech_commands, esc10, berklee."""
+    rng = random.Random(seed)
+    shapes = [("fsdd", f"recordings/{d}_{{voice}}_{{i}}.wav", word) for d, word in enumerate(DIGITS)]
+    shapes += [("speech_commands", f"{word}/{{hash}}_nohash_{{i}}.wav", word) for word in TOY_WORDS]
+    total = each * (len(shapes) + len(TOY_SOUNDS) + len(TOY_INSTRUMENTS))
+    with tqdm(total=total, desc="toy", unit=" clips") as progress:
+        for corpus, name, word in shapes:
+            for i in range(each):
+                voice = rng.choice(ESPEAK_VOICES) + "+" + rng.choice(ESPEAK_VARIANTS)
+                spoken = name.format(voice=re.sub(r"[^a-z]", "", voice), i=i, hash=f"{rng.getrandbits(32):08x}")
+                path = os.path.join(out, corpus, spoken)
+                make_folder(os.path.dirname(path))
+                speak(word, path, voice, speed=rng.randint(110, 190), pitch=rng.randint(25, 75))
+                progress.update()
+        for n, kind in enumerate(TOY_SOUNDS + TOY_INSTRUMENTS, 1):
+            for i in range(each):
+                folder = f"esc10/{n:03} - {capital(kind)}/{i % 5 + 1}-{n}{i:03}-A.wav" if kind in TOY_SOUNDS else f"berklee/{kind.replace(' ', '')}_{i}.wav"
+                write_clip(level(synthesize(kind, rng), rng).astype(np.float32), os.path.join(out, folder))
+                progress.update()
+
+
+# ---------------------------------------------------------------------------------------------
+# a held-out benchmark in the benchmarks' own formats
+
+
+def benchmark(clips, pools, n, rng, out):
+    """Multiple-choice questions about held-out clips, written as MMSU's and MMAU's question files.
+
+    Speech with four options goes to OUT/mmsu.jsonl, semantic (digit, word, count, order) and
+    paralinguistic (emotion); sound, music, mixtures and questions with two options (sex, intensity) to
+    OUT/mmau.json; every task equally often.  Audio paths are relative to OUT.
+    """
+    by_task = defaultdict(list)
+    for clip in clips:
+        for task, fact in askable(clip, CHOICE_TASKS):
+            if len(pools[task]) > 1:
+                by_task[task].append((clip, fact))
+    mmsu, mmau, tasks = [], [], sorted(by_task)
+    for i in range(n if tasks else 0):
+        task = tasks[i % len(tasks)]
+        clip, fact = rng.choice(by_task[task])
+        question, choices, right = multiple_choice(task, fact, pools[task], 4, rng)
+        path = os.path.relpath(clip.path, out)
+        if task in DOMAINS or len(choices) != 4:  # MMSU always has four
+            domain = DOMAINS.get(task, "speech")
+            mmau.append({"id": f"q{i:04}", "audio_id": path, "question": question, "choices": choices, "answer": choices[right],
+                         "task": domain, "difficulty": "medium", "sub-category": task, "dataset": clip.dataset})  # fmt: skip
+        else:
+            paralinguistic = task in ("emotion", "intensity", "sex")
+            mmsu.append({"id": f"q{i:04}", "audio_path": path, "question": question, **dict(zip(("choice_a", "choice_b", "choice_c", "choice_d"), choices)),
+                         "answer_gt": choices[right], "task_name": task, "category": "Reasoning" if task == "count" else "Perception",
+                         "sub-category": "Paralinguistics" if paralinguistic else "Linguistics", "sub-sub-category": "Paralinguistics" if paralinguistic else "Semantics"})  # fmt: skip
+    write_lines(mmsu, os.path.join(out, "mmsu.jsonl"))
+    write_text(json.dumps(mmau, indent=1, ensure_ascii=False), os.path.join(out, "mmau.json"))
+    return len(mmsu), len(mmau)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -619,6 +847,8 @@ def tour(audio, out, seed=0, n_strings=4000):
     lines = [question_line(c, rng, here, [task], 0) for c in test for task in one[c.dataset] if askable(c, [task])]
     lines += [question_line(c, rng, here, [task], 0) for task, kind in (("asr", "digits"), ("asr", "words"), ("background", "mixtures")) for c in composed[kind]]
     print(f"{out}/test.jsonl: {write_lines(lines, f'{out}/test.jsonl')} lines")
+    found = benchmark([*test, *composed["digits"], *composed["mixtures"]], labels, max(40, int(720 * scale)), rng, out)
+    print(f"{out}/mmsu.jsonl: {found[0]} questions; {out}/mmau.json: {found[1]} questions")
     tokenizer = train_tokenizer([line for lines in stages.values() for line in lines])
     tokenizer.save(f"{out}/tokenizer.json")
     print(f"{out}/tokenizer.json: {tokenizer.get_vocab_size()} entries")
@@ -662,6 +892,14 @@ def main(argv=None):
     p.add_argument("--out", default="data")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--strings", type=int, default=4000, help="composed digit strings; all else in proportion (default 4000)")
+    p = commands.add_parser("toy", help="a small corpus of synthetic speech and sound, and all manifests from it (needs espeak-ng)")
+    p.add_argument("--out", default="toy", help="clips go to OUT/audio, manifests to OUT (default toy)")
+    p.add_argument("--each", type=int, default=24, help="clips of every word and sound (default 24)")
+    p.add_argument("--seed", type=int, default=0)
+    p = commands.add_parser("check", help="what manifests hold, and what is wrong with them")
+    p.add_argument("manifests", nargs="+")
+    p.add_argument("--decode", action="store_true", help="read every clip, not its header alone")
+    p.add_argument("--errors", type=int, default=5, help="how many errors to print (default 5)")
     p = commands.add_parser("show", help="examples as the model sees them")
     p.add_argument("manifest")
     p.add_argument("-n", type=int, default=5)
@@ -679,6 +917,12 @@ def main(argv=None):
         if args.command == "tour":
             make_folder(args.out)
             tour(args.audio, args.out, args.seed, args.strings)
+        elif args.command == "toy":
+            make_folder(args.out)
+            toy(os.path.join(args.out, "audio"), args.each, args.seed)
+            tour(os.path.join(args.out, "audio"), args.out, args.seed, n_strings=20 * args.each)
+        elif args.command == "check":
+            return 2 if check(args.manifests, args.decode, args.errors) else 0
         elif args.command == "demo":
             make_folder(args.out)
             demo(args.out)

@@ -1076,7 +1076,7 @@ def run(args):
             row = parts[part]
             if row.loss == "read" and parts[part - 1].loss == "ear" and not (state and state["step"]):
                 match_loudness(model, examples, Maker(tokenizer, model.config, "sft", args.seed, augmented=False))
-            chosen = [e for e in examples if not row.bare or (is_single(e) and len(e.answer) < 25)]
+            chosen = [e for e in examples if not row.bare or (is_single(e) and len(e.question) + len(e.answer) < 80)]
             chosen = [e if e.id == i else dataclasses.replace(e, id=i) for i, e in enumerate(chosen)]
             resumed = state if state and state["part"] == part and state["step"] else None
             if not train(world, model, tokenizer, chosen, stage, row, out, options, part, resumed, heads, held_out):

@@ -3,15 +3,17 @@
 import json
 import os
 import random
+import shutil
 from collections import Counter
 
 import numpy as np
+import pytest
 
 from data import load_audio, mmau_prompt, mmsu_prompt, read_manifest
 from model import load_tokenizer
 from prepare import (
-    CHOICE_TASKS, CORPORA, DIGITS, TASKS, TOUR, Clip, askable, choice_line, compose, derived, distractors, draw_question, main, mix,
-    multiple_choice, preference_line, read_corpus,
+    CHOICE_TASKS, CORPORA, DIGITS, TASKS, TOUR, TOY_INSTRUMENTS, TOY_SOUNDS, Clip, askable, choice_line, compose, derived, distractors, draw_question, main, mix,
+    multiple_choice, preference_line, read_corpus, synthesize,
 )  # fmt: skip
 
 
@@ -222,3 +224,79 @@ def test_show_prints_what_the_model_sees(toured, capsys):
     out = capsys.readouterr().out
     assert out.count("canvas of") == 2 and "This is the audio:'" in out and "' <audio>. " in out
     assert askable(Clip("a", "x", {})) == [("layer", "a sound")]
+
+
+# ---------------------------------------------------------------------------------------------
+# checking
+
+
+def test_the_tour_passes_its_own_check(toured, capsys):
+    names = [f"{toured}/{n}.jsonl" for n in ("stage0", "stage1", "stage2", "stage3", "stage4", "held_out", "test")]
+    assert main(["check", *names, "--decode"]) == 0
+    out = capsys.readouterr().out
+    total = sum(len(open(n).readlines()) for n in names)
+    assert f"{total:,}" in out and "esc10" in out and "mixture" in out and "digit_choice" in out
+    hours = {line.split()[1]: float(line.split()[3]) for line in out.splitlines() if line.startswith(("sound", "speech", "music"))}
+    assert hours["fsdd"] == round(50 * 0.2 / 3600, 2)
+
+
+def test_check_finds_what_is_wrong(tmp_path, corpora, capsys):
+    clip = lambda name: os.path.join(corpora, name)
+    a, b = clip("fsdd/recordings/1_jackson_3.wav"), clip("fsdd/recordings/2_jackson_3.wav")
+    broken = tmp_path / "broken.wav"
+    broken.write_bytes(b"RIFFxxxx")
+    cut = tmp_path / "cut.wav"
+    cut.write_bytes(open(a, "rb").read()[:3000])
+    line = lambda audio, q="Which digit?", answer="One.", **more: {
+        "messages": [{"role": "user", "content": "<audio>" + q}, {"role": "assistant", "content": answer}], "audios": [audio], **more,
+    }  # fmt: skip
+    options = "Which?\nA. One\nB. Two"
+    cases = [
+        ([line(str(broken))], [], "not readable"), ([line(str(tmp_path / "gone.wav"))], [], "missing"), ([line(a)], [line(a, "What?")], "test manifest"),
+        ([line(a, options, "C.")], [], "option C"), ([line(a, options, "A. Two.")], [], "option A"), ([line(a, options, "Three.")], [], "none of the options"),
+        ([line(a, "Which?\nA. One\nB. One", "A.")], [], "the same"), ([line(a, rejected_response="One.")], [], "rejected"), ([{"audios": [a]}], [], "messages"),
+        ([line(a, dataset="ravdess", facts={"speaker": "x"})], [line(b, dataset="ravdess", facts={"speaker": "x"})], "speaks in a test"),
+    ]  # fmt: skip
+    for train, test, says in cases:
+        for name, lines in (("train", train), ("test", test)):
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+        assert main(["check", str(tmp_path / "train.jsonl"), *([str(tmp_path / "test.jsonl")] if test else [])]) == 2, says
+        assert says in capsys.readouterr().err
+    (tmp_path / "cut.jsonl").write_text(json.dumps(line(str(cut))) + "\n")
+    assert main(["check", str(tmp_path / "cut.jsonl"), "--decode"]) == 2 and "cut short" in capsys.readouterr().err
+    good = [line(a, options, answer) for answer in ("A.", "B", "A. One.", "Two.", "two")] + [line(a, options, "A.")]
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in good))
+    assert main(["check", str(tmp_path / "good.jsonl")]) == 0 and "duplicate lines: 1" in capsys.readouterr().out
+    assert main(["check", str(tmp_path / "none.jsonl")]) == 2
+
+
+def test_toy_needs_no_data(tmp_path, capsys):
+    if not shutil.which("espeak-ng"):
+        pytest.skip("espeak-ng is not installed")
+    out = str(tmp_path / "toy")
+    assert main(["toy", "--out", out, "--each", "5"]) == 0
+    assert main(["check", *(f"{out}/{n}.jsonl" for n in ("stage0", "stage4", "test"))]) == 0
+    assert {e.dataset for e in read_manifest(f"{out}/stage0.jsonl")} >= {"fsdd", "speech_commands", "esc10", "berklee", "mixtures"}
+
+
+def test_synthetic_sounds_differ_by_kind_and_by_draw():
+    rng = random.Random(0)
+    for kind in TOY_SOUNDS + TOY_INSTRUMENTS:
+        a, b = synthesize(kind, rng), synthesize(kind, rng)
+        assert np.isfinite(a).all() and np.abs(a).max() > 1e-3 and (len(a) != len(b) or not np.allclose(a, b))
+
+
+def test_benchmark_speaks_the_benchmarks_formats(toured):
+    with open(f"{toured}/mmsu.jsonl") as f:
+        mmsu = [json.loads(line) for line in f]
+    with open(f"{toured}/mmau.json") as f:
+        mmau = json.load(f)
+    assert mmsu and mmau and len(mmsu) + len(mmau) >= 40
+    for q in mmsu:
+        choices = [q[f"choice_{x}"] for x in "abcd"]
+        assert q["answer_gt"] in choices and len(set(choices)) == 4 and all(q[k] for k in ("id", "question", "task_name", "category", "sub-category", "sub-sub-category"))
+        assert os.path.exists(os.path.join(toured, q["audio_path"]))
+    for q in mmau:
+        assert q["answer"] in q["choices"] and q["task"] in ("sound", "music", "speech", "mixture") and os.path.exists(os.path.join(toured, q["audio_id"]))
+    trained = {os.path.realpath(e.audio) for n in range(5) for e in read_manifest(f"{toured}/stage{n}.jsonl")}
+    assert not trained & {os.path.realpath(os.path.join(toured, q.get("audio_path") or q["audio_id"])) for q in mmsu + mmau}

@@ -4,12 +4,16 @@ The real files cannot come with a test; these have the same names, wrappings and
 """
 
 import dataclasses
+import errno
 import json
 import os
 import pickle
+import resource
+import signal
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import torch.nn as nn
 import whisper.audio
@@ -448,8 +452,6 @@ def test_whisper_of_another_size(files, tmp_path):
 
 def test_command_line_without_network(tmp_path, capsys, monkeypatch):
     """No files and no network: what it wanted, one line, status 2."""
-    import soundfile
-
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -479,3 +481,34 @@ def test_load_released_needs_no_frozen_parts(released):
     assert torch.equal(model.soft_prompts, authors.trainable_prompts.weight)
     assert torch.equal(model.acoustic.queries[5], authors.acoustic_connector.layer_prompts[5][0])
     assert torch.equal(model.backbone.blocks[1].up_proj.lora_B, authors.lora["1/up_proj/B"])
+
+
+def test_full_disk_while_downloading(tmp_path, capsys, monkeypatch):
+    """The hub's library raises OSError when the disk is full: one line, and the way out."""
+
+    def full(*args, local_files_only=False, **kw):
+        if local_files_only:
+            raise FileNotFoundError
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("model.snapshot_download", full)
+    clip = str(tmp_path / "c.wav")
+    soundfile.write(clip, np.zeros(1600), 16000)
+    assert main([clip, "What emotion?", "--model", "diffa2"]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert "19.5 GB to download" in err[0] and "No space left on device" in err[-1] and "--llada" in err[-1] and len(err) == 2
+
+
+def test_full_disk_while_exporting(small_folder, tmp_path, capsys):
+    """A file that may not grow past 100 kB stands in for a full disk; nothing half-written stays."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        assert main(["--model", small_folder, "--export", str(tmp_path / "e")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, old)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "cannot be written" in err
+    assert not [f for f in os.listdir(tmp_path / "e") if f.startswith((".", "model"))]
