@@ -13,17 +13,27 @@ The same seed writes the same bytes.
 """
 
 import argparse
+import contextlib
+import csv
 import difflib
 import functools
 import glob
+import hashlib
+import http.client
+import itertools
 import json
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Callable
 
@@ -50,13 +60,16 @@ class Clip:
     """One recording and what is known of it: facts, by kind.
 
     Kinds: words (what is said), sound (environmental), instrument (or object), emotion, intensity,
-    sex, speaker, accent, background (the sound under speech).
+    sex, speaker, accent, nationality, genre, caption, background (the sound under speech).
     """
 
     path: str
     dataset: str
     facts: dict = field(default_factory=dict)
     is_test: bool = False
+    offset: float = 0.0  # seconds into the file
+    duration: float | None = None  # seconds; None: to the end
+    qa: tuple = ()  # (question, answer) pairs that the corpus itself asks
 
 
 @dataclass(frozen=True)
@@ -70,20 +83,57 @@ class Corpus:
     side: Callable = lambda folder: None  # folder -> what `facts` needs beside the name
 
 
-def sexes_of_librispeech(folder):
-    """SPEAKERS.TXT -> {speaker id: male or female}."""
-    found = {}
+def transcripts_and_sexes(folder):
+    """LibriSpeech's side files -> ({utterance: words}, {speaker: sex}): *.trans.txt and SPEAKERS.TXT."""
+    words, sexes = {}, {}
+    for path in glob.glob(os.path.join(glob.escape(folder), "**", "*.trans.txt"), recursive=True):
+        with open(path, encoding="utf-8") as f:
+            words |= {key: text.strip().lower() for key, _, text in (line.partition(" ") for line in f)}
     for path in glob.glob(os.path.join(glob.escape(folder), "**", "SPEAKERS.TXT"), recursive=True):
         with open(path, encoding="utf-8") as f:
-            for line in f:
-                if not line.startswith(";"):
-                    speaker, sex = (x.strip() for x in line.split("|")[:2])
-                    found[speaker] = {"F": "female", "M": "male"}[sex]
+            rows = (line.split("|") for line in f if not line.startswith(";") and "|" in line)
+            sexes |= {row[0].strip(): {"F": "female", "M": "male"}[row[1].strip()] for row in rows}
+    return words, sexes
+
+
+def vctk_side(folder):
+    """VCTK's side files -> ({utterance: words}, {speaker: (sex, accent)})."""
+    words = {}
+    for path in glob.glob(os.path.join(glob.escape(folder), "**", "txt", "*", "*.txt"), recursive=True):
+        with open(path, encoding="utf-8") as f:
+            words[os.path.basename(path)[:-4]] = f.read().strip()
+    speakers = {}
+    for path in glob.glob(os.path.join(glob.escape(folder), "**", "speaker-info.txt"), recursive=True):
+        with open(path, encoding="utf-8") as f:
+            for _, (speaker, _, sex, accent, *_) in enumerate(row for row in map(str.split, f) if len(row) > 3 and row[0] != "ID"):
+                speakers["p" + speaker.removeprefix("p")] = ({"F": "female", "M": "male"}[sex], accent)
+    return words, speakers
+
+
+def voxceleb_side(folder):
+    """vox1_meta.csv (tabs) -> {speaker: row}."""
+    found = {}
+    for path in glob.glob(os.path.join(glob.escape(folder), "**", "vox1_meta.csv"), recursive=True):
+        with open(path, encoding="utf-8", newline="") as f:
+            found |= {row["VoxCeleb1 ID"]: row for row in csv.DictReader(f, delimiter="\t")}
     return found
 
 
-def librispeech_facts(g, sexes):
-    return {"speaker": g["speaker"]} | ({"sex": sexes[g["speaker"]]} if g["speaker"] in sexes else {})
+def iemocap_side(folder):
+    """EmoEvaluation's and transcriptions' lines -> ({utterance: emotion}, {utterance: words})."""
+    emotions, words = {}, {}
+    for path in glob.glob(os.path.join(glob.escape(folder), "**", "EmoEvaluation", "*.txt"), recursive=True):
+        with open(path, encoding="utf-8") as f:
+            emotions |= {m[1]: IEMOCAP[m[2]] for m in (re.match(r"\[[\d. -]+\]\s+(\S+)\s+([a-z]{3})\s", line) for line in f) if m and m[2] in IEMOCAP}
+    for path in glob.glob(os.path.join(glob.escape(folder), "**", "transcriptions", "*.txt"), recursive=True):
+        with open(path, encoding="utf-8") as f:
+            words |= {m[1]: m[2].strip() for m in (re.match(r"(\S+) \[[\d. -]+\]: (.+)", line) for line in f) if m}
+    return emotions, words
+
+
+def some(**facts):
+    """The facts that are known."""
+    return {k: v for k, v in facts.items() if v}
 
 
 RAVDESS = {  # codes of the file name's third, fourth and fifth field
@@ -123,10 +173,10 @@ CORPORA = {
     ),
     "librispeech": Corpus(
         "CC BY 4.0",
-        r"(.*/)?(?P<speaker>\d+)-\d+-\d+\.\w+$",
-        librispeech_facts,
+        r"(.*/)?(?P<utterance>(?P<speaker>\d+)-\d+-\d+)\.\w+$",
+        lambda g, side: some(speaker=g["speaker"], words=side[0].get(g["utterance"]), sex=side[1].get(g["speaker"])),
         lambda g, last: g["speaker"].endswith("0"),
-        sexes_of_librispeech,
+        transcripts_and_sexes,
     ),
     "berklee": Corpus(
         "CC BY 3.0",
@@ -141,7 +191,64 @@ CORPORA = {
         ends_in_3,
     ),
 }
+CORPORA |= {  # read by their names as well, but never seen here: tested on miniature trees only
+    "esc50": Corpus(
+        "CC BY-NC 3.0",
+        r"(.*/)?(?P<file>(?P<fold>\d)-\d+-[A-Z]-\d+)\.\w+$",
+        lambda g, side: some(sound=side.get(g["file"])),
+        lambda g, last: g["fold"] == "5",
+        lambda folder: {last_of(r["filename"]): r["category"].replace("_", " ") for p in find(folder, "esc50.csv") for r in rows_of(p)},
+    ),
+    "vctk": Corpus(
+        "CC BY 4.0",
+        r"(.*/)?(?P<utterance>(?P<speaker>[ps]\d+)_\d+)(_mic\d)?\.\w+$",
+        lambda g, side: some(speaker=g["speaker"], words=side[0].get(g["utterance"]), **dict(zip(("sex", "accent"), side[1].get(g["speaker"], ())))),
+        lambda g, last: g["speaker"].endswith("0"),
+        vctk_side,
+    ),
+    "voxceleb1": Corpus(
+        "CC BY 4.0 (audio: YouTube's)",
+        r"(.*/)?(?P<speaker>id1\d{4})/[^/]+/\d+\.\w+$",
+        lambda g, side: some(speaker=g["speaker"], sex=sex_of(side.get(g["speaker"], {}).get("Gender")), nationality=side.get(g["speaker"], {}).get("Nationality")),
+        lambda g, last: "id10270" <= g["speaker"] <= "id10309",
+        voxceleb_side,
+    ),
+    "emov_db": Corpus(
+        "research",
+        r"(.*/)?(?P<speaker>bea|jenie|josh|sam)[_/](?P<emotion>[A-Za-z]+)/.+\.\w+$",
+        lambda g, side: {"speaker": g["speaker"], "emotion": g["emotion"].lower(), "sex": "female" if g["speaker"] in ("bea", "jenie") else "male"},
+        lambda g, last: last,
+    ),
+    "iemocap": Corpus(
+        "IEMOCAP release form (research)",
+        r"(.*/)?(?P<utterance>Ses0(?P<session>\d)\w+_(?P<sex>[FM])\d+)\.\w+$",
+        lambda g, side: some(emotion=side[0].get(g["utterance"]), words=side[1].get(g["utterance"]), sex=sex_of(g["sex"]), speaker=f"session {g['session']} {g['sex']}"),
+        lambda g, last: g["session"] == "5",
+        iemocap_side,
+    ),
+    "accentdb": Corpus(
+        "CC BY-NC 4.0",
+        r"(.*/)?(?P<accent>[a-z_]+)/(?P<speaker>speaker_\d+)/.+\.\w+$",
+        lambda g, side: {"accent": capital(g["accent"].replace("_", " ")), "speaker": f"{g['accent']} {g['speaker'][8:]}"},
+        lambda g, last: last,
+    ),
+    "vocalsound": Corpus(
+        "CC BY-SA 4.0",
+        r"(.*/)?(?P<speaker>(?P<sex>[fm])\d{4})_\d_(?P<label>[a-z]+)\.\w+$",
+        lambda g, side: {"sound": g["label"].replace("throatclearing", "throat clearing"), "sex": sex_of(g["sex"]), "speaker": g["speaker"]},
+        lambda g, last: g["speaker"].endswith("0"),
+    ),
+}
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".m4a")
+
+
+def audio_files(folder):
+    """Every recording in a folder and those below it, in order."""
+    return sorted(p for p in glob.glob(os.path.join(glob.escape(folder), "**", "*.*"), recursive=True) if p.lower().endswith(AUDIO_SUFFIXES))
+
+
+def find(folder, name):
+    return sorted(glob.glob(os.path.join(glob.escape(folder), "**", name), recursive=True))
 
 
 def read_corpus(name, folder):
@@ -150,13 +257,152 @@ def read_corpus(name, folder):
         raise UserError(f"unknown corpus {name!r}; known: {', '.join(CORPORA)}")
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder")
+    if isinstance(CORPORA[name], Table):
+        return read_table(name, folder)
     row, side = CORPORA[name], CORPORA[name].side(folder)
-    paths = sorted(p for p in glob.glob(os.path.join(glob.escape(folder), "**", "*.*"), recursive=True) if p.lower().endswith(AUDIO_SUFFIXES))
-    found = [(p, m) for p in paths if (m := re.match(row.name, os.path.relpath(p, folder).replace(os.sep, "/")))]
+    found = [(p, m) for p in audio_files(folder) if (m := re.match(row.name, os.path.relpath(p, folder).replace(os.sep, "/")))]
     if not found:
         raise UserError(f"{folder}: no file here is named like {name}'s: {row.name}")
     last = {os.path.dirname(p): p for p, _ in found}
     return [Clip(p, name, row.facts(m, side), bool(row.is_test(m, last[os.path.dirname(p)] == p))) for p, m in found]
+
+
+# ---------------------------------------------------------------------------------------------
+# corpora that come with a table: CSV, TSV, JSON, JSONL
+
+
+@dataclass(frozen=True)
+class Table:
+    """How to read a corpus whose facts stand in tables: a row there is a clip here.
+
+    Clips that a table lists and the disk does not hold (many corpora are downloaded in part) are
+    left out and counted.
+    """
+
+    licence: str
+    files: str  # glob of the tables, relative to the corpus' folder
+    stem: Callable  # row -> the clip's path without suffix, or its last part
+    facts: Callable  # row -> {kind: value}; empty values are dropped
+    is_test: Callable = lambda row, table: "test" in table or "eval" in table  # (row, table's file name)
+    rows: Callable = None  # table's path -> dicts, where it is no plain table
+    qa: Callable = lambda row: ()  # row -> (question, answer) pairs that the corpus itself asks
+    span: Callable = lambda row: (0.0, None)  # row -> offset, duration in seconds
+
+
+def rows_of(path):
+    """A CSV, TSV, JSON (list, {"data": list} or {id: row}) or JSONL table as dicts."""
+    with open(path, encoding="utf-8-sig", newline="") as f:
+        if path.endswith(".jsonl"):
+            return [json.loads(line) for line in f if line.strip()]
+        if path.endswith(".json"):
+            found = json.load(f)
+            found = found.get("data", found.get("Data", found)) if isinstance(found, dict) else found
+            return found if isinstance(found, list) else [row | {"id": key} for key, row in found.items()]
+        return list(csv.DictReader(f, delimiter="\t" if path.endswith((".tsv", ".txt")) else ","))
+
+
+def rows_of_gigaspeech(path):
+    """GigaSpeech.json: recordings, each with its segments."""
+    with open(path, encoding="utf-8") as f:
+        for audio in json.load(f)["audios"]:
+            for segment in audio["segments"]:
+                yield segment | {"path": audio["path"]}
+
+
+def without_tags(text):
+    """GigaSpeech writes punctuation and noises as tags."""
+    for tag, sign in (("COMMA", ","), ("PERIOD", "."), ("QUESTIONMARK", "?"), ("EXCLAMATIONPOINT", "!")):
+        text = text.replace(f" <{tag}>", sign)
+    return "" if re.search(r"<(SIL|MUSIC|NOISE|OTHER)>", text) else text.lower()
+
+
+def rows_of_fma(path):
+    """tracks.csv: a header of two lines, then the name of the index."""
+    with open(path, encoding="utf-8", newline="") as f:
+        table = csv.reader(f)
+        header = ["/".join(pair) for pair in zip(next(table), next(table))]
+        next(table)
+        return [dict(zip(["id", *header[1:]], row)) for row in table]
+
+
+CAPTION = lambda *columns: lambda row: {"caption": next((row[c] for c in columns if row.get(c)), "")}
+SEX = {"m": "male", "f": "female", "male": "male", "female": "female"}
+sex_of = lambda text: SEX.get(str(text).strip().lower(), "")
+last_of = lambda path: os.path.splitext(os.path.basename(str(path)))[0]
+IEMOCAP = dict(zip("ang hap exc sad neu fru fea sur dis".split(), "angry happy excited sad neutral frustrated fearful surprised disgusted".split()))
+MELD = dict(zip("anger disgust fear joy neutral sadness surprise".split(), "angry disgusted fearful happy neutral sad surprised".split()))
+
+CORPORA |= {
+    "gigaspeech": Table(
+        "Apache-2.0 (audio: its owners')", "GigaSpeech.json", lambda r: os.path.splitext(r["path"])[0], lambda r: {"words": without_tags(r["text_tn"])},
+        lambda r, t: bool({"{DEV}", "{TEST}"} & set(r.get("subsets", ()))), rows_of_gigaspeech,
+        span=lambda r: (float(r["begin_time"]), float(r["end_time"]) - float(r["begin_time"])),
+    ),
+    "meld": Table(
+        "GPL-3.0", "*_sent_emo.csv", lambda r: f"dia{r['Dialogue_ID']}_utt{r['Utterance_ID']}",
+        lambda r: {"words": r["Utterance"], "emotion": MELD.get(r["Emotion"], ""), "speaker": r["Speaker"]}, lambda r, t: t.startswith(("test", "dev")),
+    ),
+    "meta_fair_asr": Table(
+        "Fair-speech licence (research)", "*.tsv", lambda r: r["hash_name"], lambda r: {"words": r["transcription"].lower(), "sex": sex_of(r["gender"])}, lambda r, t: False,
+    ),
+    "paraspeechcaps": Table(
+        "CC BY-NC-SA 4.0", "*.jsonl", lambda r: os.path.splitext(r["relative_audio_path"])[0],
+        lambda r: {"words": r.get("transcription", ""), "sex": sex_of(r.get("gender")), "accent": r.get("accent") or "",
+                   "caption": (r["text_description"] if isinstance(r["text_description"], str) else r["text_description"][0])},
+    ),
+    "speechcraft": Table("research", "*.jsonl", lambda r: os.path.splitext(r["audio_path"])[0], CAPTION("caption", "description")),
+    "compa_r": Table("CC BY-NC 4.0", "*.json", lambda r: last_of(r["audio_id"]), lambda r: {}, qa=lambda r: [(r["instruction"], r["output"])]),
+    "opens2s": Table("Apache-2.0", "*.jsonl", lambda r: last_of(r["audio"]), lambda r: {"emotion": r.get("emotion") or ""}, qa=lambda r: [(IN_KIND["empathetic"][0], r["response"])]),
+    "nsynth": Table("CC BY 4.0", "**/examples.json", lambda r: r["id"], lambda r: {"instrument": r["instrument_family_str"].replace("_", " ")}, lambda r, t: "test" in t or "valid" in t),
+    "fma_medium": Table(
+        "CC BY 4.0 (audio: each track's)", "**/tracks.csv", lambda r: f"{int(r['id']):06}", lambda r: {"genre": r["track/genre_top"].lower()}, lambda r, t: r["set/split"] != "training", rows_of_fma,
+    ),
+    "lp_musiccaps_mtt": Table("CC BY-NC 4.0", "*.jsonl", lambda r: last_of(r["path"]), CAPTION("caption_writing", "caption_summary")),
+    "musiccaps": Table("CC BY-SA 4.0", "*.csv", lambda r: r["ytid"], CAPTION("caption"), lambda r, t: r.get("is_audioset_eval") == "True"),
+    "audiocaps": Table("MIT (audio: YouTube's)", "*.csv", lambda r: r["youtube_id"], CAPTION("caption"), lambda r, t: t.startswith(("test", "val"))),
+    "clotho": Table("non-commercial", "clotho_captions_*.csv", lambda r: last_of(r["file_name"]), CAPTION("caption_1"), lambda r, t: "development" not in t),
+    "wavcaps": Table("CC BY 4.0 (academic)", "**/*.json", lambda r: last_of(r["id"]) if str(r["id"]).endswith((".wav", ".flac")) else str(r["id"]), CAPTION("caption")),
+    "tacos": Table(
+        "CC BY 4.0", "*.csv", lambda r: last_of(r["filename"]), CAPTION("text", "caption"), span=lambda r: (float(r["onset"]), float(r["offset"]) - float(r["onset"])),
+    ),
+    "audiomcq": Table(
+        "Apache-2.0", "*.jsonl", lambda r: os.path.splitext(r["audio_path"])[0], lambda r: {},
+        qa=lambda r: [(f"{r['question']}\n{lettered(r['choices'])}", f"{LETTERS[r['choices'].index(r['answer'])]}. {r['answer']}")],
+    ),
+}  # fmt: skip
+
+
+def read_table(name, folder):
+    """All clips of a corpus that comes with tables, in the tables' order."""
+    row_of, clips, missing = CORPORA[name], [], 0
+    tables = sorted(glob.glob(os.path.join(glob.escape(folder), row_of.files), recursive=True))
+    if not tables:
+        raise UserError(f"{folder}: {name} has a table {row_of.files} there; none was found")
+    by_path, by_name = {}, defaultdict(list)
+    for path in audio_files(folder):
+        stem = os.path.splitext(os.path.relpath(path, folder).replace(os.sep, "/"))[0]
+        by_path[stem] = path
+        by_name[stem.rsplit("/", 1)[-1]].append(path)
+    for table in tables:
+        relative = os.path.relpath(table, folder).replace(os.sep, "/")
+        try:
+            for row in (row_of.rows or rows_of)(table):
+                stem = row_of.stem(row)
+                # one name in several splits: the one in the folder that is named like the table
+                same = sorted(by_name[stem.rsplit("/", 1)[-1]], key=lambda p: relative.split("_")[0].split("/")[0] not in os.path.relpath(p, folder))
+                path = by_path.get(stem) or next(iter(same), None)
+                if path is None:
+                    missing += 1
+                    continue
+                facts = {k: v for k, v in row_of.facts(row).items() if v}
+                clips.append(Clip(path, name, facts, bool(row_of.is_test(row, relative)), *row_of.span(row), tuple(row_of.qa(row))))
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError) as e:
+            raise UserError(f"{table}: not one of {name}'s tables as published ({type(e).__name__}: {e})") from None
+    if missing:
+        print(f"{name}: {missing} clips that its tables list are not there", file=sys.stderr)
+    if not clips:
+        raise UserError(f"{folder}: none of the clips that {name}'s tables list is there")
+    return clips
 
 
 # ---------------------------------------------------------------------------------------------
@@ -214,6 +460,9 @@ TASKS = {
     ), ("The speaker is {}.", "The voice is {}.")),
     "speaker": Task("speaker", ("Who is speaking?", "Which speaker is it?", "Name the speaker."), ("The speaker is {}.",)),
     "accent": Task("accent", ("What accent does the speaker have?", "Which accent do you hear?", "Where is the speaker's accent from?"), ("The accent is {}.",)),
+    "nationality": Task("nationality", ("Which nationality is the speaker likely to have?", "Where does the speaker come from?"), ("The speaker comes from {}.",)),
+    "genre": Task("genre", ("What genre of music is this?", "Which genre is the music?", "Name the musical genre."), ("The music is {}.",)),
+    "caption": Task("caption", ("Describe the recording.", "Describe the audio in a sentence.", "What is going on in this clip?", "Summarise what can be heard."), labels=False),
     "background": Task("background", (
         "What sound is in the background?", "What do you hear behind the speech?", "Which sound is under the voice?",
         "What is the background noise?", "Beside the voice, what can be heard?",
@@ -238,7 +487,10 @@ def derived(facts):
     """A clip's facts and what follows from them: digit, word, first, last, count, layer, any."""
     facts = dict(facts)
     words = facts.get("words", "").split()
-    facts["layer"] = "speech" if words or "speaker" in facts else "a sound"
+    if facts.keys() & {"sound", "instrument"}:
+        facts["layer"] = "a sound"
+    elif words or "speaker" in facts:
+        facts["layer"] = "speech"
     if len(words) == 1:
         facts["word"] = words[0]
     if words and all(w in DIGITS for w in words):
@@ -274,7 +526,7 @@ def draw_question(clip, rng, tasks=None, sentences=0.12):
         return None
     task, fact = rng.choices(allowed, [SELDOM.get(t, 1) for t, _ in allowed])[0]
     question, long = rng.choice(TASKS[task].questions), TASKS[task].long
-    if task == "asr":
+    if task in ("asr", "caption"):
         return task, question, fact, str
     if long and rng.random() < sentences:
         return task, question + rng.choice(IN_A_SENTENCE), fact, rng.choice(long).format
@@ -371,7 +623,8 @@ def choice_line(clip, rng, out, pools):
 
 def ask(clips, rng, out, tasks=None, repeat=1):
     """`repeat` manifest lines for each clip, their tasks drawn from those in `tasks` that the clip allows."""
-    return [line for clip in clips for _ in range(repeat) if (line := question_line(clip, rng, out, tasks))]
+    own = [line_of(clip, "qa", question, answer, out) for clip in clips for question, answer in clip.qa]
+    return own + [line for clip in clips for _ in range(repeat) if (line := question_line(clip, rng, out, tasks))]
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -389,12 +642,12 @@ def line_of(clip, task, question, answer, out):
     line = {
         "messages": [{"role": "user", "content": "<audio>" + question}, {"role": "assistant", "content": answer}],
         "audios": [os.path.relpath(clip.path, os.path.dirname(os.path.abspath(out)))],
-        "duration": seconds_of(clip.path),
+        "duration": clip.duration or seconds_of(clip.path),
         "dataset": clip.dataset,
         "task": task,
         "facts": clip.facts,
     }
-    return line
+    return line | ({"offset": clip.offset} if clip.offset else {})
 
 
 def write_lines(lines, out):
@@ -524,6 +777,220 @@ def strings(clips, n, most, rng, folder, progress, least=1):
         chosen = [rng.choice(groups[rng.choice(names)]) for _ in range(rng.randint(least, most))]
         yield compose(chosen, rng, os.path.join(folder, f"{i:05}.flac"))
         progress.update()
+
+
+# ---------------------------------------------------------------------------------------------
+# spoken questions: text -> speech
+
+
+def first_text(*values):
+    """The first of the values that is a text that says something."""
+    return next((v.strip() for v in values if isinstance(v, str) and v.strip()), "")
+
+
+TEXTS = {  # corpora of text questions: the licence, and row -> (question, answer)
+    "alpaca": ("CC BY-NC 4.0", lambda r: (first_text(r["instruction"]) + (" " + r["input"].strip() if r.get("input") else ""), first_text(r["output"]))),
+    "natural_questions": ("CC BY-SA 3.0", lambda r: (first_text(r["question"]), first_text(*(r["answer"] if isinstance(r["answer"], list) else [r["answer"]])))),
+    "trivia_qa": ("Apache-2.0", lambda r: (first_text(r.get("Question"), r.get("question")), first_text((r.get("Answer") or {}).get("Value"), (r.get("answer") or {}).get("value")))),
+    "web_questions": ("CC BY 4.0", lambda r: (first_text(r.get("utterance"), r.get("question")),
+                                              first_text(*r.get("answers", ()), *re.findall(r'\(description "?(.*?)"?\)', r.get("targetValue", ""))))),
+}  # fmt: skip
+IN_KIND = {  # what a spoken question is to be answered like
+    "simple": ("Answer the spoken question in a few words.", "Listen to the question and give the bare answer.", "Someone asks something: answer briefly.",
+               "Give a short, exact answer to what is asked.", "Reply to the question in the audio with the fact alone."),
+    "complex": ("Listen to the question and answer it at length.", "Explain thoroughly what the speaker asks about.", "Give a complete and detailed answer to the spoken request.",
+                "Do what the speaker asks, step by step where that helps.", "Answer the question in the audio with reasons and background."),
+    "empathetic": ("Respond to the speaker warmly, as a friend would.", "Listen to how the speaker feels and answer with understanding.",
+                   "Reply in a natural, kind tone to what is said.", "Answer as in a caring conversation."),
+}  # fmt: skip
+SIMPLE_WORDS, SPOKEN_WORDS = 12, 60  # answers up to so many words are simple; longer questions are not spoken
+
+
+def run_tts(command, text, out, speaker):
+    """One reading by an engine of the user's: {text}, {out} and {speaker_wav} in `command` are replaced."""
+    filled = [part.replace("{text}", text).replace("{out}", out).replace("{speaker_wav}", speaker or "") for part in shlex.split(command)]
+    try:
+        done = subprocess.run(filled, capture_output=True, text=True)
+    except OSError as e:
+        raise UserError(f"--tts-command {filled[0]}: cannot be run ({e.strerror})") from None
+    if done.returncode or not os.path.exists(out):
+        why = (done.stderr.strip().splitlines() or [f"status {done.returncode}, no file"])[-1]
+        raise UserError(f"--tts-command {filled[0]} failed: {why}")
+
+
+def speak_questions(corpus, source, out, command=None, speakers=None, empathetic=False, limit=None, seed=0, workers=2):
+    """A manifest of questions read aloud and answered in text (the paper's second part of stages 2 and 3).
+
+    Clips already there are not spoken again, so a stopped run goes on where it was.
+    """
+    rng, rows = random.Random(seed), rows_of(source)
+    voices = audio_files(speakers) if speakers else []
+    if command and "{speaker_wav}" in command and not voices:
+        raise UserError("--tts-command wants {speaker_wav}: give a folder of recordings with --speakers")
+    try:
+        pairs = [TEXTS[corpus][1](row) for row in rows]
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{source}: not one of {corpus}'s files as published ({type(e).__name__}: {e})") from None
+    pairs = [(q, a) for q, a in pairs if q and a and len(q.split()) <= SPOKEN_WORDS][:limit]
+    if not pairs:
+        raise UserError(f"{source}: holds no question with an answer that can be spoken")
+    folder, jobs = os.path.splitext(out)[0] + "_clips", []
+    make_folder(folder)
+    for i, (question, answer) in enumerate(pairs):
+        kind = "empathetic" if empathetic else "simple" if len(answer.split()) <= SIMPLE_WORDS else "complex"
+        voice = rng.choice(ESPEAK_VOICES) + "+" + rng.choice(ESPEAK_VARIANTS)
+        jobs.append((os.path.join(folder, f"{i:06}.wav"), question, answer, kind, rng.choice(IN_KIND[kind]), voice, rng.randint(120, 180), rng.choice(voices) if voices else None))
+
+    def make(job):
+        path, question, *_, voice, speed, speaker = job
+        if not os.path.exists(path):
+            temporary = path + ".part.wav"
+            if command:
+                run_tts(command, question, temporary, speaker)
+            else:
+                speak(question, temporary, voice, speed)
+            os.replace(temporary, path)
+
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(jobs), desc="speaking", unit=" clips") as progress:
+        for _ in pool.map(make, jobs):
+            progress.update()
+    lines = (line_of(Clip(path, corpus, {}), f"{kind}_qa", instruction, answer, out) for path, _, answer, kind, instruction, *_ in jobs)
+    return write_lines(lines, out)
+
+
+# ---------------------------------------------------------------------------------------------
+# a language model as a writer of answers, right and wrong
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An OpenAI-compatible chat endpoint.  The key comes from OPENAI_API_KEY and is written nowhere."""
+
+    url: str
+    model: str
+    timeout: float = 60.0  # seconds
+    tries: int = 6
+    pause: float = 1.0  # seconds before the second try; doubled each time
+
+    def ask(self, system, user, read):
+        """One completion, `read` (text -> value, or ValueError); None when no try gave anything that can be read.
+
+        Tried again, after longer and longer pauses: a busy or broken server, a hang, half a line, an
+        answer that breaks the rules.  Raises UserError when the endpoint refuses for good.
+        """
+        body = json.dumps({"model": self.model, "messages": [{"role": "system", "content": system}, {"role": "user", "content": user}]}).encode()
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        url, down = self.url.rstrip("/") + "/chat/completions", None
+        for n in range(self.tries):
+            if n:
+                time.sleep(self.pause * 2 ** (n - 1) * (0.5 + random.random()))
+            try:
+                with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=self.timeout) as reply:
+                    text = json.load(reply)["choices"][0]["message"]["content"]
+                    down = None
+                    return read(text)
+            except urllib.error.HTTPError as e:
+                if e.code not in (408, 409, 429) and e.code < 500:
+                    raise UserError(f"{self.url}: refuses ({e.code} {e.reason})") from None
+            except urllib.error.URLError as e:
+                down = str(e.reason)
+            except (ValueError, KeyError, IndexError, TypeError, OSError, http.client.HTTPException):
+                pass  # half an answer, or one that breaks the rules
+        if down:
+            raise UserError(f"{self.url}: no answer after {self.tries} tries ({down})")
+        return None
+
+
+def strict_object(text, **fields):
+    """A JSON object with exactly these fields and types; ValueError for anything else."""
+    found = json.loads(text)
+    if not isinstance(found, dict) or found.keys() != fields.keys() or not all(type(found[k]) is kind for k, kind in fields.items()):
+        raise ValueError(f"not an object with the fields {', '.join(fields)}")
+    return found
+
+
+def describe(facts):
+    """What is known of a clip, in words, for a model that cannot hear it."""
+    names = {"words": "words spoken", "sound": "sound", "background": "sound in the background", "instrument": "instrument or object"}
+    return "; ".join(f"{names.get(k, k)}: {v}" for k, v in facts.items()) or "nothing is known"
+
+
+WRITER = (  # meets what the paper's Figure A.2 does: the description stands for the audio
+    "You answer questions about a recording as if you had heard it. All you know of it is the description that stands where the recording would. "
+    "Answer the question itself, truthfully to the description, in at most two sentences; never mention the description. "
+    'Reply with one JSON object and nothing else: {"answer": "..."}'
+)
+SPOILER = (  # meets the requirements of the paper's Figure A.4
+    "You write training data for a model that answers questions about recordings. You get what is known of a recording, a question about it and a good answer. "
+    "Write one bad answer to the same question. It reads as fluently and sounds as plausible as the good one, and it answers the question directly; "
+    "but one thing that could be heard is wrong in it or missing: another sound, feeling, voice, order, number or tempo. A matter of style or length is no error, "
+    "nonsense and refusals are useless. Then judge the pair: is the good answer clearly the better one? If they are close, or you are in doubt, the pair is not usable. "
+    'Reply with one JSON object and nothing else, with exactly these fields: {"bad_answer": "...", "explanation": "...", "usable": true or false}'
+)
+
+
+def write_with_llm(manifest, out, endpoint, kind, workers=8, limit=None):
+    """Has a language model write answers ("answers") or worse ones ("preferences") for a manifest's lines.
+
+    Every reply goes to OUT.replies.jsonl at once: a stopped run goes on where it was, and nothing is
+    asked twice.  Returns lines written, lines found unusable, lines without a usable reply.
+    """
+    folder, entries = os.path.dirname(os.path.abspath(manifest)), []
+    for i, (where, entry) in enumerate(itertools.islice(read_entries(manifest), limit)):
+        entries.append((entry, parse_example(entry, i, where, folder, None, check=False)))
+    if not any(e.facts for _, e in entries):
+        raise UserError(f"{manifest}: no line has facts to describe its clip by")
+
+    def prompt(e):
+        if kind == "answers":
+            return WRITER, f"Recording: {describe(e.facts)}\n\nQuestion: {e.question}", lambda text: strict_object(text, answer=str)
+        user = f"Recording: {describe(e.facts)}\n\nQuestion: {e.question}\n\nGood answer: {e.answer}"
+        return SPOILER, user, lambda text: strict_object(text, bad_answer=str, explanation=str, usable=bool)
+
+    journal, replies = out + ".replies.jsonl", {}
+    make_folder(os.path.dirname(os.path.abspath(out)))
+    if os.path.exists(journal):
+        with open(journal, encoding="utf-8") as f:
+            for line in f:
+                with contextlib.suppress(ValueError, KeyError):  # half a line, where a run was killed
+                    found = json.loads(line)
+                    replies[found["key"]] = found["reply"]
+    keys = [hashlib.sha256("\0".join((endpoint.model, *prompt(e)[:2])).encode()).hexdigest() for _, e in entries]
+    todo = {k: e for k, (_, e) in zip(keys, entries) if k not in replies}
+    try:
+        log = open(journal, "a+", encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"{journal}: cannot be written ({e.strerror})") from None
+    with log, ThreadPoolExecutor(workers) as pool, tqdm(total=len(todo), desc="asking", unit=" lines") as progress:
+        log.write("\n" if replies and log.tell() else "")  # a half-written line ends here
+        jobs = {pool.submit(endpoint.ask, *prompt(e)): k for k, e in todo.items()}
+        try:
+            for job in as_completed(jobs):
+                reply = job.result()
+                if reply is not None:
+                    replies[jobs[job]] = reply
+                    log.write(json.dumps({"key": jobs[job], "reply": reply}, ensure_ascii=False) + "\n")
+                    log.flush()
+                progress.update()
+        except UserError:
+            pool.shutdown(cancel_futures=True)
+            raise
+    lines, unusable, silent = [], 0, 0
+    for key, (entry, e) in zip(keys, entries):
+        reply = replies.get(key)
+        audio = [os.path.relpath(e.audio, os.path.dirname(os.path.abspath(out)))] if e.audio else []
+        if reply is None:
+            silent += 1
+        elif kind == "answers":
+            messages = [entry["messages"][0], {"role": "assistant", "content": reply["answer"]}]
+            lines.append(entry | {"messages": messages, "audios": audio})
+        elif not reply["usable"] or not reply["bad_answer"].strip() or reply["bad_answer"].strip() == e.answer.strip():
+            unusable += 1
+        else:
+            lines.append(entry | {"audios": audio, "rejected_response": reply["bad_answer"].strip()})
+    return write_lines(lines, out), unusable, silent
 
 
 # ---------------------------------------------------------------------------------------------
@@ -896,6 +1363,24 @@ def main(argv=None):
     p.add_argument("--out", default="toy", help="clips go to OUT/audio, manifests to OUT (default toy)")
     p.add_argument("--each", type=int, default=24, help="clips of every word and sound (default 24)")
     p.add_argument("--seed", type=int, default=0)
+    p = commands.add_parser("speak", help="text questions read aloud, answered in text")
+    p.add_argument("corpus", choices=sorted(TEXTS))
+    p.add_argument("source", help="its JSON, JSONL, CSV or TSV file")
+    p.add_argument("--out", required=True)
+    p.add_argument("--tts-command", help='an engine other than espeak-ng, with {text}, {out} and, if it wants one, {speaker_wav}')
+    p.add_argument("--speakers", help="folder of recordings from which {speaker_wav} is drawn")
+    p.add_argument("--empathetic", action="store_true", help="ask for warm answers")
+    p.add_argument("--limit", type=int)
+    p.add_argument("--seed", type=int, default=0)
+    for command, what in (("answers", "a language model writes the answers of a manifest"), ("preferences", "a language model writes worse answers: stage 4")):
+        p = commands.add_parser(command, help=what)
+        p.add_argument("manifest", help="lines with facts, as this program writes them")
+        p.add_argument("--out", required=True)
+        p.add_argument("--llm", required=True, metavar="URL", help="OpenAI-compatible endpoint, e.g. http://localhost:8000/v1 (key: OPENAI_API_KEY)")
+        p.add_argument("--model", required=True)
+        p.add_argument("--workers", type=int, default=8, help="questions in flight (default 8)")
+        p.add_argument("--timeout", type=float, default=60.0, help="seconds (default 60)")
+        p.add_argument("--limit", type=int)
     p = commands.add_parser("check", help="what manifests hold, and what is wrong with them")
     p.add_argument("manifests", nargs="+")
     p.add_argument("--decode", action="store_true", help="read every clip, not its header alone")
@@ -921,6 +1406,13 @@ def main(argv=None):
             make_folder(args.out)
             toy(os.path.join(args.out, "audio"), args.each, args.seed)
             tour(os.path.join(args.out, "audio"), args.out, args.seed, n_strings=20 * args.each)
+        elif args.command == "speak":
+            n = speak_questions(args.corpus, args.source, args.out, args.tts_command, args.speakers, args.empathetic, args.limit, args.seed)
+            print(f"{args.out}: {n} lines")
+        elif args.command in ("answers", "preferences"):
+            endpoint = Endpoint(args.llm, args.model, args.timeout)
+            n, unusable, silent = write_with_llm(args.manifest, args.out, endpoint, args.command, args.workers, args.limit)
+            print(f"{args.out}: {n} lines; {unusable} pairs found unusable, {silent} without a reply that keeps to the rules")
         elif args.command == "check":
             return 2 if check(args.manifests, args.decode, args.errors) else 0
         elif args.command == "demo":
