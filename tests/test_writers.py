@@ -1,0 +1,153 @@
+"""Speech from text by real engines, and answers from a language model behind a real, misbehaving server."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import soundfile
+
+import prepare
+from data import read_manifest
+from prepare import IN_KIND, TEXTS, Endpoint, main, strict_object
+
+STUB = os.path.join(os.path.dirname(__file__), "stub_llm.py")
+
+FILES = {  # a few entries of each text corpus in its published form
+    "alpaca": ("a.json", [{"instruction": "Name three primary colours.", "input": "", "output": "Red, blue and yellow."},
+                          {"instruction": "Explain", "input": "why it rains.", "output": " ".join(["word"] * 20)}, {"instruction": " ".join(["x"] * 90), "input": "", "output": "y"}]),
+    "natural_questions": ("nq.jsonl", [{"question": "where is the sun", "answer": ["in the sky", "above"]}]),
+    "trivia_qa": ("t.json", {"Data": [{"Question": "Who wrote Hamlet?", "Answer": {"Value": "Shakespeare", "Aliases": []}}]}),
+    "web_questions": ("w.json", [{"utterance": "what is the capital of france?", "targetValue": '(list (description Paris))', "url": "x"},
+                                 {"utterance": "who was king?", "targetValue": '(list (description "King John") (description x))'}]),
+}  # fmt: skip
+ENGINE = f"{sys.executable} -c \"import sys, shutil; shutil.copy(sys.argv[3], sys.argv[2])\" {{text}} {{out}} {{speaker_wav}}"
+
+
+def write_file(corpus, folder):
+    name, rows = FILES[corpus]
+    path = folder / name
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows) if name.endswith("l") else json.dumps(rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("corpus", TEXTS)
+def test_questions_of_every_text_corpus(corpus, tmp_path, corpora):
+    out = str(tmp_path / "q.jsonl")
+    argv = ["speak", corpus, write_file(corpus, tmp_path), "--out", out, "--tts-command", ENGINE, "--speakers", f"{corpora}/fsdd"]
+    assert main(argv) == 0
+    examples = read_manifest(out)
+    answers = [e.answer for e in examples]
+    assert answers == {"alpaca": ["Red, blue and yellow.", " ".join(["word"] * 20)], "natural_questions": ["in the sky"],
+                       "trivia_qa": ["Shakespeare"], "web_questions": ["Paris", "King John"]}[corpus]  # fmt: skip
+    for e in examples:
+        kind = "simple" if len(e.answer.split()) <= 12 else "complex"
+        assert e.task == f"{kind}_qa" and e.question in IN_KIND[kind] and e.duration == 0.2
+    before = {f: os.stat(f"{tmp_path}/q_clips/{f}").st_mtime_ns for f in os.listdir(tmp_path / "q_clips")}
+    assert main(argv) == 0  # nothing is spoken twice
+    assert before == {f: os.stat(f"{tmp_path}/q_clips/{f}").st_mtime_ns for f in os.listdir(tmp_path / "q_clips")}
+
+
+def test_espeak_reads_questions(tmp_path):
+    if not shutil.which("espeak-ng"):
+        pytest.skip("espeak-ng is not installed")
+    out = str(tmp_path / "q.jsonl")
+    assert main(["speak", "trivia_qa", write_file("trivia_qa", tmp_path), "--out", out, "--empathetic"]) == 0
+    (e,) = read_manifest(out)
+    assert e.question in IN_KIND["empathetic"] and 0.5 < soundfile.info(e.audio).duration < 4
+
+
+def test_bad_speech(tmp_path, capsys, corpora):
+    source, out = write_file("trivia_qa", tmp_path), str(tmp_path / "q.jsonl")
+    (tmp_path / "odd.json").write_text('[{"a": 1}]')
+    for argv, says in (
+        (["--tts-command", "no-such-engine {text} {out}"], "cannot be run"),
+        (["--tts-command", f"{sys.executable} -c pass {{text}} {{out}}"], "failed"),
+        (["--tts-command", ENGINE], "--speakers"),
+    ):
+        assert main(["speak", "trivia_qa", source, "--out", out, *argv]) == 2
+        assert says in capsys.readouterr().err.splitlines()[-1]
+    assert main(["speak", "alpaca", str(tmp_path / "odd.json"), "--out", out]) == 2
+    assert "not one of alpaca's files" in capsys.readouterr().err and not os.path.exists(out)
+
+
+# ---------------------------------------------------------------------------------------------
+# a language model
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """The stub's URL and the file of what it was asked; retries without long pauses."""
+    log = tmp_path / "asked.jsonl"
+    process = subprocess.Popen([sys.executable, STUB, str(log)], stdout=subprocess.PIPE, text=True)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123")
+    monkeypatch.setattr(prepare.Endpoint, "__init__", lambda self, url, model, timeout=1.0: self.__dict__.update(url=url, model=model, timeout=timeout, tries=6, pause=0.02))
+    yield f"http://127.0.0.1:{process.stdout.readline().strip()}/v1", log
+    process.kill()
+    process.wait()
+
+
+def facts_manifest(folder, n, corpora):
+    clip = os.path.join(corpora, "fsdd/recordings/1_jackson_3.wav")
+    rows = [{"messages": [{"role": "user", "content": f"<audio>What is it, number {i}?"}, {"role": "assistant", "content": "Rain."}], "audios": [clip],
+             "facts": {"sound": "rain" if i % 5 else "unusable rain"}, "task": "sound"} for i in range(n)]  # fmt: skip
+    path = folder / "m.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def test_pairs_in_spite_of_everything(stub, tmp_path, corpora, capsys):
+    (url, log), n = stub, 15
+    manifest, out = facts_manifest(tmp_path, n, corpora), str(tmp_path / "p.jsonl")
+    argv = ["preferences", manifest, "--out", out, "--llm", url, "--model", "writer", "--timeout", "1"]
+    assert main(argv) == 0
+    pairs = read_manifest(out, 4)
+    assert len(pairs) == 12 and all(e.rejected.startswith("A wrong one") and e.answer == "Rain." for e in pairs)
+    assert "3 pairs found unusable, 0 without" in capsys.readouterr().out
+    asked = [json.loads(line) for line in log.read_text().splitlines()]
+    assert n < len(asked) <= 4 * n and all(a["model"] == "writer" and a["key"] == "Bearer sk-secret-123" for a in asked)
+    assert any("Recording: sound: rain" in a["user"] for a in asked) and all("Good answer: Rain." in a["user"] and "bad_answer" in a["system"] for a in asked)
+    # again: nothing is asked twice, the result is the same
+    first = open(out).read()
+    assert main(argv) == 0 and open(out).read() == first and len(log.read_text().splitlines()) == len(asked)
+    # a run that was killed in the middle of a line: the rest alone is asked again
+    journal = out + ".replies.jsonl"
+    lines = open(journal).readlines()
+    open(journal, "w").writelines(lines[:9] + [lines[9][:20]])
+    assert main(argv) == 0 and len(read_manifest(out, 4)) == 12
+    again = Counter(json.loads(line)["user"] for line in log.read_text().splitlines()[len(asked) :])
+    assert len(again) == n - 9
+    assert not any("secret" in open(os.path.join(d, f), errors="ignore").read() for d, _, fs in os.walk(tmp_path) for f in fs if f != "asked.jsonl")
+
+
+def test_grounded_answers(stub, tmp_path, corpora):
+    url, log = stub
+    out = str(tmp_path / "sub" / "a.jsonl")
+    assert main(["answers", facts_manifest(tmp_path, 4, corpora), "--out", out, "--llm", url, "--model", "writer", "--timeout", "1"]) == 0
+    assert [e.answer for e in read_manifest(out)] == ["It is so."] * 4
+
+
+def test_endpoint_down_or_refusing(tmp_path, corpora, capsys, monkeypatch):
+    monkeypatch.setattr(prepare.Endpoint, "__init__", lambda self, url, model, timeout=1.0: self.__dict__.update(url=url, model=model, timeout=timeout, tries=2, pause=0.01))
+    manifest, out = facts_manifest(tmp_path, 3, corpora), str(tmp_path / "p.jsonl")
+    assert main(["preferences", manifest, "--out", out, "--llm", "http://127.0.0.1:9/v1", "--model", "m"]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("prepare.py: http://127.0.0.1:9/v1: no answer after 2 tries") and not os.path.exists(out)
+    (tmp_path / "plain.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A"}]}) + "\n")
+    assert main(["answers", str(tmp_path / "plain.jsonl"), "--out", out, "--llm", "http://127.0.0.1:9", "--model", "m"]) == 2
+    assert "no line has facts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"a": "x", "b": 1}', '{"a": "x", "b": true, "c": 0}', '["a"]', '{"a": "x", "b": tr', '```json\n{"a": "x", "b": true}\n```'])
+def test_strict_object_refuses(text):
+    with pytest.raises(ValueError):
+        strict_object(text, a=str, b=bool)
+    assert strict_object('{"b": false, "a": ""}', a=str, b=bool) == {"a": "", "b": False}
+
+
+def test_pauses_double():
+    e = Endpoint("http://x", "m")
+    assert (e.timeout, e.tries, e.pause) == (60.0, 6, 1.0)
