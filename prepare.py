@@ -60,7 +60,8 @@ class Clip:
     """One recording and what is known of it: facts, by kind.
 
     Kinds: words (what is said), sound (environmental), instrument (or object), emotion, intensity,
-    sex, speaker, accent, nationality, genre, caption, background (the sound under speech).
+    sex, speaker, accent, nationality, genre, caption, speed, background (the sound under speech), louder
+    (voice or background), first_sound, last_sound, sound_count (of several in a row).
     """
 
     path: str
@@ -467,6 +468,11 @@ TASKS = {
         "What sound is in the background?", "What do you hear behind the speech?", "Which sound is under the voice?",
         "What is the background noise?", "Beside the voice, what can be heard?",
     ), ("In the background there is {}.",)),
+    "louder": Task("louder", ("Which is louder, the voice or the background?", "Is the voice or the background louder?", "What is louder, speech or background?")),
+    "speed": Task("speed", ("Does the speaker talk slowly or fast?", "How fast is the speech?", "Is the speech slow or fast?"), ("The speech is {}.",)),
+    "first_sound": Task("first_sound", ("Which sound comes first?", "What is heard first?", "What is the first sound?"), ("First there is {}.",)),
+    "last_sound": Task("last_sound", ("Which sound comes last?", "What is heard last?", "What is the last sound?"), ("At the end there is {}.",)),
+    "sound_count": Task("sound_count", ("How many sounds follow each other?", "How many different sounds are there?", "Count the sounds."), ("There are {} sounds.",)),
     "any": Task("any", (
         "What do you hear?", "What is in this recording?", "What is this?", "What can you hear?", "Describe what you hear.",
         "What is happening in the audio?", "Listen and answer: what is it?",
@@ -487,7 +493,7 @@ def derived(facts):
     """A clip's facts and what follows from them: digit, word, first, last, count, layer, any."""
     facts = dict(facts)
     words = facts.get("words", "").split()
-    if facts.keys() & {"sound", "instrument"}:
+    if facts.keys() & {"sound", "instrument", "first_sound"}:
         facts["layer"] = "a sound"
     elif words or "speaker" in facts:
         facts["layer"] = "speech"
@@ -711,17 +717,32 @@ def compose(clips, rng, path):
     return Clip(path, clips[0].dataset + "_strings", {"words": " ".join(c.facts["words"] for c in clips)})
 
 
-def mix(speech, sound, rng, path, low=-3.0, high=9.0, seconds=8.0):
+def sequence(sounds, rng, path):
+    """Sounds one after the other, a second or two of each; writes a FLAC at `path`."""
+    parts = []
+    for clip in sounds:
+        audio = load_audio(clip.path)[0]
+        n = min(len(audio), int(rng.uniform(1.0, 2.5) * SAMPLE_RATE))
+        loudest = int(np.argmax(np.convolve(np.abs(audio), np.ones(n), "valid")))  # a bark may stand anywhere in its clip
+        parts += [level(audio[loudest : loudest + n], rng), np.zeros(int(rng.uniform(0.05, 0.4) * SAMPLE_RATE), np.float32)]
+    write_clip(np.concatenate(parts), path)
+    names = [c.facts["sound"] for c in sounds]
+    return Clip(path, "sequences", {"first_sound": names[0], "last_sound": names[-1], "sound_count": DIGITS[len(names)]})
+
+
+def mix(speech, sound, rng, path, low=-6.0, high=9.0, seconds=8.0):
     """Speech over a sound or an instrument, the speech louder by low..high dB; writes a FLAC at `path`."""
     voice, under = load_audio(speech.path, limit=seconds)[0], load_audio(sound.path, limit=seconds)[0]
     n = max(len(voice) + int(rng.uniform(0.2, 1.5) * SAMPLE_RATE), min(len(under), int(3.5 * SAMPLE_RATE)))
     start = rng.randint(0, n - len(voice))
     under = np.tile(under, -(-n // len(under)))[:n]
     rms = lambda x: float(np.sqrt(np.mean(x**2)) + 1e-5)
-    mixed = under * (rms(voice) / rms(under) * 10 ** (-rng.uniform(low, high) / 20))
+    ratio = rng.uniform(low, high)  # dB
+    mixed = under * (rms(voice) / rms(under) * 10 ** (-ratio / 20))
     mixed[start : start + len(voice)] += voice
     write_clip(level(mixed, rng), path)
-    return Clip(path, "mixtures", speech.facts | {"background": sound.facts.get("sound") or sound.facts["instrument"]})
+    louder = {} if abs(ratio) < 2 else {"louder": "the voice" if ratio > 0 else "the background"}  # where anybody would say so
+    return Clip(path, "mixtures", speech.facts | {"background": sound.facts.get("sound") or sound.facts["instrument"]} | louder)
 
 
 def espeak(words, n, rng, folder):
@@ -738,8 +759,9 @@ def espeak(words, n, rng, folder):
         for i in range(n):
             voice = rng.choice(ESPEAK_VOICES) + "+" + rng.choice(ESPEAK_VARIANTS)
             path = os.path.join(folder, f"{word}_{i}.wav")
-            speak(word, path, voice, speed=rng.randint(110, 190), pitch=rng.randint(25, 75))
-            clips.append(Clip(path, "espeak", {"words": word}))
+            speed = rng.randint(100, 200)  # words a minute
+            speak(word, path, voice, speed=speed, pitch=rng.randint(25, 75))
+            clips.append(Clip(path, "espeak", some(words=word, speed="slow" if speed < 130 else "fast" if speed > 170 else "")))
     return clips
 
 
@@ -997,12 +1019,12 @@ def write_with_llm(manifest, out, endpoint, kind, workers=8, limit=None):
 # checking manifests
 
 
-DOMAINS = {"sound": "sound", "instrument": "music", "background": "mixture"}  # task -> domain; all else is speech
+DOMAINS = {"sound": "sound", "first_sound": "sound", "last_sound": "sound", "sound_count": "sound", "instrument": "music", "background": "mixture", "louder": "mixture"}  # task -> domain; all else is speech
 
 
 def domain_of(entry):
     facts = entry.get("facts") or {}
-    return "mixture" if "background" in facts else "sound" if "sound" in facts else "music" if "instrument" in facts else "speech"
+    return "mixture" if "background" in facts else "sound" if facts.keys() & {"sound", "first_sound"} else "music" if "instrument" in facts else "speech"
 
 
 def choices_in(question):
@@ -1250,14 +1272,14 @@ def tour(audio, out, seed=0, n_strings=4000):
     folder, here = os.path.join(out, "clips"), os.path.join(out, "manifest")  # audio paths are relative to the manifests' folder
     pools, test = {}, []
     words = sorted({c.facts["words"] for c in clips if "words" in c.facts and " " not in c.facts["words"]})
-    with tqdm(total=int(n_strings * 2.125), desc="composing", unit=" clips") as progress:
+    with tqdm(total=int(n_strings * 2.4), desc="composing", unit=" clips") as progress:
         for split in ("train", "test"):
             part = [c for c in clips if c.is_test == (split == "test") and c.path not in held_out]
             digits, spoken = [c for c in part if c.dataset == "fsdd"], [c for c in part if c.dataset == "speech_commands"]
             noises = [c for c in part if "sound" in c.facts]
             voices = espeak(words, max(1, int(12 * scale)), rng, f"{folder}/espeak") if split == "train" else []
             n = n_strings if split == "train" else int(200 * scale) + 1
-            made = {"digits": [], "words": [], "mixtures": []}
+            made = {"digits": [], "words": [], "mixtures": [], "sequences": []}
             if digits:
                 made["digits"] = list(strings(digits, n, 5, rng, f"{folder}/{split}_digits", progress))
             if spoken + voices:
@@ -1265,6 +1287,11 @@ def tour(audio, out, seed=0, n_strings=4000):
             if noises and (talk := digits + spoken + [c for c in part if c.dataset in ("ravdess", "librispeech")]):
                 for i, sound in enumerate(draw_balanced(noises, "sound", n // 2 + 1 if split == "train" else n, rng)):
                     made["mixtures"].append(mix(rng.choice(talk), sound, rng, f"{folder}/{split}_mixtures/{i:05}.flac"))
+                    progress.update()
+                groups = by_fact(noises, "sound")
+                for i in range(n // 4 + 1):
+                    several = [rng.choice(groups[name]) for name in rng.sample(sorted(groups), min(rng.randint(2, 3), len(groups)))]
+                    made["sequences"].append(sequence(several, rng, f"{folder}/{split}_sequences/{i:05}.flac"))
                     progress.update()
             pools[split] = (part + voices, made)
 
@@ -1274,7 +1301,7 @@ def tour(audio, out, seed=0, n_strings=4000):
         for kind, fact in derived(clip.facts).items():
             known[kind].append(Clip(clip.path, clip.dataset, clip.facts | {kind: fact}))
     labels = defaultdict(set)  # task -> what may stand among its choices
-    for clip in [*train, *made["digits"], *made["mixtures"]]:
+    for clip in [*train, *(c for some_made in made.values() for c in some_made)]:
         for task, fact in askable(clip, CHOICE_TASKS):
             labels[task].add(fact)
     originals = {c.path: c for c in train}
@@ -1293,7 +1320,7 @@ def tour(audio, out, seed=0, n_strings=4000):
             if line:
                 yield line
 
-    everything = [*made["digits"], *made["words"], *made["mixtures"]]
+    everything = [c for some_made in made.values() for c in some_made]
     choices = lambda pairs: filter(None, (choice_line(clip, rng, here, labels) for clip, _ in pairs))
     paired = [(c, None) for c in everything]
     stages = {
@@ -1314,7 +1341,7 @@ def tour(audio, out, seed=0, n_strings=4000):
     lines = [question_line(c, rng, here, [task], 0) for c in test for task in one[c.dataset] if askable(c, [task])]
     lines += [question_line(c, rng, here, [task], 0) for task, kind in (("asr", "digits"), ("asr", "words"), ("background", "mixtures")) for c in composed[kind]]
     print(f"{out}/test.jsonl: {write_lines(lines, f'{out}/test.jsonl')} lines")
-    found = benchmark([*test, *composed["digits"], *composed["mixtures"]], labels, max(40, int(720 * scale)), rng, out)
+    found = benchmark([*test, *composed["digits"], *composed["mixtures"], *composed["sequences"]], labels, max(40, int(720 * scale)), rng, out)
     print(f"{out}/mmsu.jsonl: {found[0]} questions; {out}/mmau.json: {found[1]} questions")
     tokenizer = train_tokenizer([line for lines in stages.values() for line in lines])
     tokenizer.save(f"{out}/tokenizer.json")

@@ -476,7 +476,7 @@ LABELLED = ("words", "sound", "instrument", "emotion", "intensity", "sex", "spea
 
 def is_single(example):
     """A recording as it was made: composed strings and mixtures would be packed twice."""
-    return bool(example.facts) and "strings" not in example.dataset and "background" not in example.facts
+    return bool(example.facts) and "strings" not in example.dataset and not example.facts.keys() & {"background", "first_sound"}
 
 
 class Packer:

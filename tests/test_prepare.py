@@ -12,8 +12,8 @@ import pytest
 from data import load_audio, mmau_prompt, mmsu_prompt, read_manifest
 from model import load_tokenizer
 from prepare import (
-    CHOICE_TASKS, CORPORA, DIGITS, TASKS, TOUR, TOY_INSTRUMENTS, TOY_SOUNDS, Clip, askable, choice_line, compose, derived, distractors, draw_question, main, mix,
-    multiple_choice, preference_line, read_corpus, synthesize,
+    CHOICE_TASKS, DIGITS, TASKS, TOUR, TOY_INSTRUMENTS, TOY_SOUNDS, Clip, askable, choice_line, compose, derived, distractors, draw_question, main, mix,
+    multiple_choice, preference_line, read_corpus, sequence, synthesize,
 )  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def test_answers_are_true_of_the_clip():
     assert (acted["emotion"], acted["sex"], acted["intensity"]) == ("Sad.", "Male.", "Strong.")
     kinds = {task: row.kind for task, row in TASKS.items()}
     everything = derived({"words": "one two", "sound": "s", "instrument": "i", "emotion": "e", "intensity": "n", "sex": "x", "speaker": "y", "accent": "a"})
-    assert set(kinds.values()) - {"word", "digit", "background", "genre", "nationality", "caption"} <= set(everything)
+    assert set(kinds.values()) - {"word", "digit", "background", "genre", "nationality", "caption", "louder", "speed", "first_sound", "last_sound", "sound_count"} <= set(everything)
 
 
 def test_sentences_carry_the_fact():
@@ -176,12 +176,23 @@ def test_mixing_keeps_the_ratio(tmp_path, corpora):
     """At a fixed ratio the sound under the speech has the power it should: measured where the voice is silent."""
     speech, noise = read_corpus("fsdd", corpora + "/fsdd")[0], read_corpus("esc10", corpora + "/esc10")[0]
     made = mix(speech, noise, random.Random(0), str(tmp_path / "m.flac"), low=6.0, high=6.0)
-    assert made.facts == speech.facts | {"background": noise.facts["sound"]}
+    assert made.facts == speech.facts | {"background": noise.facts["sound"], "louder": "the voice"}
+    for ratio, louder in ((-6.0, "the background"), (1.0, None)):
+        assert mix(speech, noise, random.Random(0), str(tmp_path / "n.flac"), low=ratio, high=ratio).facts.get("louder") == louder
     audio, _ = load_audio(made.path)
     voice, _ = load_audio(speech.path)
     power = np.convolve(audio**2, np.ones(len(voice)) / len(voice), "valid")
     # both clips are white noise of one level: with the voice (1 + 1/4) of it, without it 1/4
     assert 4.0 < power.max() / power.min() < 6.5
+
+
+def test_sequences_name_what_comes_first_and_last(tmp_path, corpora):
+    sounds = read_corpus("esc10", corpora + "/esc10")[1:4]
+    made = sequence(sounds, random.Random(0), str(tmp_path / "s.flac"))
+    assert made.facts == {"first_sound": sounds[0].facts["sound"], "last_sound": sounds[2].facts["sound"], "sound_count": "three"}
+    assert len(load_audio(made.path)[0]) > 3 * 0.5 * 16000
+    answers = all_answers(made.facts)
+    assert answers["first_sound"] == "Dog bark." and answers["layer"] == "A sound." and "any" not in answers
 
 
 def test_tour_never_trains_on_the_test_split(toured, corpora):
