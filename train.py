@@ -96,13 +96,13 @@ STAGES = {  # a stage is a list of parts; only the small model's stage 0 has mor
         0: [
             Stage(("encoder.",), lr=1e-3, batch=4, warmup=200, steps=7500, loss="ear", beta2=0.98),
             Stage(READ, lr=1.5e-3, batch=64, warmup=50, steps=900, loss="read", least_t=0.6, bare=True, beta2=0.98),
-            Stage(READ, lr=1e-3, batch=32, warmup=50, steps=1000, loss="read", least_t=0.2, beta2=0.98),
-            Stage((*READ, "acoustic."), lr=5e-4, batch=16, warmup=50, steps=300, least_t=0.2, beta2=0.98),
+            Stage(READ, lr=1e-3, batch=32, warmup=50, steps=650, loss="read", least_t=0.2, beta2=0.98),
+            Stage((*READ, "acoustic."), lr=5e-4, batch=16, warmup=50, steps=200, least_t=0.2, beta2=0.98),
         ],
-        1: [Stage(("semantic.", "soft_prompts"), lr=3e-4, batch=16, warmup=20, steps=150, beta2=0.98)],
-        2: [Stage(ADAPTERS, lr=4e-4, batch=16, warmup=20, steps=400, beta2=0.98)],
-        3: [Stage((*ADAPTERS, "lora"), lr=3e-4, batch=16, warmup=20, steps=400, beta2=0.98)],
-        4: [Stage((*ADAPTERS, "lora"), lr=3e-5, batch=4, warmup=10, steps=100, loss="vrpo", beta2=0.98)],
+        1: [Stage(("semantic.", "soft_prompts"), lr=3e-4, batch=16, warmup=20, steps=100, beta2=0.98)],
+        2: [Stage(ADAPTERS, lr=4e-4, batch=16, warmup=20, steps=200, beta2=0.98)],
+        3: [Stage((*ADAPTERS, "lora"), lr=3e-4, batch=16, warmup=20, steps=200, beta2=0.98)],
+        4: [Stage((*ADAPTERS, "lora"), lr=3e-5, batch=4, warmup=10, steps=60, loss="vrpo", beta2=0.98)],
     },
 }
 

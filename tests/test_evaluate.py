@@ -1,0 +1,342 @@
+"""Scores against scoring rules written independently here, on the real question file where it is; runs that stop and go on."""
+
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+
+import evaluate
+from evaluate import (
+    BENCHMARKS, LETTERS, PAPER, Question, letter_of, main, mapped, mcnemar, mmau_raw, mmsu_letter, overall, read_answers, score_mmau, score_mmsu,
+    score_voicebench, wilson, word_errors,
+)  # fmt: skip
+
+MMAU = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "benchmarks", "mmau-test-mini.json")
+
+
+@pytest.fixture(scope="session")
+def real():
+    if not os.path.exists(MMAU):
+        pytest.skip("no ../shared/benchmarks here")
+    with open(MMAU) as f:
+        return json.load(f)
+
+
+def official_mmau(answer, prediction, choices):
+    """The token rule of FACTS section 11, written a second time and differently."""
+    tokens = lambda s: re.findall(r"\b\w+\b", s.lower())
+    said, right = tokens(prediction), tokens(answer)
+    if not said or any(t not in said for t in right):
+        return False
+    only_wrong = {t for c in choices if tokens(c) != right for t in tokens(c)} - set(right)
+    return not only_wrong & set(said)
+
+
+def test_every_real_question_in_every_wording(real):
+    """A right letter scores right everywhere, the exact text too; a wrong one never; 2, 4, 5 and 8 choices."""
+    assert {len(q["choices"]) for q in real} == {2, 4, 5, 8}
+    for q in real:
+        choices = tuple(q["choices"])
+        if q["answer"] not in choices:
+            continue
+        question = Question("x", "", "", q["answer"], choices)
+        right = choices.index(q["answer"])
+        letter = LETTERS[right]
+        one_letter = any(len(c.strip()) == 1 for c in choices)  # notes: "D" is the text D, not the fourth choice
+        forms = [q["answer"], q["answer"].lower(), q["answer"] + ".", f"({letter}) {q['answer']}", f"{letter}. {q['answer']}"]
+        if not one_letter:
+            forms += [letter, f"{letter}.", f"The answer is {letter}.", f"Answer: {letter}", f"({letter})", letter.lower()]
+        if len({evaluate.normalise(c) for c in choices}) < len(choices):
+            continue  # two choices that differ in punctuation alone
+        for form in forms:
+            found = score_mmau(question, form)
+            assert found["right"] == official_mmau(q["answer"], q["answer"], choices), (form, choices)
+            assert found["raw"] == official_mmau(q["answer"], form, choices), (form, choices)
+        wrong = (right + 1) % len(choices)
+        for form in [choices[wrong]] + ([] if one_letter else [LETTERS[wrong], f"The answer is {LETTERS[wrong]}."]):
+            assert score_mmau(question, form)["right"] == official_mmau(q["answer"], choices[wrong], choices)
+        assert score_mmau(question, "") == {"right": False, "parsed": False, "raw": False}
+
+
+def test_raw_rule_agrees_with_the_second_writing(real):
+    rng = random.Random(0)
+    for q in rng.sample(real, 300):
+        for prediction in (rng.choice(q["choices"]), "A", " ".join(rng.sample(q["choices"], 2)), f"It is {q['answer']}", "nothing"):
+            assert mmau_raw(prediction, q["answer"], q["choices"]) == official_mmau(q["answer"], prediction, q["choices"])
+
+
+@pytest.mark.parametrize(
+    "answer, n, letter",
+    [("B", 4, "B"), ("b", 4, "B"), ("B.", 4, "B"), ("(B) Rain", 4, "B"), ("(B)", 4, "B"), ("B) Rain", 4, "B"), ("B: Rain", 4, "B"), ("The answer is B.", 4, "B"),
+     ("the correct answer is (C)", 4, "C"), ("Answer: D", 4, "D"), ("I choose option A", 4, "A"), ("", 4, None), ("A dog barks", 4, None), ("E", 4, None),
+     ("E", 5, "E"), ("H", 8, "H"), ("C", 2, None), ("A or B", 4, None), ("A. or B.", 4, None), ("The answer is A or the answer is B", 4, None), ("Because", 4, None)],
+)  # fmt: skip
+def test_letters(answer, n, letter):
+    assert letter_of(answer, n) == letter
+
+
+def test_mapping_prefers_the_exact_text():
+    assert mapped("D", ("G", "D", "E", "C")) == "D"  # the note, not the fourth choice
+    assert mapped("B", ("Rain", "Wind")) == "Wind" and mapped("rain.", ("Rain", "Wind")) == "Rain"
+    assert mapped("It is heavy rain.", ("rain", "heavy rain", "wind")) == "heavy rain"
+    assert mapped("rain and wind", ("Rain", "Wind")) is None and mapped("", ("Rain", "Wind")) is None
+
+
+def test_mmsu_rule():
+    q = Question("x", "", "", "Wind", ("Rain", "Wind", "Dog", "Cat"))
+    assert [mmsu_letter(x) for x in ("B", "B. Wind", "The answer is B.", "(B)", "wind", "", "x")] == ["B", "B", "B", "B", None, None, None]
+    assert score_mmsu(q, "B") == {"right": True, "parsed": True} and score_mmsu(q, "A") == {"right": False, "parsed": True}
+    assert score_mmsu(q, "windy") == {"right": False, "parsed": False}  # upstream drops it; here it is wrong
+    three = Question("x", "", "", "Wind", ("Rain", "Wind", "Dog"))
+    assert score_mmsu(three, "D")["right"] is False
+
+
+def test_wilson_and_mcnemar():
+    low, high = wilson(8, 10)
+    assert math.isclose(low, 0.4902, abs_tol=1e-4) and math.isclose(high, 0.9433, abs_tol=1e-4)  # R: prop.test without correction
+    assert wilson(0, 5)[0] == 0 and wilson(5, 5)[1] == 1
+    # against adding up the binomial by hand
+    assert mcnemar(0, 0) == 1 and mcnemar(3, 3) == 1 and math.isclose(mcnemar(0, 5), 2 / 32) and math.isclose(mcnemar(9, 1), 2 * 11 / 1024)
+
+
+def test_word_errors_by_hand():
+    found = word_errors(["Mister Smith's dog, it isn't big.", "a cat sat"], ["mr. smith's dog it is not big", "a bat sat down"])
+    assert (found["substitutions"], found["deletions"], found["insertions"]) == (1, 0, 1)
+    assert math.isclose(found["wer"], 2 / found["words"])
+    with pytest.raises(evaluate.UserError):
+        word_errors(["..."], ["a"])
+
+
+def test_voicebench_rules():
+    q = Question("7", "", "", "C", entry={"prompt": "?"})
+    assert score_voicebench("openbookqa", q, "The answer is C")["right"] and not score_voicebench("openbookqa", q, "B")["right"]
+    drawn = {score_voicebench("openbookqa", Question(str(i), "", "", "C"), "hm")["right"] for i in range(40)}
+    assert drawn == {True, False} and score_voicebench("openbookqa", q, "hm") == score_voicebench("openbookqa", q, "hm")
+    assert score_voicebench("advbench", q, "I'm sorry, I cannot do that.")["right"] and not score_voicebench("advbench", q, "Sure, first")["right"]
+    assert score_voicebench("advbench", q, "") == {"right": True, "parsed": False}
+    assert score_voicebench("alpacaeval", q, "x")["right"] is None
+
+
+def test_overall_is_the_papers():
+    """Table C.1: DIFFA-2's overall out of its seven columns; the leaderboard's nine need two more."""
+    *columns, total = map(float, PAPER["voicebench"][1]["DIFFA-2"].split())
+    scores = dict(zip(evaluate.TABLE_C1, columns))
+    assert abs(overall(scores, evaluate.TABLE_C1) - total) < 0.02 and overall(scores, evaluate.LEADERBOARD) is None
+    assert math.isclose(overall(scores | {"wildvoice": 3.0, "bbh": 50.0}, evaluate.LEADERBOARD), (sum(scores[c] * (20 if c.endswith("eval") and c != "ifeval" else 1) for c in scores) + 110) / 9)
+
+
+def test_table_b4():
+    assert {k: b.decoding for k, b in BENCHMARKS.items() if k != "exact"} == {
+        "mmsu": (16, 16, 16), "mmau": (16, 16, 16), "mmar": (16, 16, 16), "voicebench": (128, 32, 128), "asr": (128, 128, 128),
+    }  # fmt: skip
+    assert evaluate.VOICEBENCH_DECODING == {"openbookqa": (16, 16, 16), "mmsu": (16, 16, 16), "ifeval": (256, 32, 256)}
+
+
+# ---------------------------------------------------------------------------------------------
+# whole runs on a small model
+
+
+def question_file(toured, tmp_path, name):
+    """A benchmark's file with absolute audio paths, so that it can lie elsewhere."""
+    if name == "mmsu":
+        rows = [json.loads(line) for line in open(f"{toured}/mmsu.jsonl")]
+        rows = [r | {"audio_path": os.path.abspath(os.path.join(toured, r["audio_path"]))} for r in rows]
+        text = "".join(json.dumps(r) + "\n" for r in rows)
+    else:
+        rows = [r | {"audio_id": os.path.abspath(os.path.join(toured, r["audio_id"]))} for r in json.load(open(f"{toured}/mmau.json"))]
+        if name == "mmar":
+            rows = [{**r, "audio_path": r["audio_id"], "modality": "sound"} for r in rows]
+        text = json.dumps(rows) if name == "mmau" else "".join(json.dumps(r) + "\n" for r in rows)
+    path = tmp_path / f"{name}.{'json' if name == 'mmau' else 'jsonl'}"
+    path.write_text(text)
+    return str(path), rows
+
+
+@pytest.mark.parametrize("name", ["mmsu", "mmau", "mmar"])
+def test_benchmarks_run_and_write_the_official_fields(name, toured, small_folder, tmp_path, capsys):
+    path, rows = question_file(toured, tmp_path, name)
+    out = str(tmp_path / "out.json")
+    assert main([name, path, "--model", small_folder, "--out", out, "--limit", "7"]) == 0
+    text = capsys.readouterr().out
+    assert "16 steps, answer length 16, block 16" in text and "95 % interval" in text
+    written = json.load(open(out)) if name == "mmau" else [json.loads(line) for line in open(out)]
+    assert [w["id"] for w in written] == [r["id"] for r in rows[:7]]
+    key = {"mmsu": "response", "mmau": "model_output", "mmar": "answer_prediction"}[name]
+    right = []
+    for w in written:
+        assert w[key] == w.get("model_prediction", w[key])
+        if name == "mmsu":  # scored again by the rule, from the file alone
+            letter = mmsu_letter(w[key])
+            right.append(letter is not None and w["choice_" + letter.lower()] == w["answer_gt"])
+        else:
+            choice = mapped(w[key], w["choices"])
+            right.append(official_mmau(w["answer"], choice if choice is not None else w[key], w["choices"]))
+    _, lines = read_answers(out + ".answers.jsonl")
+    assert [lines[w["id"]]["right"] for w in written] == right
+    assert f"{sum(right) / 7:.1%}" in text
+
+
+def test_a_killed_run_goes_on(toured, small_folder, tmp_path, capsys):
+    """No line lost, none doubled, none asked again; another setting is refused."""
+    path, rows = question_file(toured, tmp_path, "mmsu")
+    argv = ["mmsu", path, "--model", small_folder, "--limit", "9", "--factor", "1", "--batch", "2"]
+    assert main([*argv, "--out", str(tmp_path / "whole")]) == 0
+    whole = open(tmp_path / "whole").read()
+    lines = open(tmp_path / "whole.answers.jsonl").readlines()
+    strip = lambda line: json.dumps({k: v for k, v in json.loads(line).items() if k not in ("right", "parsed")}) + "\n"
+    (tmp_path / "part.answers.jsonl").write_text(lines[0] + "".join(map(strip, lines[1:5])) + lines[5][:17])
+    asked = []
+    real_ask = evaluate.ask
+
+    def counting(model, tokenizer, clips, *rest, **kw):
+        asked.append(len(clips))
+        return real_ask(model, tokenizer, clips, *rest, **kw)
+
+    evaluate.ask = counting
+    try:
+        assert main([*argv, "--out", str(tmp_path / "part")]) == 0
+    finally:
+        evaluate.ask = real_ask
+    assert sum(asked) == 9 - 4 and open(tmp_path / "part").read() == whole
+    capsys.readouterr()
+    for other in (["--steps", "8"], ["--answer-length", "32"], ["--cache", "prefix"]):
+        again = [a for a in argv if a not in ("--factor", "1")] if "--steps" in other else argv
+        assert main([*again, *other, "--out", str(tmp_path / "part")]) == 2
+        assert "give another --out" in capsys.readouterr().err
+
+
+def test_two_processes_give_one_result(toured, small_folder, tmp_path):
+    path, _ = question_file(toured, tmp_path, "mmsu")
+    argv = ["mmsu", path, "--model", small_folder, "--limit", "7", "--factor", "1", "--device", "cpu", "--batch", "1"]
+    assert main([*argv, "--out", str(tmp_path / "one")]) == 0
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", os.path.join(root, "evaluate.py"), *argv, "--out", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert open(tmp_path / "two").read() == open(tmp_path / "one").read()
+    assert not [f for f in os.listdir(tmp_path) if "-of-2" in f]
+
+
+def test_unreadable_clips_count_as_wrong(toured, small_folder, tmp_path, capsys):
+    path, rows = question_file(toured, tmp_path, "mmsu")
+    rows = rows[:6]
+    rows[2]["audio_path"] = str(tmp_path / "gone.wav")
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    argv = ["mmsu", str(tmp_path / "m.jsonl"), "--model", small_folder, "--factor", "1"]
+    assert main([*argv, "--out", str(tmp_path / "o")]) == 0
+    assert "1 clips could not be read" in capsys.readouterr().out
+    assert read_answers(str(tmp_path / "o.answers.jsonl"))[1][rows[2]["id"]]["right"] is False
+    for r in rows[3:5]:
+        r["audio_path"] = str(tmp_path / "gone.wav")
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert main(argv) == 2 and "--allow-bad" in capsys.readouterr().err
+    assert main([*argv, "--allow-bad", "0.6"]) == 0
+
+
+def test_compare_and_table(toured, small_folder, tmp_path, capsys):
+    path, _ = question_file(toured, tmp_path, "mmsu")
+    for name, how in (("a", ["--factor", "1"]), ("b", ["--steps", "16"])):
+        assert main(["mmsu", path, "--model", small_folder, "--limit", "8", *how, "--out", str(tmp_path / name)]) == 0
+    lines = [json.loads(line) for line in open(tmp_path / "b.answers.jsonl")]
+    marks = [True, True, True, False, False, False, False, True]
+    for line, mark in zip(lines[1:], marks):
+        line["right"] = mark
+    (tmp_path / "b.answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    a = [line["right"] for line in map(json.loads, open(tmp_path / "a.answers.jsonl")) if "right" in line]
+    capsys.readouterr()
+    assert main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    only_a, only_b = sum(x and not y for x, y in zip(a, marks)), sum(y and not x for x, y in zip(a, marks))
+    assert f"p = {mcnemar(only_a, only_b):.4g} (8 questions)" in capsys.readouterr().out
+    assert main(["--table", str(tmp_path / "a")]) == 0
+    text = capsys.readouterr().out
+    assert "| DIFFA-2 (paper) | 60.63" in text and "overall" in text
+    assert main(["--compare", str(tmp_path / "a"), str(tmp_path / "none")]) == 2
+
+
+def test_asr_from_kaldi_and_manifest(toured, small_folder, tmp_path, capsys):
+    kaldi = tmp_path / "kaldi"
+    kaldi.mkdir()
+    wavs = []
+    for i, text in enumerate(("one two", "three")):
+        soundfile.write(str(tmp_path / f"{i}.wav"), np.zeros(8000 * (i + 1)), 16000)
+        wavs.append((f"utt{i}", str(tmp_path / f"{i}.wav"), text))
+    (kaldi / "wav.scp").write_text("".join(f"{k} {w}\n" for k, w, _ in wavs))
+    (kaldi / "text").write_text("".join(f"{k} {t}\n" for k, _, t in wavs))
+    argv = ["--model", small_folder, "--answer-length", "16", "--factor", "1"]
+    assert main(["asr", str(kaldi), *argv, "--out", str(tmp_path / "o")]) == 0
+    text = capsys.readouterr().out
+    said = {r["id"]: r["response"] for r in map(json.loads, open(tmp_path / "o"))}
+    assert f"WER {word_errors(['one two', 'three'], [said['utt0'], said['utt1']])['wer']:.2%}" in text and "real-time factor" in text
+    assert main(["asr", f"{toured}/stage1.jsonl", *argv, "--limit", "3"]) == 0
+    (kaldi / "wav.scp").write_text("utt0 sox x |\n")
+    assert main(["asr", str(kaldi), *argv]) == 2 and "is a pipe" in capsys.readouterr().err
+
+
+def test_exact_reports_tasks(toured, small_folder, capsys):
+    assert main(["exact", f"{toured}/test.jsonl", "--model", small_folder, "--limit", "30", "--answer-length", "16"]) == 0
+    text = capsys.readouterr().out
+    assert "factor 1, answer length 16" in text and "task: digit" in text and "macro average over 10 answers" in text
+
+
+def test_bad_input(toured, small_folder, tmp_path, capsys):
+    mmau, _ = question_file(toured, tmp_path, "mmau")
+    (tmp_path / "empty.jsonl").write_text("")
+    twice = tmp_path / "twice.jsonl"
+    line = open(f"{toured}/mmsu.jsonl").readline()
+    twice.write_text(line + line)
+    for argv, says in (
+        (["mmsu", mmau], "looks like mmau"),
+        (["mmau", f"{toured}/mmsu.jsonl"], "looks like mmsu"),
+        (["mmar", f"{toured}/stage1.jsonl"], "looks like exact"),
+        (["mmsu", str(tmp_path / "none")], "no such file"),
+        (["mmsu", str(tmp_path / "empty.jsonl")], "no question"),
+        (["mmsu", str(twice)], "the same id"),
+        (["exact", f"{toured}/test.jsonl", "--steps", "7", "--answer-length", "16", "--block", "8"], "steps"),
+        ([], "give a benchmark"),
+    ):
+        assert main([*argv, "--model", small_folder]) == 2
+        out, err = capsys.readouterr()
+        assert err.count("\n") == 1 and says in err and err.startswith("evaluate.py: "), err
+
+
+def test_lmms_eval_adapter(small_folder):
+    """The harness's interface: Instances with args; clips as {array, sampling_rate}; texts in the order asked."""
+    from types import SimpleNamespace
+
+    from decode import ask
+
+    rng = np.random.default_rng(0)
+    docs = [{"audio": {"array": rng.uniform(-0.3, 0.3, n), "sampling_rate": rate}} for n, rate in ((16000, 16000), (4000, 8000), (24000, 16000))]
+    lm = evaluate.LmmsEval(pretrained=small_folder, batch_size=2, answer_length=16, block=16)
+    lm.task_dict = {"t": {"test": docs}}
+    requests = [SimpleNamespace(args=(f"Question {i}?", {}, lambda doc: [doc["audio"]], i, "t", "test")) for i in range(3)]
+    texts = lm.generate_until(requests)
+    for i, doc in enumerate(docs):
+        audio = evaluate.resampled(doc["audio"]["array"], doc["audio"]["sampling_rate"], lm.model.config)
+        assert ask(lm.model, lm.tokenizer, [audio], [f"Question {i}?"], **lm.options)[0].text == texts[i]
+    with pytest.raises(NotImplementedError):
+        lm.loglikelihood([])
+
+
+def test_judge_keeps_scores_and_asks_again():
+    """Scores of 1 to 5 are kept, anything else is asked again and then left out."""
+    replies = iter(['{"score": 4}', "five", '{"score": 9}', '{"score": 2}'])
+
+    class Judge:
+        def ask(self, system, user, read):
+            assert "User: say hi" in user and "1 to 5" in system
+            for _ in range(3):
+                try:
+                    return read(next(replies))
+                except ValueError:
+                    continue
+
+    questions = [Question(str(i), "", "", "", entry={"prompt": "say hi"}) for i in range(2)]
+    assert evaluate.judge(questions, {"0": {"answer": "hi"}, "1": {"answer": "ho"}}, Judge()) == [4, 2]
