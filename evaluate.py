@@ -230,7 +230,7 @@ def word_errors(expected, answers, normalizer=None):
     """Corpus word error rate after whisper's English normaliser -> {"wer", "substitutions", "deletions", "insertions", "words"}."""
     clean = normalizer or EnglishTextNormalizer()
     pairs = [(clean(e), clean(a)) for e, a in zip(expected, answers)]
-    pairs = [(e, a) for e, a in pairs if e]
+    pairs = [(e, a) for e, a in pairs if e.strip()]
     if not pairs:
         raise UserError("no transcript has a word in it: nothing to score")
     found = jiwer.process_words([e for e, _ in pairs], [a for _, a in pairs])

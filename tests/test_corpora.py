@@ -233,3 +233,19 @@ def test_tables_that_do_not_fit(tmp_path, capsys):
         err = capsys.readouterr().err.splitlines()
         assert says in err[-1] and err[-1].startswith("prepare.py: ")
     assert os.listdir(tmp_path) == ["c"]
+
+
+def test_the_readmes_new_corpus(tmp_path, monkeypatch):
+    """The example of README.md, run as it stands there."""
+    import prepare
+
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    with open(os.path.join(root, "README.md"), encoding="utf-8") as f:
+        code = next(block.split("```")[0] for block in f.read().split("```python\n")[1:] if "birds" in block)
+    monkeypatch.setattr(prepare, "CORPORA", dict(prepare.CORPORA))
+    exec(code, vars(prepare))
+    for name in ("robin/2021_04.wav", "great tit/2023_11.wav"):
+        sound(f"{tmp_path}/{name}")
+    assert [(c.facts, c.is_test) for c in read_corpus("birds", str(tmp_path))] == [({"sound": "great tit"}, True), ({"sound": "robin"}, False)]
+    assert prepare.main(["birds", str(tmp_path), "--out", str(tmp_path / "m.jsonl"), "--split", "train"]) == 0
+    assert len(read_manifest(str(tmp_path / "m.jsonl"))) == 1
