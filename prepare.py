@@ -723,7 +723,8 @@ def sequence(sounds, rng, path):
     for clip in sounds:
         audio = load_audio(clip.path)[0]
         n = min(len(audio), int(rng.uniform(1.0, 2.5) * SAMPLE_RATE))
-        loudest = int(np.argmax(np.convolve(np.abs(audio), np.ones(n), "valid")))  # a bark may stand anywhere in its clip
+        energy = np.cumsum(np.concatenate([[0.0], audio.astype(np.float64) ** 2]))
+        loudest = int(np.argmax(energy[n:] - energy[:-n]))  # a bark may stand anywhere in its clip
         parts += [level(audio[loudest : loudest + n], rng), np.zeros(int(rng.uniform(0.05, 0.4) * SAMPLE_RATE), np.float32)]
     write_clip(np.concatenate(parts), path)
     names = [c.facts["sound"] for c in sounds]
