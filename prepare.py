@@ -60,8 +60,8 @@ class Clip:
     """One recording and what is known of it: facts, by kind.
 
     Kinds: words (what is said), sound (environmental), instrument (or object), emotion, intensity,
-    sex, speaker, accent, nationality, genre, caption, speed, background (the sound under speech), louder
-    (voice or background), first_sound, last_sound, sound_count (of several in a row).
+    sex, speaker, accent, nationality, genre, caption, speed, background (the sound under speech), music
+    (under both), louder (voice or background), first_sound, last_sound, sound_count (of several in a row).
     """
 
     path: str
@@ -468,6 +468,7 @@ TASKS = {
         "What sound is in the background?", "What do you hear behind the speech?", "Which sound is under the voice?",
         "What is the background noise?", "Beside the voice, what can be heard?",
     ), ("In the background there is {}.",)),
+    "music": Task("music", ("Which instrument or object plays under it?", "What music is behind the voice?", "What else is played in the background?"), ("Behind it there is {}.",)),
     "louder": Task("louder", ("Which is louder, the voice or the background?", "Is the voice or the background louder?", "What is louder, speech or background?")),
     "speed": Task("speed", ("Does the speaker talk slowly or fast?", "How fast is the speech?", "Is the speech slow or fast?"), ("The speech is {}.",)),
     "first_sound": Task("first_sound", ("Which sound comes first?", "What is heard first?", "What is the first sound?"), ("First there is {}.",)),
@@ -731,19 +732,23 @@ def sequence(sounds, rng, path):
     return Clip(path, "sequences", {"first_sound": names[0], "last_sound": names[-1], "sound_count": DIGITS[len(names)]})
 
 
-def mix(speech, sound, rng, path, low=-6.0, high=9.0, seconds=8.0):
-    """Speech over a sound or an instrument, the speech louder by low..high dB; writes a FLAC at `path`."""
+def mix(speech, sound, rng, path, music=None, low=-6.0, high=9.0, seconds=8.0):
+    """Speech over a sound, over music if given: speech low..high dB above the sound, music 0-6 dB below that; writes a FLAC at `path`."""
     voice, under = load_audio(speech.path, limit=seconds)[0], load_audio(sound.path, limit=seconds)[0]
     n = max(len(voice) + int(rng.uniform(0.2, 1.5) * SAMPLE_RATE), min(len(under), int(3.5 * SAMPLE_RATE)))
-    start = rng.randint(0, n - len(voice))
-    under = np.tile(under, -(-n // len(under)))[:n]
+    start, ratio = rng.randint(0, n - len(voice)), rng.uniform(low, high)  # ratio in dB
     rms = lambda x: float(np.sqrt(np.mean(x**2)) + 1e-5)
-    ratio = rng.uniform(low, high)  # dB
-    mixed = under * (rms(voice) / rms(under) * 10 ** (-ratio / 20))
+    layer = lambda audio, decibels: np.tile(audio, -(-n // len(audio)))[:n] * (rms(voice) / rms(audio) * 10 ** (-decibels / 20))
+    mixed = layer(under, ratio)
+    facts = speech.facts | {"background": sound.facts["sound"]}
+    if abs(ratio) >= 2:  # where anybody would say so
+        facts["louder"] = "the voice" if ratio > 0 else "the background"
+    if music is not None:
+        mixed = mixed + layer(load_audio(music.path, limit=seconds)[0], ratio + rng.uniform(0, 6))
+        facts["music"] = music.facts["instrument"]
     mixed[start : start + len(voice)] += voice
     write_clip(level(mixed, rng), path)
-    louder = {} if abs(ratio) < 2 else {"louder": "the voice" if ratio > 0 else "the background"}  # where anybody would say so
-    return Clip(path, "mixtures", speech.facts | {"background": sound.facts.get("sound") or sound.facts["instrument"]} | louder)
+    return Clip(path, "mixtures", facts)
 
 
 def espeak(words, n, rng, folder):
@@ -1020,7 +1025,7 @@ def write_with_llm(manifest, out, endpoint, kind, workers=8, limit=None):
 # checking manifests
 
 
-DOMAINS = {"sound": "sound", "first_sound": "sound", "last_sound": "sound", "sound_count": "sound", "instrument": "music", "background": "mixture", "louder": "mixture"}  # task -> domain; all else is speech
+DOMAINS = {"sound": "sound", "first_sound": "sound", "last_sound": "sound", "sound_count": "sound", "instrument": "music", "background": "mixture", "louder": "mixture", "music": "mixture"}  # task -> domain; all else is speech
 
 
 def domain_of(entry):
@@ -1277,7 +1282,7 @@ def tour(audio, out, seed=0, n_strings=4000):
         for split in ("train", "test"):
             part = [c for c in clips if c.is_test == (split == "test") and c.path not in held_out]
             digits, spoken = [c for c in part if c.dataset == "fsdd"], [c for c in part if c.dataset == "speech_commands"]
-            noises = [c for c in part if "sound" in c.facts]
+            noises, played = [c for c in part if "sound" in c.facts], [c for c in part if "instrument" in c.facts]
             voices = espeak(words, max(1, int(12 * scale)), rng, f"{folder}/espeak") if split == "train" else []
             n = n_strings if split == "train" else int(200 * scale) + 1
             made = {"digits": [], "words": [], "mixtures": [], "sequences": []}
@@ -1287,7 +1292,8 @@ def tour(audio, out, seed=0, n_strings=4000):
                 made["words"] = list(strings(spoken + voices, n // 2 + 1, 3, rng, f"{folder}/{split}_words", progress, 2))
             if noises and (talk := digits + spoken + [c for c in part if c.dataset in ("ravdess", "librispeech")]):
                 for i, sound in enumerate(draw_balanced(noises, "sound", n // 2 + 1 if split == "train" else n, rng)):
-                    made["mixtures"].append(mix(rng.choice(talk), sound, rng, f"{folder}/{split}_mixtures/{i:05}.flac"))
+                    under = rng.choice(played) if played and rng.random() < 0.3 else None
+                    made["mixtures"].append(mix(rng.choice(talk), sound, rng, f"{folder}/{split}_mixtures/{i:05}.flac", under))
                     progress.update()
                 groups = by_fact(noises, "sound")
                 for i in range(n // 4 + 1):
@@ -1324,11 +1330,13 @@ def tour(audio, out, seed=0, n_strings=4000):
     everything = [c for some_made in made.values() for c in some_made]
     choices = lambda pairs: filter(None, (choice_line(clip, rng, here, labels) for clip, _ in pairs))
     paired = [(c, None) for c in everything]
+    asr = [*ask(everything, rng, here, ["asr"]), *about(singles(0.4), ["asr"])]
+    twentieth = lambda: rng.sample(asr, len(asr) // 20)  # of stage 1 in stages 2 and 3, as in the paper
     stages = {
         0: [*ask(train, rng, here), *ask(everything, rng, here), *about(singles(1)), *choices(singles(0.4)), *choices(paired[::3])],
-        1: [*ask(everything, rng, here, ["asr"]), *about(singles(0.4), ["asr"])],
-        2: [*ask(everything, rng, here, repeat=2), *about(singles(1))],
-        3: [*ask(everything, rng, here), *about(singles(0.6)), *choices(singles(1)), *choices(paired)],
+        1: asr,
+        2: [*ask(everything, rng, here, repeat=2), *about(singles(1)), *twentieth()],
+        3: [*ask(everything, rng, here), *about(singles(0.6)), *choices(singles(1)), *choices(paired), *twentieth()],
         4: list(filter(None, (preference_line(clip, rng, here, labels) for clip, _ in [*singles(0.12), *rng.sample(paired, len(paired) // 8)]))),
     }
     for stage, lines in stages.items():

@@ -97,12 +97,12 @@ STAGES = {  # a stage is a list of parts; only the small model's stage 0 has mor
             Stage(("encoder.",), lr=1e-3, batch=4, warmup=200, steps=7500, loss="ear", beta2=0.98),
             Stage(READ, lr=1.5e-3, batch=64, warmup=50, steps=900, loss="read", least_t=0.6, bare=True, beta2=0.98),
             Stage(READ, lr=1e-3, batch=32, warmup=50, steps=650, loss="read", least_t=0.2, beta2=0.98),
-            Stage((*READ, "acoustic."), lr=5e-4, batch=16, warmup=50, steps=200, least_t=0.2, beta2=0.98),
+            Stage((*READ, "acoustic."), lr=5e-4, batch=16, warmup=50, steps=350, least_t=0.2, beta2=0.98),
         ],
-        1: [Stage(("semantic.", "soft_prompts"), lr=3e-4, batch=16, warmup=20, steps=100, beta2=0.98)],
-        2: [Stage(ADAPTERS, lr=4e-4, batch=16, warmup=20, steps=200, beta2=0.98)],
-        3: [Stage((*ADAPTERS, "lora"), lr=3e-4, batch=16, warmup=20, steps=200, beta2=0.98)],
-        4: [Stage((*ADAPTERS, "lora"), lr=3e-5, batch=4, warmup=10, steps=60, loss="vrpo", beta2=0.98)],
+        1: [Stage(("semantic.", "soft_prompts"), lr=3e-4, batch=16, warmup=20, steps=60, beta2=0.98)],
+        2: [Stage(ADAPTERS, lr=4e-4, batch=16, warmup=20, steps=150, beta2=0.98)],
+        3: [Stage((*ADAPTERS, "lora"), lr=3e-4, batch=16, warmup=20, steps=150, beta2=0.98)],
+        4: [Stage((*ADAPTERS, "lora"), lr=3e-5, batch=4, warmup=10, steps=40, loss="vrpo", beta2=0.98)],
     },
 }
 
@@ -938,11 +938,9 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
             if n_asked:
                 break
             losses, made_ids, skipped, seconds = [], [], [], 0.0
-    if step < steps:
-        if kept != step:
+        if step < steps and kept != step:
             keep(step)
-        return False
-    return True
+    return step == steps
 
 
 def finish(world, model, tokenizer, out, stage, part, parts):

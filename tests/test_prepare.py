@@ -101,7 +101,7 @@ def test_answers_are_true_of_the_clip():
     assert (acted["emotion"], acted["sex"], acted["intensity"]) == ("Sad.", "Male.", "Strong.")
     kinds = {task: row.kind for task, row in TASKS.items()}
     everything = derived({"words": "one two", "sound": "s", "instrument": "i", "emotion": "e", "intensity": "n", "sex": "x", "speaker": "y", "accent": "a"})
-    assert set(kinds.values()) - {"word", "digit", "background", "genre", "nationality", "caption", "louder", "speed", "first_sound", "last_sound", "sound_count"} <= set(everything)
+    assert set(kinds.values()) - {"word", "digit", "background", "genre", "nationality", "caption", "louder", "music", "speed", "first_sound", "last_sound", "sound_count"} <= set(everything)
 
 
 def test_sentences_carry_the_fact():
@@ -184,6 +184,13 @@ def test_mixing_keeps_the_ratio(tmp_path, corpora):
     power = np.convolve(audio**2, np.ones(len(voice)) / len(voice), "valid")
     # both clips are white noise of one level: with the voice (1 + 1/4) of it, without it 1/4
     assert 4.0 < power.max() / power.min() < 6.5
+
+
+def test_three_layers_are_asked_about_one_by_one(tmp_path, corpora):
+    speech, noise, bell = (read_corpus(n, f"{corpora}/{n}")[0] for n in ("fsdd", "esc10", "berklee"))
+    made = mix(speech, noise, random.Random(0), str(tmp_path / "m.flac"), bell, low=6.0, high=6.0)
+    answers = all_answers(made.facts)
+    assert (answers["background"], answers["music"], answers["asr"]) == ("Dog bark.", "Bell.", speech.facts["words"]) and "any" not in answers
 
 
 def test_sequences_name_what_comes_first_and_last(tmp_path, corpora):
