@@ -101,8 +101,8 @@ STAGES = {  # a stage is a list of parts; only the small model's stage 0 has mor
         ],
         1: [Stage(("semantic.", "soft_prompts"), lr=3e-4, batch=16, warmup=20, steps=60, beta2=0.98)],
         2: [Stage(ADAPTERS, lr=4e-4, batch=16, warmup=20, steps=150, beta2=0.98)],
-        3: [Stage((*ADAPTERS, "lora"), lr=3e-4, batch=16, warmup=20, steps=280, beta2=0.98)],
-        4: [Stage((*ADAPTERS, "lora"), lr=3e-5, batch=4, warmup=10, steps=40, loss="vrpo", beta2=0.98)],
+        3: [Stage((*ADAPTERS, "lora"), lr=3e-4, batch=16, warmup=20, steps=180, beta2=0.98)],
+        4: [Stage((*ADAPTERS, "lora"), lr=3e-5, batch=4, warmup=10, steps=30, loss="vrpo", beta2=0.98)],
     },
 }
 
