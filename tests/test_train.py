@@ -278,7 +278,7 @@ def test_stage_0_resumes_in_the_part_it_was_in(toured, one, tmp_path):
         assert main(arguments(toured, out, 0, "--max-steps", "3", "--stop-after", "2", "--resume")) == 0
     assert main(arguments(toured, out, 0, "--max-steps", "3", "--resume")) == 0
     with open(f"{out}/stage0/log.jsonl") as f:
-        assert [(e["part"], e["step"]) for e in map(json.loads, f)] == [(p, s) for p in range(3) for s in (1, 2, 3)]
+        assert [(e["part"], e["step"]) for e in map(json.loads, f) if "loss" in e] == [(p, s) for p in range(3) for s in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
