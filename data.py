@@ -285,8 +285,11 @@ def mmau_prompt(question, choices):
     )
 
 
+LETTERS = "ABCDEFGHIJ"  # of multiple choice
+
+
 def lettered(choices):
-    return "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCDEFGHIJ", choices))
+    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
 
 
 def answer_ids(tokenizer, answer, config):

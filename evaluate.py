@@ -30,11 +30,13 @@ from dataclasses import dataclass, field
 from typing import Callable
 
 import jiwer
+import numpy as np
+import soxr
 from tqdm import tqdm
 from whisper.normalizers import EnglishTextNormalizer
 
 from adapters import merge_lora
-from data import ASR_QUESTION, load_audio, mmau_prompt, mmsu_prompt, read_entries, read_manifest, window_seconds
+from data import ASR_QUESTION, LETTERS, SAMPLE_RATE, load_audio, mmau_prompt, mmsu_prompt, read_entries, read_manifest, window_seconds
 from decode import ask, check_budget
 from model import Parser, UserError, load
 from prepare import Endpoint, strict_object, write_lines, write_text
@@ -136,9 +138,6 @@ def wilson(right, n, z=1.959964):
     p, d = right / n, 1 + z * z / n
     centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     return max(0.0, (centre - half) / d), min(1.0, (centre + half) / d)
-
-
-LETTERS = "ABCDEFGHIJ"
 
 
 def letter_of(answer, n):
@@ -457,9 +456,14 @@ def overall(scores, columns):
 # comparing
 
 
+def answers_of(path):
+    """OUT or OUT.answers.jsonl -> the latter."""
+    return path if path.endswith(".answers.jsonl") else path + ".answers.jsonl"
+
+
 def load_result(path):
-    """(settings, {id: right}) of a file of answers: OUT or OUT.answers.jsonl."""
-    path = path if path.endswith(".answers.jsonl") else path + ".answers.jsonl"
+    """(settings, {id: line}) of a finished file of answers."""
+    path = answers_of(path)
     settings, lines = read_answers(path)
     if not all("right" in line for line in lines.values()):
         raise UserError(f"{path}: not finished, or of a benchmark that has no right and wrong")
@@ -509,11 +513,12 @@ def table(paths):
     """Our runs beside the paper's rows, as Markdown."""
     runs = []
     for path in paths:
-        path = path if path.endswith(".answers.jsonl") else path + ".answers.jsonl"
-        settings, lines = read_answers(path)
-        if "summary" not in settings and not os.path.exists(path.replace(".answers.jsonl", ".summary.json")):
+        path = answers_of(path)
+        settings, _ = read_answers(path)
+        beside = path.removesuffix(".answers.jsonl") + ".summary.json"
+        if not os.path.exists(beside):
             raise UserError(f"{path}: not finished: no summary beside it")
-        with open(path.replace(".answers.jsonl", ".summary.json"), encoding="utf-8") as f:
+        with open(beside, encoding="utf-8") as f:
             runs.append((path, settings, json.load(f)))
     for benchmark in sorted({s["benchmark"] for _, s, _ in runs}):
         columns, rows = PAPER.get(benchmark, ("", {}))
@@ -571,13 +576,10 @@ class LmmsEval:
 
 def resampled(array, rate, config):
     """Samples at any rate, mono or (channels, n) -> 16 kHz mono float32, cut to the model's window."""
-    import numpy as np
-    import soxr
-
     audio = np.asarray(array, dtype=np.float32)
     audio = audio.mean(0) if audio.ndim == 2 else audio
-    audio = soxr.resample(audio, rate, 16000) if rate != 16000 else audio
-    return audio[: int(window_seconds(config) * 16000)]
+    audio = soxr.resample(audio, rate, SAMPLE_RATE) if rate != SAMPLE_RATE else audio
+    return audio[: int(window_seconds(config) * SAMPLE_RATE)]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from data import (
-    ASR_QUESTION, SAMPLE_RATE, build_prompt, encode_text, lettered, load_audio, mmau_prompt, mmsu_prompt, parse_example, prompt_text,
+    ASR_QUESTION, LETTERS, SAMPLE_RATE, build_prompt, encode_text, lettered, load_audio, mmau_prompt, mmsu_prompt, parse_example, prompt_text,
     read_entries, read_manifest,
 )  # fmt: skip
 from model import PRESETS, SPECIAL_TOKENS, Parser, UserError, load_tokenizer
@@ -592,7 +592,6 @@ def distractors(label, pool, n, rng):
     return hard + rng.sample(others[len(hard) :], take - len(hard))
 
 
-LETTERS = "ABCDEFGH"
 CHOICE_TASKS = [t for t, row in TASKS.items() if row.labels and t not in ("speaker", "layer")]
 
 
@@ -763,7 +762,7 @@ def espeak(words, n, rng, folder):
     clips = []
     for word in words:
         for i in range(n):
-            voice = rng.choice(ESPEAK_VOICES) + "+" + rng.choice(ESPEAK_VARIANTS)
+            voice = draw_voice(rng)
             path = os.path.join(folder, f"{word}_{i}.wav")
             speed = rng.randint(100, 200)  # words a minute
             speak(word, path, voice, speed=speed, pitch=rng.randint(25, 75))
@@ -775,6 +774,10 @@ ESPEAK_VOICES = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp")
 ESPEAK_VARIANTS = ("m1", "m2", "m4", "m5", "m6", "f1", "f3", "f4")
 
 
+def draw_voice(rng):
+    return rng.choice(ESPEAK_VOICES) + "+" + rng.choice(ESPEAK_VARIANTS)
+
+
 def speak(text, path, voice="en-us", speed=150, pitch=50):
     """text -> WAV by espeak-ng."""
     if not shutil.which("espeak-ng"):
@@ -783,10 +786,12 @@ def speak(text, path, voice="en-us", speed=150, pitch=50):
 
 
 def by_fact(clips, kind):
-    """fact -> clips, so that rare classes can be drawn as often as common ones."""
+    """fact -> clips of which it is known or follows, so that rare classes can be drawn as often as common ones."""
     groups = defaultdict(list)
     for clip in clips:
-        groups[clip.facts[kind]].append(clip)
+        facts = derived(clip.facts)
+        if kind in facts:
+            groups[facts[kind]].append(clip)
     return groups
 
 
@@ -866,7 +871,7 @@ def speak_questions(corpus, source, out, command=None, speakers=None, empathetic
     make_folder(folder)
     for i, (question, answer) in enumerate(pairs):
         kind = "empathetic" if empathetic else "simple" if len(answer.split()) <= SIMPLE_WORDS else "complex"
-        voice = rng.choice(ESPEAK_VOICES) + "+" + rng.choice(ESPEAK_VARIANTS)
+        voice = draw_voice(rng)
         jobs.append((os.path.join(folder, f"{i:06}.wav"), question, answer, kind, rng.choice(IN_KIND[kind]), voice, rng.randint(120, 180), rng.choice(voices) if voices else None))
 
     def make(job):
@@ -1025,7 +1030,10 @@ def write_with_llm(manifest, out, endpoint, kind, workers=8, limit=None):
 # checking manifests
 
 
-DOMAINS = {"sound": "sound", "first_sound": "sound", "last_sound": "sound", "sound_count": "sound", "instrument": "music", "background": "mixture", "louder": "mixture", "music": "mixture"}  # task -> domain; all else is speech
+DOMAINS = {  # task -> domain; all else is speech
+    "sound": "sound", "first_sound": "sound", "last_sound": "sound", "sound_count": "sound", "instrument": "music",
+    "background": "mixture", "louder": "mixture", "music": "mixture",
+}  # fmt: skip
 
 
 def domain_of(entry):
@@ -1185,7 +1193,7 @@ def toy(out, each, seed=0):
     with tqdm(total=total, desc="toy", unit=" clips") as progress:
         for corpus, name, word in shapes:
             for i in range(each):
-                voice = rng.choice(ESPEAK_VOICES) + "+" + rng.choice(ESPEAK_VARIANTS)
+                voice = draw_voice(rng)
                 spoken = name.format(voice=re.sub(r"[^a-z]", "", voice), i=i, hash=f"{rng.getrandbits(32):08x}")
                 path = os.path.join(out, corpus, spoken)
                 make_folder(os.path.dirname(path))
@@ -1276,7 +1284,7 @@ def tour(audio, out, seed=0, n_strings=4000):
     clips = [clip for name in have for clip in read_corpus(name, os.path.join(audio, name))]
     held_out = {c.path for c in rng.sample([c for c in clips if not c.is_test], max(1, sum(not c.is_test for c in clips) // 50))}
     folder, here = os.path.join(out, "clips"), os.path.join(out, "manifest")  # audio paths are relative to the manifests' folder
-    pools, test = {}, []
+    pools = {}
     words = sorted({c.facts["words"] for c in clips if "words" in c.facts and " " not in c.facts["words"]})
     with tqdm(total=int(n_strings * 2.4), desc="composing", unit=" clips") as progress:
         for split in ("train", "test"):
@@ -1303,21 +1311,16 @@ def tour(audio, out, seed=0, n_strings=4000):
             pools[split] = (part + voices, made)
 
     train, made = pools["train"]
-    known = defaultdict(list)
-    for clip in train:
-        for kind, fact in derived(clip.facts).items():
-            known[kind].append(Clip(clip.path, clip.dataset, clip.facts | {kind: fact}))
     labels = defaultdict(set)  # task -> what may stand among its choices
     for clip in [*train, *(c for some_made in made.values() for c in some_made)]:
         for task, fact in askable(clip, CHOICE_TASKS):
             labels[task].add(fact)
-    originals = {c.path: c for c in train}
 
     def singles(share):
         """Lines about single clips, the value of every fact equally often."""
         for kind, n in BALANCE.items():
-            for clip in draw_balanced(known[kind], kind, int(n * share * scale), rng):
-                yield originals[clip.path], kind
+            for clip in draw_balanced(train, kind, int(n * share * scale), rng):
+                yield clip, kind
 
     def about(pairs, tasks=None):
         """A question that turns on the fact the clip was drawn for, half the time; else any it allows."""
