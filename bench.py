@@ -4,6 +4,8 @@
     python bench.py fullsize DIR --device cuda
     python bench.py train                    a training step of each stage beside a naive one
     python bench.py variance data/stage4.jsonl --model out/tiny/stage3     VRPO's estimators
+    python bench.py decode                   decoding beside a naive reference, 12-layer 1024-wide backbone
+    python bench.py decode --data data/test.jsonl --choices data/mmsu.jsonl --plot decode.png     and the small model's accuracy
 
 `fullsize` writes files with the names, shapes and formats of LLaDA-8B-Instruct (6 shards, 16.03 GB),
 Whisper-large-v3's encoder and DIFFA-2's pytorch_model.bin, loads them by the ordinary path, holds the
@@ -18,10 +20,12 @@ reference a second model.
 
 import argparse
 import copy
+import dataclasses
 import functools
 import json
 import os
 import platform
+import random
 import shutil
 import statistics
 import subprocess
@@ -35,13 +39,14 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import evaluate
 import train
 import vrpo
 from adapters import count, merge_lora
-from data import SAMPLE_RATE, read_manifest
-from decode import ask
+from data import SAMPLE_RATE, load_audio, read_manifest, window_seconds
+from decode import ask, choose, generate, generate_ar, schedule
 from diffusion import corrupt, draw_counts, draw_t
-from model import DIFFA2, PRESETS, SPECIAL_TOKENS, Config, Parser, UserError, load, released_name, splice_order
+from model import DIFFA2, PRESETS, Cache, SPECIAL_TOKENS, Config, Parser, UserError, load, released_name, splice_order
 
 LLADA_BYTES, SHARDS = 16_031_162_368, 6  # FACTS section 6
 TABLE_B3 = {"encoder": 636_968_960, "semantic": 36_392_448, "acoustic": 47_892_992, "backbone": 8_015_581_184, "LoRA": 14_680_064}
@@ -396,6 +401,285 @@ def variance_bench(args):
             print(f"{kinds[0]:14}{kinds[1]:22}{statistics.mean(spread):24.4f}{statistics.mean(trace):26.5f}", flush=True)
 
 
+# ---------------------------------------------------------------------------------------------
+# decoding
+
+
+def naive_generate(model, prompt, audio, is_audio, audio_at, answer_length, block, steps, calls=None):
+    """One prompt, decoded the way the released code works (FACTS section 10): each step runs the whole row again,
+    takes the logits of every position, and a float64 softmax over all of them.  Returns the answer (answer_length,).
+    calls: leave after so many, for timing."""
+    c, P = model.config, len(prompt)
+    ids = torch.tensor([list(prompt) + [c.mask_id] * answer_length], device=audio.device)
+    side = {"valid": torch.ones_like(ids, dtype=torch.bool), "audio_at": torch.tensor([audio_at], device=audio.device)}
+    is_audio = torch.ones(audio.shape[:2], dtype=torch.bool, device=audio.device) if is_audio is None else is_audio
+    done = 0
+    for first in range(P, P + answer_length, block):
+        for keep in schedule(block, steps * block // answer_length):
+            with torch.no_grad():
+                logits, order = everywhere(model, ids, side, audio, is_audio)
+            logits = logits[order < ids.size(1)]  # text positions; all of the row have been computed
+            logits[:, c.mask_id] = float("-inf")
+            probabilities = logits.double().softmax(-1)
+            confidence, token = probabilities.max(-1)
+            confidence = torch.where(ids[0] == c.mask_id, confidence, float("-inf"))
+            confidence[first + block :] = float("-inf")
+            chosen = confidence.topk(keep).indices
+            ids[0, chosen] = token[chosen]
+            done += 1
+            if done == calls:
+                return ids[0, P:]
+    return ids[0, P:]
+
+
+BENCH_SIZES["mid"] = Config(  # a CPU's stand-in for the real thing: the full vocabulary on a backbone of 0.4 billion
+    n_mels=80, n_frames=500, audio_width=192, audio_heads=4, audio_layers=4, taps=(1, 2, 3, 4), qformer_ffn=768,
+    width=1024, layers=12, heads=16, ffn=3072, lora_rank=0,
+)  # fmt: skip
+
+
+def bandwidth(device, n=1 << 28, times=5):
+    """Bytes a second at which this machine reads a gigabyte of memory: the best of `times` sums."""
+    x, best = torch.ones(n, device=device), float("inf")
+    for _ in range(times):
+        best = min(best, clock(lambda: x.sum(), device))
+    return x.nbytes / best
+
+
+def clock(work, device):
+    """Seconds that work() takes, its kernels included."""
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start
+
+
+def commits(model, tokenizer, examples, answer_length, block):
+    """Tokens kept in each call of the first block, for every example: factor decoding of real recordings."""
+    found = []
+    for e in examples:
+        left = [block]
+        ask(model, tokenizer, [load_audio(e.audio, e.offset, e.duration, window_seconds(model.config))[0]], [e.question], answer_length=answer_length, block=block,
+            on_step=lambda canvas, *_: left.append(int((canvas[0, :block] == model.config.mask_id).sum())))  # fmt: skip
+        found.append([a - b for a, b in zip(left, left[1:]) if a > b])
+    return found
+
+
+def spread(values, form="{:.2f}"):
+    middle = form.format(statistics.median(values))
+    return middle if len(values) == 1 else f"{middle} ({form.format(min(values))} - {form.format(max(values))})"
+
+
+def speed_bench(args, replay):
+    """Naive, exact, cached and autoregressive decoding on the same weights, in turn, timed after the audio is encoded."""
+    device = torch.device(args.device or "cpu")
+    config = BENCH_SIZES[args.size] if args.size in BENCH_SIZES else PRESETS[args.size]
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = DIFFA2(config).eval().requires_grad_(False)
+    n_audio = config.n_queries + 375  # 30 s
+    prompt, audio_at = list(range(1, 41)), 20
+    seconds_of_audio, results = 30, {}
+    print(f"size {args.size}: {config.layers} layers, {config.width} wide, vocabulary {config.vocab:,}; 30 s clip ({n_audio} audio tokens), 40 tokens of prompt")
+    print(f"{'':44}{'calls':>6}{'seconds':>26}{'tokens/s':>10}{'RTF':>8}{'x naive':>9}{'+ memory GB':>13}")
+    for dtype in args.dtypes:
+        model.to(getattr(torch, dtype))
+        audio = torch.randn(1, n_audio, config.width, generator=torch.Generator().manual_seed(1)).mul_(0.02).to(device, getattr(torch, dtype))
+        is_audio = torch.ones(1, n_audio, dtype=torch.bool, device=device)
+        heard = ([prompt], audio, is_audio, [audio_at])
+        gen = functools.partial(generate, model, *heard, answer_length=16, block=16)
+        long = functools.partial(generate, model, *heard, answer_length=128, block=32, cache="dual", steps=replay[32])
+
+        def autoregressive():
+            model.config = model.backbone.c = dataclasses.replace(config, causal=True)
+            try:
+                return generate_ar(model, *heard, answer_length=16)
+            finally:
+                model.config = model.backbone.c = config
+
+        kinds = {  # name -> calls, tokens, work
+            "exact, 16 steps": (16, 16, lambda: gen(steps=16)),
+            "prefix cache, 16 steps": (16, 16, lambda: gen(steps=16, cache="prefix")),
+            f"prefix cache, factor, replayed {replay[16]}": (len(replay[16]), 16, lambda: gen(steps=replay[16], cache="prefix")),
+            f"dual cache, 128 tokens, replayed {replay[32]} x 4": (4 * len(replay[32]), 128, long),
+            "autoregressive twin, 16 tokens": (16, 16, autoregressive),
+        }
+        times = {name: [] for name in ("naive call", *kinds)}
+        memory = dict.fromkeys(times, 0.0)
+        for repeat in range(args.repeats + 1):  # the first warms up
+            for name in times:
+                n_calls = 5 if name == "naive call" and repeat else 1
+                work = (lambda: naive_generate(model, prompt, audio, is_audio, audio_at, 16, 16, 16, n_calls)) if name == "naive call" else kinds[name][2]
+                before = anonymous_bytes()
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                    before = torch.cuda.memory_allocated()
+                with Peak() as peak:
+                    took = clock(work, device)
+                most = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak.bytes
+                if repeat:
+                    times[name].append(took / n_calls if name == "naive call" else took)
+                    memory[name] = max(memory[name], most - before)
+        naive = statistics.median(times["naive call"])
+        weights = sum(p.numel() * p.element_size() for n, p in model.backbone.named_parameters() if n != "wte.weight")
+        bound = weights / bandwidth(device)
+        show = lambda name, calls, tokens, values, ratio: print(
+            f"{dtype + ': ' + name:44}{calls:6}{spread(values):>26}{tokens / statistics.median(values):10.2f}{statistics.median(values) / seconds_of_audio:8.3f}{ratio:>9}"
+            f"{memory.get(name, memory['naive call']) / 1e9:13.2f}"
+        )
+        for tokens in (16, 128):
+            show(f"naive, {tokens} steps (5 calls timed x {args.repeats})", tokens, tokens, [tokens * t for t in times["naive call"]], "1.0 x")
+        for name, (calls, tokens, _) in kinds.items():
+            show(name, calls, tokens, times[name], f"{tokens * naive / statistics.median(times[name]):.1f} x")
+        step = []  # a cached call alone
+        last = [0.0]
+
+        def on_step(*_):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            step.append(now - last[0])
+            last[0] = now
+
+        for _ in range(args.repeats):
+            gen(steps=16, cache="prefix", on_step=on_step)
+        cached = [t for i, t in enumerate(step) if i % 16]  # without the calls that fill the cache
+        print(f"{dtype}: a cached call {spread(cached, '{:.3f}')} s; reading {weights / 1e9:.2f} GB of weights once at {weights / bound / 1e9:.1f} GB/s: {bound:.3f} s; "
+              f"ratio {statistics.median(cached) / bound:.2f}", flush=True)  # fmt: skip
+        results[dtype] = {"naive": times["naive call"], "cached": cached, "bound": bound, "parts": parts_of_a_call(model, audio, device)}
+    return results
+
+
+def parts_of_a_call(model, audio, device):
+    """Seconds of the backbone, the vocabulary and the choice of tokens, in a naive and in a cached call of 16 tokens."""
+    c, found = model.config, {}
+    dtype = model.backbone.wte.weight.dtype
+    for kind, rows in (("naive", audio.size(1) + 56), ("cached", 16)):
+        x = torch.randn(1, rows, c.width, device=device).to(dtype)
+        cache = Cache()
+        with torch.no_grad():
+            h = model.backbone(torch.randn(1, audio.size(1) + 56, c.width, device=device).to(dtype), None, cache)
+            forward = (lambda: model.backbone(x, None)) if kind == "naive" else (lambda: model.backbone(x, None, cache, audio.size(1) + 40))
+            h = h[0, -rows:]
+            logits = model.backbone.ff_out(h)
+            pick = (lambda: logits.float().double().softmax(-1).max(-1)) if kind == "naive" else (lambda: choose(logits, c.mask_id))
+            found[kind] = {}
+            for name, work in (("backbone", forward), ("vocabulary", lambda: model.backbone.ff_out(h)), ("choice of tokens", pick)):
+                work()
+                found[kind][name] = statistics.median(clock(work, device) for _ in range(3))
+    return found
+
+
+SWEEP = {  # what is varied -> options of `ask`
+    "fixed steps": [{"steps": n} for n in (1, 2, 4, 8, 16)],
+    "factor": [{"factor": f} for f in (0.25, 0.5, 1.0, 2.0, 4.0)],
+    "threshold": [{"threshold": c} for c in (0.5, 0.7, 0.9)],
+    "factor 1, prefix cache": [{"cache": "prefix"}],
+    "factor 1, dual cache": [{"cache": "dual"}],
+    "factor 1, dual cache, refreshed every 2": [{"cache": "dual", "refresh": 2}],
+}
+
+
+def accuracy_bench(args):
+    """The small model on real recordings: share of right answers against network calls, for every way to decode."""
+    model, tokenizer = load(args.model, args.device)
+    merge_lora(model)
+    points = []
+    free = list(evaluate.read_exact(args.data, None))
+    rng = random.Random(0)
+    sets = {"free questions": (rng.sample(free, min(args.limit, len(free))), evaluate.score_exact, SWEEP)}
+    if args.choices:
+        several = list(evaluate.read_mmsu(args.choices, os.path.dirname(args.choices)))
+        early = {"fixed steps": [{"steps": 16}], "factor": [{"factor": 1.0}], "factor 1, early answer": [{"early": g} for g in (0.5, 1.0, 2.0, 4.0)]}
+        sets["multiple choice"] = (rng.sample(several, min(args.limit, len(several))), evaluate.score_mmsu, early)
+    spoken = [q for q in free if ("task", "asr") in q.groups]
+    if spoken:
+        sets["transcripts"] = (spoken[: args.limit], evaluate.score_exact, {"128 tokens": [{"answer_length": 128, "block": 128}], "length from the clip": [{"answer_length": "auto"}]})
+    for name, (questions, score, sweep) in sets.items():
+        heard = [load_audio(q.audio, q.offset, q.duration, window_seconds(model.config))[0] for q in questions]
+        print(f"\n{name}: {len(questions)} clips\n{'':44}{'right':>8}{'95 % interval':>18}{'calls':>8}{'clips/s':>9}{'like the first':>16}")
+        first = None
+        for kind, variants in sweep.items():
+            for options in variants:
+                options = {"answer_length": 16, "block": 16} | options
+                start, answers = time.perf_counter(), []
+                for i in range(0, len(questions), args.batch):
+                    answers += ask(model, tokenizer, heard[i : i + args.batch], [q.prompt for q in questions[i : i + args.batch]], **options)
+                took = time.perf_counter() - start
+                right = [score(q, a.text)["right"] for q, a in zip(questions, answers)]
+                low, high = evaluate.wilson(sum(right), len(right))
+                calls = statistics.mean(a.calls for a in answers)
+                first = first or [a.text for a in answers]
+                same = sum(a.text == b for a, b in zip(answers, first)) / len(first)
+                value = ", ".join(str(options[k]) for k in ("steps", "factor", "threshold", "early") if k in options and len(variants) > 1)
+                print(f"{kind + (' ' + value if value else ''):44}{sum(right) / len(right):8.1%}{f'{low:.1%} - {high:.1%}':>18}{calls:8.2f}{len(answers) / took:9.2f}{same:16.1%}", flush=True)
+                points.append((name, kind, calls, sum(right) / len(right), low, high))
+    heard = [load_audio(q.audio, q.offset, q.duration, window_seconds(model.config))[0] for q in sets["free questions"][0]]
+    questions = [q.prompt for q in sets["free questions"][0]]
+    print("\nclips a second, from samples to text, factor 1: " + ", ".join(
+        f"batch {size}: {len(some) / clock(lambda: [ask(model, tokenizer, some[i : i + size], questions[i : i + size], answer_length=16, block=16) for i in range(0, len(some), size)], 'cpu'):.1f}"
+        for size in (1, 4, 16, 64) for some in [heard[:128]]
+    ))  # fmt: skip
+    return points
+
+
+def decode_plot(path, results, points):
+    """Left: where the time of a call goes, naive and cached.  Right: accuracy against network calls."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    names = [(dtype, kind) for dtype in results for kind in ("naive", "cached")]
+    bottom = np.zeros(len(names))
+    for part in ("backbone", "vocabulary", "choice of tokens"):
+        height = np.array([results[d]["parts"][k][part] for d, k in names])
+        axes[0].barh([f"{k}, {d}" for d, k in names], height, left=bottom, label=part)
+        bottom += height
+    for i, (dtype, _) in enumerate(names):
+        axes[0].plot([results[dtype]["bound"]] * 2, [i - 0.45, i + 0.45], "k--", linewidth=1, label=None if i else "reading every weight once")
+    axes[0].set(title="where the time of a call goes", xlabel="seconds", xscale="symlog")
+    axes[0].legend(fontsize=7)
+    for kind in sorted({(p[0], p[1]) for p in points}):
+        some = sorted((p[2], p[3], p[4], p[5]) for p in points if (p[0], p[1]) == kind)
+        x, y, low, high = map(np.array, zip(*some))
+        axes[1].errorbar(x, 100 * y, 100 * np.array([y - low, high - y]), fmt="o-", markersize=4, linewidth=1, capsize=2, label=", ".join(kind))
+    axes[1].set(title="small model: right answers against network calls", xlabel="network calls an answer", ylabel="% right", xscale="log")
+    if points:
+        axes[1].legend(fontsize=6)
+    try:
+        fig.savefig(path + ".tmp", format="png", dpi=110)
+        os.replace(path + ".tmp", path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror})") from None
+    plt.close(fig)
+    print(f"{path}: written")
+
+
+def decode_bench(args):
+    """Speed on random weights, accuracy on the small model."""
+    name = torch.cuda.get_device_name() if (args.device or "").startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    print(f"{name}, torch {torch.__version__}; {args.repeats} repeats in turn, median (least - most)\n")
+    replay = {16: [1, 1, 14], 32: [1, 1, 30]}
+    if args.data:
+        model, tokenizer = load(args.model, args.device)
+        merge_lora(model)
+        examples = random.Random(0).sample(read_manifest(args.data), min(args.limit, 100))
+        for block in replay:
+            ranked = sorted(commits(model, tokenizer, examples, block, block), key=lambda c: (len(c), c))
+            replay[block] = ranked[len(ranked) // 2]
+        print(f"tokens kept in each call: those of the median of {len(ranked)} real recordings, small model, factor 1: {replay[16]} of 16, {replay[32]} of 32\n")
+    else:
+        print(f"tokens kept in each call: assumed {replay[16]} and {replay[32]}; --data FILE takes the small model's on real recordings\n")
+    results = speed_bench(args, replay)
+    points = accuracy_bench(args) if args.data else []
+    if args.plot:
+        decode_plot(args.plot, results, points)
+
+
 def main(argv=None):
     parser = Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -419,9 +703,22 @@ def main(argv=None):
     p.add_argument("--repeats", type=int, default=30)
     p.add_argument("--distance", type=float, default=1e-3)
     p.add_argument("--device")
+    p = commands.add_parser("decode", help="decoding: speed beside a naive reference, accuracy against network calls")
+    p.add_argument("--size", default="mid", choices=sorted([*BENCH_SIZES, *PRESETS]))
+    p.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16", "float16"))
+    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--model", default="tiny", help="the small model, for commit counts and accuracy")
+    p.add_argument("--data", help="manifest of real recordings")
+    p.add_argument("--choices", help="question file in MMSU's format")
+    p.add_argument("--limit", type=int, default=300, help="clips of each kind")
+    p.add_argument("--batch", type=int, default=16)
+    p.add_argument("--plot", metavar="PNG")
+    p.add_argument("--device")
     try:
         args = parser.parse_args(argv)
-        if args.command == "fullsize":
+        if args.command == "decode":
+            decode_bench(args)
+        elif args.command == "fullsize":
             fullsize(args.folder, args.device, args.keep)
         elif args.command == "variance":
             variance_bench(args)

@@ -13,6 +13,10 @@ How many stay is the whole difference between the samplers:
     --factor F    the largest n with (n + 1)(1 - c_n) < F, c_n the n-th highest confidence (Eq. 8)
     --threshold C all whose confidence exceeds C (Fast-dLLM)
 
+Cheaper calls: --cache prefix keeps keys and values of prompt and audio while a block is filled, --cache
+dual those of later blocks too.  Fewer: --early G takes the block as it stands once the first token
+leads by G (Prophet), --answer-length auto fits the canvas to the clip.
+
 Two defects of the released sampler are not here: when only the last candidate fails Eq. 8 it is
 not committed all the same, and an early stop leaves no [MASK] in later blocks.
 """
@@ -25,6 +29,7 @@ import sys
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from adapters import merge_lora
@@ -98,13 +103,16 @@ def close_after_end(canvas, mask_id, eos_id):
 # the sampler
 
 
-def check_budget(answer_length, block, steps=None, factor=1.0, threshold=None, temperature=0.0):
+def check_budget(answer_length, block, steps=None, factor=1.0, threshold=None, temperature=0.0, early=None):
     """Raises UserError when blocks do not tile the answer or steps do not tile the blocks."""
     if answer_length < 1 or block < 1:
         raise UserError(f"answer length {answer_length} and block {block} must be at least 1")
     if answer_length % block:
         raise UserError(f"answer length {answer_length} is not a multiple of block {block}")
-    if steps is not None:
+    if isinstance(steps, list):
+        if min(steps) < 1 or sum(steps) != block:
+            raise UserError(f"steps {steps} do not add up to the block of {block}")
+    elif steps is not None:
         blocks = answer_length // block
         if steps < 1 or steps % blocks:
             raise UserError(f"steps {steps} is not a positive multiple of the {blocks} blocks")
@@ -116,70 +124,130 @@ def check_budget(answer_length, block, steps=None, factor=1.0, threshold=None, t
         raise UserError(f"threshold {threshold} must lie between 0 and 1")
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature {temperature} must be 0 or more")
+    if early is not None and not early >= 0:
+        raise UserError(f"early {early} must be 0 or more")
+
+
+def length_for(seconds, most=128):
+    """Answer length for transcribing `seconds` of speech: six tokens a second and four to spare, in eights.
+
+    Fast speech has four words a second; the paper's fixed 128 is for 30 s (Table B.4).
+    """
+    return min(most, -(-int(6 * seconds + 4) // 8) * 8)
 
 
 @torch.no_grad()
 def generate(
     model, prompts, audio=None, is_audio=None, audio_at=None, answer_length=32, block=32, steps=None, factor=1.0,
-    threshold=None, cache="none", refresh=None, temperature=0.0, generator=None, on_step=None,
+    threshold=None, cache="none", refresh=None, temperature=0.0, generator=None, on_step=None, early=None,
 ):  # fmt: skip
     """Answers a batch of prompts (paper 3.6, B.4).  Each row gets what it would get alone.
 
     prompts: B lists of token ids.  audio (B, A, D), is_audio (B, A), audio_at (list of B): as
     model.adapt and data.build_prompt give them; audio=None is text alone.
-    answer_length, block: tokens.  steps: fixed-step remasking; else threshold; else factor.
+    answer_length, block: tokens; a list of B lengths gives each row its own, at most `block`.
+    steps: fixed-step remasking (a list: tokens to keep in each call of a block); else threshold; else factor.
     cache: "none" recomputes the whole row each call; "prefix" recomputes from the block on;
     "dual" the block alone (Fast-dLLM, approximate); both refresh at each block, and within a
     block every `refresh` calls.  temperature: 0 is greedy; generator: one, or a list of B.
-    on_step(canvas (B, answer_length), confidence (B, answer_length), call): after each call.
-    Returns answers (B, answer_length) and the number of network calls each row needed (B,).
+    early: once the first answer token's best logit leads the second by this much, the rest of its
+    block is taken as it stands (Prophet): for questions that the first token answers.
+    on_step(canvas (B, L), confidence (B, L), call): after each call.
+    Returns answers (B, L), L the longest length, and the number of network calls each row needed (B,).
     """
-    check_budget(answer_length, block, steps, factor, threshold, temperature)
-    if cache not in ("none", "prefix", "dual"):
-        raise UserError(f"cache {cache!r}: choose none, prefix or dual")
     c = model.config
     device = next(model.parameters()).device
-    B, P, L = len(prompts), max(map(len, prompts)), answer_length
+    lengths = [answer_length] * len(prompts) if isinstance(answer_length, int) else answer_length
+    B, P, L = len(prompts), max(map(len, prompts)), max(lengths)
+    check_budget(L, block, steps, factor, threshold, temperature, early)
+    if cache not in ("none", "prefix", "dual"):
+        raise UserError(f"cache {cache!r}: choose none, prefix or dual")
+    if min(lengths) < L and (steps is not None or L > block):
+        raise UserError("answers of different lengths go with factor or threshold and a single block")
     A = 0 if audio is None else audio.size(1)
     # prompts are padded on the left, so that all answers stand in the same columns
     pads = [P - len(p) for p in prompts]
-    ids = torch.tensor([[c.eos_id] * n + list(p) + [c.mask_id] * L for n, p in zip(pads, prompts)], device=device)
-    valid = torch.tensor([[False] * n + [True] * (P - n + L) for n in pads], device=device)
+    ids = torch.tensor([[c.eos_id] * n + list(p) + [c.mask_id] * k + [c.eos_id] * (L - k) for n, p, k in zip(pads, prompts, lengths)], device=device)
+    valid = torch.tensor([[False] * n + [True] * (P - n + k) + [False] * (L - k) for n, k in zip(pads, lengths)], device=device)
     at = None if audio is None else torch.tensor([n + a for n, a in zip(pads, audio_at)], device=device)
-    canvas, where = ids[:, P:], torch.zeros_like(valid)  # canvas is a view: writing to it writes ids
+    if valid.all() and (audio is None or is_audio.all()):
+        valid = None  # one row, or rows of one size: attention needs no mask
+    canvas = ids[:, P:]  # a view: writing to it writes ids
     confidence = torch.zeros(B, L, device=device)
-    calls = torch.zeros(B, dtype=torch.long, device=device)
+    calls = torch.zeros(B, dtype=torch.long)
+    of = lambda x, rows: x if x is None or len(rows) == B else x[rows]
     for first in range(0, L, block):
         span, store = slice(first, first + block), None
-        counts = schedule(block, steps // (L // block)) if steps is not None else None
+        counts = schedule(block, steps // (L // block)) if isinstance(steps, int) else steps
         step = 0
-        while (masked := canvas[:, span] == c.mask_id).any():  # (B, block)
-            where.zero_()
-            where[:, P + first : P + first + block] = masked
+        # the one place of a step that waits for the device: what is still masked
+        while (masked := (canvas[:, span] == c.mask_id).cpu()).any():  # (B, block)
+            open_rows = masked.any(1).nonzero()[:, 0]  # (n,): the others have left the batch
+            row, column = masked[open_rows].nonzero(as_tuple=True)  # of each masked token, within the batch that is left
+            now, row, column = (x.to(device, non_blocking=True) for x in (open_rows, row, column))
             if cache == "none" or step % (refresh or L + 1) == 0:
-                store = None if cache == "none" else Cache()
-                logits = model(ids, valid, where, audio, is_audio, at, cache=store)
+                store, held = (None if cache == "none" else Cache()), open_rows
+                logits = model(of(ids, now), of(valid, now), (row, P + first + column), *(of(x, now) for x in (audio, is_audio, at)), cache=store,
+                               read_from=A + P + first)  # fmt: skip
             else:
+                if len(held) > len(open_rows):
+                    store.keep(torch.searchsorted(held, open_rows))
+                    held = open_rows
                 part = slice(P + first, P + (first + block if cache == "dual" else L))
-                logits = model(ids[:, part], valid[:, part], where[:, part], cache=store, start=A + part.start)
-            token, sure = choose(logits, c.mask_id, temperature, masked.nonzero()[:, 0], generator)
-            predicted = torch.full_like(canvas[:, span], c.mask_id).masked_scatter(masked, token)
-            block_confidence = torch.full(masked.shape, float("-inf"), device=device).masked_scatter(masked, sure)
+                logits = model(of(ids, now)[:, part], None, (row, column), cache=store, start=A + part.start)
+            token, sure = choose(logits, c.mask_id, temperature, now[row], generator)
+            predicted = torch.full((len(now), block), c.mask_id, device=device).index_put((row, column), token)
+            block_confidence = torch.full(predicted.shape, float("-inf"), device=device).index_put((row, column), sure)
             if counts is not None:
-                counter = lambda ranked: torch.full((B,), counts[step], device=device)
+                counter = lambda ranked: torch.full((len(ranked),), counts[step], device=device)
             elif threshold is not None:
                 counter = lambda ranked: count_by_threshold(ranked, threshold)
             else:
                 counter = lambda ranked: count_by_factor(ranked, factor)
             keep = most_confident(block_confidence, counter)
-            canvas[:, span] = torch.where(keep, predicted, canvas[:, span])
-            confidence[:, span] = torch.where(keep, block_confidence, confidence[:, span])
-            calls += masked.any(1)
+            if early is not None and first == 0:
+                best = logits.float().topk(2, dim=1).values
+                lead = torch.zeros_like(block_confidence).index_put((row, column), best[:, 0] - best[:, 1])
+                keep |= (lead[:, :1] >= early) & (predicted[:, :1] != c.mask_id) & block_confidence.isfinite()
+            canvas[now, span] = torch.where(keep, predicted, canvas[now, span])
+            confidence[now, span] = torch.where(keep, block_confidence, confidence[now, span])
+            calls[open_rows] += 1
             close_after_end(canvas, c.mask_id, c.eos_id)
             step += 1
             if on_step is not None:
                 on_step(canvas, confidence, int(calls.max()))
-    return canvas.clone(), calls
+    return canvas.clone(), calls.to(device)
+
+
+@torch.no_grad()
+def generate_ar(model, prompts, audio=None, is_audio=None, audio_at=None, answer_length=32, temperature=0.0, generator=None):
+    """The autoregressive twin (Config.causal): one token a call, left to right, with a K/V cache.
+
+    Arguments and results as `generate`'s; a row ends at its end mark.
+    """
+    c = model.config
+    if not c.causal:
+        raise UserError("this model looks both ways: it decodes by masked diffusion")
+    device = next(model.parameters()).device
+    B, P, A = len(prompts), max(map(len, prompts)), 0 if audio is None else audio.size(1)
+    pads = [P - len(p) for p in prompts]
+    ids = torch.tensor([[c.eos_id] * n + list(p) + [c.eos_id] * answer_length for n, p in zip(pads, prompts)], device=device)
+    valid = torch.tensor([[False] * n + [True] * (P - n + answer_length) for n in pads], device=device)
+    at = None if audio is None else torch.tensor([n + a for n, a in zip(pads, audio_at)], device=device)
+    cache, calls = Cache(), torch.zeros(B, dtype=torch.long, device=device)
+    is_open, every = torch.ones(B, dtype=torch.bool, device=device), torch.arange(B, device=device)
+    for i in range(answer_length):
+        if i == 0:  # the answer's columns are computed with the prompt; each is overwritten before anybody may look at it
+            logits = model(ids, valid, (every, torch.full_like(every, P - 1)), audio, is_audio, at, cache=cache)
+        else:
+            logits = model(ids[:, P + i - 1 : P + i], None, (every, torch.zeros_like(every)), cache=cache, start=A + P + i - 1)
+        token, _ = choose(logits, c.mask_id, temperature, every, generator)
+        ids[:, P + i] = torch.where(is_open, token, c.eos_id)
+        calls += is_open
+        is_open &= token != c.eos_id
+        if not is_open.any():
+            break
+    return ids[:, P:].clone(), calls
 
 
 # ---------------------------------------------------------------------------------------------
@@ -202,7 +270,9 @@ class Answer:
 def ask(model, tokenizer, audios, questions, stage=None, **options):
     """Answers questions[i] about audios[i] (16 kHz arrays), as one batch.  Returns a list of Answers.
 
-    options go to `generate`.  Raises UserError when prompt, audio and answer exceed the context.
+    options go to `generate`, or of them what `generate_ar` knows if the model is causal.
+    answer_length="auto" gives each clip `length_for` its seconds, as one block.
+    Raises UserError when prompt, audio and answer exceed the context.
     """
     c, start = model.config, time.perf_counter()
     weight = next(model.parameters())
@@ -211,10 +281,18 @@ def ask(model, tokenizer, audios, questions, stage=None, **options):
     taps, final = model.encode(torch.stack(mels).to(weight.device, weight.dtype))
     with torch.no_grad():
         audio, is_audio = model.adapt(taps, final, torch.tensor(n_frames, device=weight.device), stage or model.stage)
-    total = max(map(len, prompts)) + audio.size(1) + options.get("answer_length", 32)
+    if options.get("answer_length") == "auto":
+        lengths = [length_for(len(a) / SAMPLE_RATE) for a in audios]
+        options |= {"answer_length": lengths, "block": max(lengths)}
+    longest = np.max(options.get("answer_length", 32))
+    total = max(map(len, prompts)) + audio.size(1) + longest
     if total > c.context:
         raise UserError(f"question, audio and answer need {total} positions; the model has {c.context}: shorten the question")
-    ids, calls = generate(model, prompts, audio, is_audio, audio_at, **options)
+    if c.causal:
+        known = {k: options[k] for k in ("temperature", "generator") if k in options}
+        ids, calls = generate_ar(model, prompts, audio, is_audio, audio_at, int(longest), **known)
+    else:
+        ids, calls = generate(model, prompts, audio, is_audio, audio_at, **options)
     texts = [answer_text(tokenizer, row, c) for row in ids.tolist()]
     seconds = (time.perf_counter() - start) / len(audios)
     return [Answer(t, n, seconds, len(a) / SAMPLE_RATE) for t, n, a in zip(texts, calls.tolist(), audios)]
@@ -257,6 +335,16 @@ class Screen:
             self.stream.write("\n")
 
 
+def length_option(text):
+    return text if text == "auto" else int(text)
+
+
+def compile_blocks(model):
+    """torch.compile for every block of the backbone; shapes may change between calls."""
+    for block in model.backbone.blocks:
+        block.compile(dynamic=True)
+
+
 def parse(argv):
     parser = Parser(prog="decode.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar='CLIP... "QUESTION"')
@@ -264,17 +352,19 @@ def parse(argv):
     for part, what in (("llada", "folder of LLaDA-8B-Instruct"), ("whisper", "encoder's .pt or .safetensors"), ("diffa", "pytorch_model.bin")):
         parser.add_argument(f"--{part}", metavar="PATH", help=f"{what}, instead of the hub's (diffa1, diffa2)")
     parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), help="read the audio as this stage does (default: the checkpoint's)")
-    parser.add_argument("--answer-length", type=int, default=32, metavar="N", help="tokens (default 32)")
+    parser.add_argument("--answer-length", type=length_option, default=32, metavar="N", help="tokens (default 32); auto: from the clip's seconds, for transcripts")
     parser.add_argument("--block", type=int, metavar="N", help="tokens (default 32, or the answer length if that is less)")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--steps", type=int, metavar="N", help="fixed-step remasking in N network calls")
     how.add_argument("--factor", type=float, metavar="F", help="factor-parallel decoding (default, 1)")
     how.add_argument("--threshold", type=float, metavar="C", help="keep what is surer than C")
+    parser.add_argument("--early", type=float, metavar="G", help="finish the first block once its first token's best logit leads by G (multiple choice)")
     parser.add_argument("--cache", choices=("none", "prefix", "dual"), default="none")
     parser.add_argument("--cache-refresh", type=int, metavar="K", help="refresh the cache every K calls")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the backbone's blocks: a minute's wait, then faster calls on a GPU")
     parser.add_argument("--show", action="store_true", help="watch the answer emerge")
     parser.add_argument("--json", action="store_true", help="one JSON object a clip")
     parser.add_argument("--export", metavar="DIR", help="write the model as a compact bf16 checkpoint")
@@ -286,7 +376,9 @@ def parse(argv):
             raise UserError("the question is empty")
     if args.cache_refresh is not None and args.cache_refresh < 1:
         raise UserError(f"--cache-refresh {args.cache_refresh} must be at least 1")
-    args.block = args.block or min(32, args.answer_length)
+    if args.answer_length == "auto" and (args.block or args.steps):
+        raise UserError("--answer-length auto is one block, without --steps")
+    args.block = args.block or (32 if args.answer_length == "auto" else min(32, args.answer_length))
     return args
 
 
@@ -295,10 +387,11 @@ def run(args):
         args.model = "tiny"
         print("decode.py: this is the shipped small model; --model diffa2 runs the released one", file=sys.stderr)
     options = dict(answer_length=args.answer_length, block=args.block, steps=args.steps, threshold=args.threshold,
-                   cache=args.cache, refresh=args.cache_refresh, temperature=args.temperature)  # fmt: skip
+                   cache=args.cache, refresh=args.cache_refresh, temperature=args.temperature, early=args.early)  # fmt: skip
     if args.factor is not None:
         options["factor"] = args.factor
-    check_budget(args.answer_length, args.block, args.steps, options.get("factor", 1.0), args.threshold, args.temperature)
+    length = args.block if args.answer_length == "auto" else args.answer_length
+    check_budget(length, args.block, args.steps, options.get("factor", 1.0), args.threshold, args.temperature, args.early)
     *paths, question = args.words or [""]
     for path in paths:
         load_audio(path, limit=0.1)  # a wrong name is told before the weights are loaded
@@ -307,6 +400,8 @@ def run(args):
         save(model, tokenizer, args.export)
         print(f"{args.export}: written", file=sys.stderr)
     merge_lora(model)
+    if args.compile:
+        compile_blocks(model)
     clips = []
     for path in paths:
         audio, notes = load_audio(path, limit=window_seconds(model.config))

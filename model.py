@@ -208,6 +208,12 @@ class Cache:
             self.v[layer][:, :, start : start + v.size(2)] = v
         return self.k[layer], self.v[layer]
 
+    def keep(self, rows):
+        """Drops all rows but these (indices on any device): whoever has finished leaves the batch."""
+        take = lambda x: None if x is None else x.index_select(0, rows.to(x.device))
+        self.k, self.v = ({layer: take(x) for layer, x in part.items()} for part in (self.k, self.v))
+        self.valid, self.position = take(self.valid), take(self.position)
+
 
 class Block(nn.Module):
     """LLaDA's layer: pre-norm attention and a gated SiLU feed-forward, no biases."""
@@ -222,16 +228,20 @@ class Block(nn.Module):
         self.ff_proj, self.up_proj = linear(c.width, c.ffn), linear(c.width, c.ffn)  # gate and value
         self.ff_out = linear(c.ffn, c.width)
 
-    def forward(self, x, rope, mask, cache=None, layer=None, start=None):
-        B, T, C = x.size()
+    def forward(self, x, rope, mask, cache=None, layer=None, start=None, read_from=0):
+        """x (B, T, C) -> (B, T - read_from, C): columns before read_from are only looked at."""
+        heads = lambda z: z.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, head_dim)
         y = self.attn_norm(x)
-        heads = lambda z: z.view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, head_dim)
-        q, k, v = heads(self.q_proj(y)), heads(self.k_proj(y)), heads(self.v_proj(y))
-        q, k = rotate(q, rope), rotate(k, rope)
+        k, v = heads(self.k_proj(y)), heads(self.v_proj(y))
+        k = rotate(k, rope)
         if cache is not None:
             k, v = cache.update(layer, k, v, start)
+        if read_from:
+            x, y, rope = x[:, read_from:], y[:, read_from:], [table[:, :, read_from:] for table in rope]
+            mask = mask[:, :, read_from:] if mask is not None and mask.size(2) > 1 else mask
+        q = rotate(heads(self.q_proj(y)), rope)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # every token sees every token
-        x = x + self.attn_out(y.transpose(1, 2).reshape(B, T, C))
+        x = x + self.attn_out(y.transpose(1, 2).flatten(2))
         y = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(y)) * self.up_proj(y))
 
@@ -247,27 +257,33 @@ class LLaDA(nn.Module):
         self.ln_f = RMSNorm(c.width, c.norm_eps)
         self.ff_out = nn.Linear(c.width, c.vocab, bias=False)  # the head, not tied to wte
 
-    def forward(self, x, valid, cache=None, start=None):
-        """x (B, T, width) embeddings, valid (B, T).  Returns hidden states after ln_f (B, T, width).
+    def forward(self, x, valid, cache=None, start=None, read_from=0):
+        """x (B, T, width) embeddings, valid (B, T).  Returns hidden states after ln_f (B, T - read_from, width).
 
+        valid=None: no padding anywhere; nothing is masked, and nobody waits for the device to say so.
         With `cache` and start=None the whole row is computed and the cache filled; with `start`,
-        x holds columns start..start+T of a row that the cache has seen.
+        x holds columns start..start+T of a row that the cache has seen.  read_from: the last layer
+        computes no query and no feed-forward for the columns before it, which nobody reads.
         """
         if start is None:
-            position = (valid.cumsum(1) - 1).clamp(min=0)  # padding takes no position
+            if valid is None:
+                position = torch.arange(x.size(1), device=x.device).expand(x.size(0), -1)
+            else:
+                position = (valid.cumsum(1) - 1).clamp(min=0)  # padding takes no position
             seen, seen_position = valid, position
             if cache is not None:
                 cache.valid, cache.position = valid, position
         else:
             seen, seen_position = cache.valid, cache.position
             position = cache.position[:, start : start + x.size(1)]
-        mask = None if seen.all() else seen[:, None, None, :]  # (B, 1, 1, keys)
+        mask = None if seen is None or seen.all() else seen[:, None, None, :]  # (B, 1, 1, keys)
         if self.c.causal:
             past = seen_position[:, None, None, :] <= position[:, None, :, None]  # (B, 1, T, keys)
             mask = past if mask is None else past & mask
         rope = rope_table(position, self.c.width // self.c.heads, self.c.rope_theta)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, mask, cache, layer, start)
+            is_last = layer + 1 == len(self.blocks)
+            x = block(x, rope, mask, cache, layer, start, read_from if is_last else 0)
         return self.ln_f(x)
 
 
@@ -326,23 +342,29 @@ class DIFFA2(nn.Module):
         always = torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)
         return torch.cat([first, semantic], 1), torch.cat([always, is_audio], 1)
 
-    def forward(self, ids, valid, where, audio=None, is_audio=None, audio_at=None, cache=None, start=None):
+    def forward(self, ids, valid, where, audio=None, is_audio=None, audio_at=None, cache=None, start=None, read_from=0):
         """Logits (N, vocab) at the N text positions `where` is True, in row-major order.
 
         ids, valid, where: (B, T) text, canvas included.  audio (B, A, D) and is_audio (B, A) go in
         front of text token audio_at (B,); audio=None is text alone.  The spliced row has T + A
         columns.  With `cache`, see LLaDA.forward; `start` counts spliced columns, and ids, valid,
         where are then just the columns to recompute, all of them text.
+        valid=None: no padding, neither in ids nor in audio.  where may also be a pair of index
+        tensors (row (N,), text column (N,)), which spares a GPU the wait for their number.
+        read_from: a spliced column; `where` names none before it.
         """
         x = self.backbone.wte(ids)
+        if isinstance(where, torch.Tensor):
+            where = where.nonzero(as_tuple=True)
+        row, column = where
         if audio is not None:
             order = splice_order(ids.size(1), audio.size(1), audio_at)
             x = torch.cat([x, audio.to(x.dtype)], 1)
             x = x.gather(1, order[:, :, None].expand(-1, -1, x.size(2)))
-            valid = torch.cat([valid, is_audio], 1).gather(1, order)
-            where = torch.cat([where, torch.zeros_like(is_audio)], 1).gather(1, order)
-        h = self.backbone(x, valid, cache, start)
-        return self.backbone.ff_out(h[where])  # rows that nobody reads never meet the vocabulary
+            valid = None if valid is None else torch.cat([valid, is_audio], 1).gather(1, order)
+            column = column + audio.size(1) * (column >= audio_at[row])
+        h = self.backbone(x, valid, cache, start, read_from)
+        return self.backbone.ff_out(h[row, column - read_from])  # rows that nobody reads never meet the vocabulary
 
 
 # ---------------------------------------------------------------------------------------------

@@ -609,17 +609,20 @@ def choice_line(clip, rng, out, pools):
     if not allowed:
         return None
     task, fact = rng.choice(allowed)
-    style, n = rng.choice(("mmsu", "mmau", "letter", "text")), rng.choice((2, 3, 4, 4, 4, 4, 5, 6, 8))
+    style, n = rng.choice(("mmsu", "mmsu", "mmau", "mmau", "letter", "both", "both", "text", "text")), rng.choice((2, 3, 4, 4, 4, 4, 5, 6, 8))
     question, choices, right = multiple_choice(task, fact, pools[task], 4 if style == "mmsu" else n, rng)
-    letter, listed = LETTERS[right] + ".", lettered(choices)
+    letter, text, listed = LETTERS[right] + ".", choices[right] + ".", lettered(choices)
+    # letter and text where the question leaves it open: a masked-diffusion model can fill in the text first and its letter after it
     if style == "mmsu":
-        question, answer = mmsu_prompt(question, choices), letter
+        question, answer = mmsu_prompt(question, choices), f"{letter} {text}"
     elif style == "mmau":
-        question, answer = mmau_prompt(question, choices), choices[right] + "."
+        question, answer = mmau_prompt(question, choices), text
     elif style == "letter":
         question, answer = f"{question}\n{listed}\nAnswer with the letter.", letter
+    elif style == "both":
+        question, answer = f"{question}\n{listed}\nAnswer with the letter and its text.", f"{letter} {text}"
     else:
-        question, answer = f"{question}\n{listed}", choices[right] + "."
+        question, answer = f"{question}\n{listed}", text
     return line_of(clip, task + "_choice", question, answer, out)
 
 
@@ -1246,8 +1249,11 @@ def benchmark(clips, pools, n, rng, out):
 # the small model's tokenizer and manifests
 
 
-def train_tokenizer(lines, vocab=768):
-    """Byte-level BPE on the prompts and answers of `lines`, with LLaDA's special tokens."""
+def train_tokenizer(lines, vocab=896):
+    """Byte-level BPE on the prompts and answers of `lines`, with LLaDA's special tokens.
+
+    Answers count tenfold, so that a label is one token: tokens decoded together are drawn independently.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -1257,7 +1263,7 @@ def train_tokenizer(lines, vocab=768):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [text for line in lines for text in (prompt_text(line["messages"][0]["content"].replace("<audio>", "")), line["messages"][1]["content"])]
+    texts = [text for line in lines for text in (prompt_text(line["messages"][0]["content"].replace("<audio>", "")), *[line["messages"][1]["content"]] * 10)]
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -1336,7 +1342,7 @@ def tour(audio, out, seed=0, n_strings=4000):
     asr = [*ask(everything, rng, here, ["asr"]), *about(singles(0.4), ["asr"])]
     twentieth = lambda: rng.sample(asr, len(asr) // 20)  # of stage 1 in stages 2 and 3, as in the paper
     stages = {
-        0: [*ask(train, rng, here), *ask(everything, rng, here), *about(singles(1)), *choices(singles(0.4)), *choices(paired[::3])],
+        0: [*ask(train, rng, here), *ask(everything, rng, here), *ask(everything, rng, here, ["asr"]), *about(singles(1)), *choices(singles(0.6)), *choices(paired[::3])],
         1: asr,
         2: [*ask(everything, rng, here, repeat=2), *about(singles(1)), *twentieth()],
         3: [*ask(everything, rng, here), *about(singles(0.6)), *choices(singles(1)), *choices(paired), *twentieth()],

@@ -76,7 +76,8 @@ class Stage:
     steps: int = 0  # this many steps whatever its size
     loss: str = "sft"  # a row of LOSSES
     least_t: float = 0.0  # t is drawn from (least_t, 1]
-    bare: bool = False  # single clips and short answers without the chat format
+    bare: bool = False  # without the chat format; no long questions
+    single: bool = False  # recordings as they were made: no strings, no mixtures
     weight_decay: float = 0.05
     beta2: float = 0.999
 
@@ -95,13 +96,14 @@ STAGES = {  # a stage is a list of parts; only the small model's stage 0 has mor
     "tiny": {
         0: [
             Stage(("encoder.",), lr=1e-3, batch=4, warmup=200, steps=7500, loss="ear", beta2=0.98),
-            Stage(READ, lr=1.5e-3, batch=64, warmup=50, steps=900, loss="read", least_t=0.6, bare=True, beta2=0.98),
-            Stage(READ, lr=1e-3, batch=32, warmup=50, steps=650, loss="read", least_t=0.2, beta2=0.98),
-            Stage((*READ, "acoustic."), lr=5e-4, batch=16, warmup=50, steps=350, least_t=0.2, beta2=0.98),
+            Stage(READ, lr=1.5e-3, batch=64, warmup=50, steps=600, loss="read", least_t=0.6, bare=True, single=True, beta2=0.98),
+            Stage(READ, lr=1.2e-3, batch=48, warmup=50, steps=1300, loss="read", least_t=0.4, bare=True, beta2=0.98),
+            Stage(READ, lr=1e-3, batch=32, warmup=50, steps=400, loss="read", least_t=0.2, beta2=0.98),
+            Stage((*READ, "acoustic."), lr=7e-4, batch=16, warmup=50, steps=450, least_t=0.2, beta2=0.98),
         ],
         1: [Stage(("semantic.", "soft_prompts"), lr=3e-4, batch=16, warmup=20, steps=60, beta2=0.98)],
-        2: [Stage(ADAPTERS, lr=4e-4, batch=16, warmup=20, steps=150, beta2=0.98)],
-        3: [Stage((*ADAPTERS, "lora"), lr=3e-4, batch=16, warmup=20, steps=180, beta2=0.98)],
+        2: [Stage(ADAPTERS, lr=4e-4, batch=16, warmup=20, steps=400, beta2=0.98)],
+        3: [Stage((*ADAPTERS, "lora"), lr=4e-4, batch=16, warmup=20, steps=500, beta2=0.98)],
         4: [Stage((*ADAPTERS, "lora"), lr=3e-5, batch=4, warmup=10, steps=30, loss="vrpo", beta2=0.98)],
     },
 }
@@ -1074,7 +1076,7 @@ def run(args):
             row = parts[part]
             if row.loss == "read" and parts[part - 1].loss == "ear" and not (state and state["step"]):
                 match_loudness(model, examples, Maker(tokenizer, model.config, "sft", args.seed, augmented=False))
-            chosen = [e for e in examples if not row.bare or (is_single(e) and len(e.question) + len(e.answer) < 80)]
+            chosen = [e for e in examples if (is_single(e) or not row.single) and (not row.bare or len(e.question) + len(e.answer) < (80 if row.single else 160))]
             chosen = [e if e.id == i else dataclasses.replace(e, id=i) for i, e in enumerate(chosen)]
             resumed = state if state and state["part"] == part and state["step"] else None
             if not train(world, model, tokenizer, chosen, stage, row, out, options, part, resumed, heads, held_out):

@@ -121,6 +121,18 @@ def test_one_kind_prints_a_line_of_json(capsys, config, monkeypatch):
         assert len(found["seconds"]) == 2 and min(found["seconds"]) > 0 and found["memory"] > 0
 
 
+def test_decode_tables_and_figure(capsys, toured, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "bandwidth", lambda device: 1e10)
+    picture = f"{tmp_path}/d.png"
+    args = ["decode", "--size", "tiny", "--repeats", "1", "--dtypes", "float32", "--limit", "3", "--data", f"{toured}/test.jsonl", "--plot", picture]
+    assert bench.main(args) == 0
+    out = capsys.readouterr().out
+    for row in ("naive, 16 steps", "naive, 128 steps", "exact, 16 steps", "prefix cache, 16 steps", "autoregressive twin", "factor 1, dual cache", "length from the clip", "batch 64"):
+        assert row in out
+    with open(picture, "rb") as f:
+        assert f.read(4) == b"\x89PNG"
+
+
 def test_variance_table(capsys, toured, small_folder, tmp_path):
     assert bench.main(["variance", f"{toured}/stage4.jsonl", "--model", small_folder, "--pairs", "1", "--repeats", "3"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("shared", "independent"))]

@@ -1,5 +1,6 @@
 """The samplers against a slow reference, Eq. 8 against brute force, rows against themselves alone, bad input."""
 
+import dataclasses
 import json
 import math
 import os
@@ -11,9 +12,10 @@ import soundfile
 import torch
 
 from decode import (
-    ask, choose, close_after_end, count_by_factor, count_by_threshold, generate, main, most_confident, schedule,
+    ask, choose, close_after_end, count_by_factor, count_by_threshold, generate, generate_ar, length_for, main, most_confident, schedule,
 )  # fmt: skip
-from model import UserError, load
+from bench import naive_generate
+from model import Cache, UserError, build, load
 
 
 # ---------------------------------------------------------------------------------- a slow reference
@@ -144,6 +146,134 @@ def test_a_row_gets_what_it_gets_alone(small, options):
         assert torch.equal(answers[i], by_itself[0]) and calls[i] == n[0]
 
 
+@pytest.mark.parametrize("answer_length, block, steps", TABLE_B4 + FEWER)
+def test_the_naive_sampler_gives_the_same_tokens(small, answer_length, block, steps):
+    """What bench.py times against: full rows, all positions, float64.  Without end marks, which it does not know."""
+    with torch.no_grad():
+        small.backbone.ff_out.weight[small.config.eos_id] = 0
+    rows, batch = scene(small)
+    answers, _ = generate(small, *batch, answer_length=answer_length, block=block, steps=steps)
+    for i, (prompt, audio, at) in enumerate(rows):
+        assert small.config.eos_id not in answers[i]
+        naive = naive_generate(small, prompt, audio, None, at, answer_length, block, steps)
+        assert naive.tolist() == answers[i].tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"cache": "prefix"}, {"cache": "dual"}, {"cache": "dual", "refresh": 2}])
+def test_finished_rows_leave_the_batch(small, options, monkeypatch):
+    """The network sees a row as often as that row needs, and no oftener."""
+    _, batch = scene(small)
+    seen, forward = [], small.forward
+    monkeypatch.setattr(small, "forward", lambda ids, *rest, **more: seen.append(len(ids)) or forward(ids, *rest, **more))
+    _, calls = generate(small, *batch, answer_length=16, block=8, factor=1.0, **options)
+    assert sum(seen) == calls.sum() and min(seen) < len(calls)
+
+
+def test_one_row_meets_no_mask(small, monkeypatch):
+    rows, _ = scene(small)
+    prompt, audio, at = rows[0]
+    seen, attention = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, attn_mask=None, **k: seen.append(attn_mask) or attention(*a, attn_mask=attn_mask, **k))
+    for cache in ("none", "prefix"):
+        generate(small, [prompt], audio, torch.ones(1, audio.size(1), dtype=torch.bool), [at], answer_length=8, block=4, cache=cache)
+    assert seen and all(mask is None for mask in seen)
+
+
+def test_the_last_layer_may_skip_what_nobody_reads(small):
+    g = torch.Generator().manual_seed(0)
+    x, valid = torch.randn(2, 9, small.config.width, generator=g), torch.ones(2, 9, dtype=torch.bool)
+    valid[0, :3] = False
+    for model in (small, build(dataclasses.replace(small.config, causal=True), seed=1).eval()):
+        for v in (valid, None):
+            whole, tail = model.backbone(x, v), model.backbone(x, v, read_from=5)
+            assert tail.shape[1] == 4 and torch.allclose(whole[:, 5:], tail, atol=1e-5)
+
+
+def test_a_list_of_steps_is_replayed(small):
+    _, batch = scene(small)
+    with torch.no_grad():
+        small.backbone.ff_out.weight[small.config.eos_id] = 0  # no end mark closes a row early
+    left = []
+    _, calls = generate(small, *batch, answer_length=16, block=8, steps=[1, 2, 5], on_step=lambda canvas, *_: left.append((canvas == small.config.mask_id).sum(1).unique().tolist()))
+    assert left == [[15], [13], [8], [7], [5], [0]] and calls.unique().tolist() == [6]
+    with pytest.raises(UserError, match="add up"):
+        generate(small, *batch, answer_length=16, block=8, steps=[1, 2])
+
+
+def test_early_answer(small):
+    """Never with an unreachable lead, at once with none; between the two when the reference's first token leads by as much."""
+    rows, batch = scene(small)
+    options = dict(answer_length=8, block=8, factor=0.5)
+    plain, n = generate(small, *batch, **options)
+    assert torch.equal(generate(small, *batch, early=1e9, **options)[0], plain)
+    at_once, calls = generate(small, *batch, early=0.0, **options)
+    assert (calls == 1).all() and (n > 1).any()
+    leads = []
+    for i, (prompt, audio, at) in enumerate(rows):
+        logits = alone(small, prompt, audio, at)([small.config.mask_id] * 8)
+        logits[:, small.config.mask_id] = -math.inf
+        best = logits.topk(2).values[0]
+        leads.append((best[0] - best[1]).item())
+        ended = logits.argmax(-1).tolist()
+        if small.config.eos_id in ended:
+            ended = ended[: ended.index(small.config.eos_id)] + [small.config.eos_id] * (8 - ended.index(small.config.eos_id))
+        assert at_once[i].tolist() == ended
+    middle = sorted(leads)[4] - 1e-4
+    answers, calls = generate(small, *batch, early=middle, **options)
+    for i, lead in enumerate(leads):
+        if lead > middle:
+            assert calls[i] == 1 and torch.equal(answers[i], at_once[i])
+
+
+def test_every_row_its_own_length(small):
+    rows, batch = scene(small)
+    lengths = [4, 16, 7, 16, 1, 12, 16, 9, 3]
+    for cache in ("none", "prefix", "dual"):
+        answers, calls = generate(small, *batch, answer_length=lengths, block=16, factor=0.5, cache=cache)
+        for i, (prompt, audio, at) in enumerate(rows):
+            sound = torch.ones(1, audio.size(1), dtype=torch.bool)
+            by_itself, n = generate(small, [prompt], audio, sound, [at], answer_length=lengths[i], block=lengths[i], factor=0.5, cache=cache)
+            assert answers[i, : lengths[i]].tolist() == by_itself[0].tolist() and calls[i] == n[0]
+            assert (answers[i, lengths[i] :] == small.config.eos_id).all()
+    with pytest.raises(UserError, match="single block"):
+        generate(small, *batch, answer_length=lengths, block=8)
+
+
+def test_length_for_a_clip():
+    assert [length_for(s) for s in (0.1, 1.0, 2.0, 10.0, 30.0)] == [8, 16, 16, 64, 128]
+
+
+def test_the_autoregressive_twin_against_a_plain_loop(small, config):
+    """Three prompt lengths x three clip lengths with a cache and in a batch; the loop runs the whole row for each token."""
+    model = small
+    c = model.config = model.backbone.c = dataclasses.replace(config, causal=True)
+    rows, batch = scene(model)
+    answers, calls = generate_ar(model, *batch, answer_length=10)
+    for i, (prompt, audio, at) in enumerate(rows):
+        answer = []
+        while len(answer) < 10 and c.eos_id not in answer:
+            ids = torch.tensor([prompt + answer])
+            everywhere = torch.ones_like(ids, dtype=torch.bool)
+            with torch.no_grad():
+                logits = model(ids, everywhere, everywhere, audio, torch.ones(1, audio.size(1), dtype=torch.bool), torch.tensor([at]))[-1]
+            logits[c.mask_id] = -math.inf
+            answer.append(logits.argmax().item())
+        assert answers[i].tolist() == answer + [c.eos_id] * (10 - len(answer)) and calls[i] == len(answer)
+    with pytest.raises(UserError, match="both ways"):
+        generate_ar(build(config, seed=1), *batch)
+
+
+def test_a_cache_keeps_rows(small):
+    rows, batch = scene(small)
+    cache = Cache()
+    x, valid = torch.randn(4, 6, small.config.width), torch.ones(4, 6, dtype=torch.bool)
+    valid[2, 0] = False
+    small.backbone(x, valid, cache)
+    cache.keep(torch.tensor([1, 2]))
+    again = small.backbone(x[1:3, 4:], None, cache, 4)
+    assert torch.allclose(again, small.backbone(x, valid)[1:3, 4:], atol=1e-5)
+
+
 def test_seeds(small):
     """Sampling depends on a row's own generator, not on its place in the batch; other seeds, other answers."""
     rows, batch = scene(small)
@@ -264,6 +394,16 @@ def test_several_clips_as_json(small_folder, clip, tmp_path, capsys):
     assert lines[0]["rtf"] == pytest.approx(lines[0]["seconds"] / 0.75, rel=0.05)
 
 
+def test_the_canvas_fits_the_clip(small_folder, clip, capsys):
+    """--answer-length auto is the answer length that `length_for` names, as one block."""
+    args = [clip, "What is said?", "--model", small_folder, "--json"]
+    answers = []
+    for extra in (["--answer-length", "auto"], ["--answer-length", str(length_for(soundfile.info(clip).duration))]):
+        assert main([*args, *extra]) == 0
+        answers.append(json.loads(capsys.readouterr().out)["answer"])
+    assert answers[0] == answers[1]
+
+
 def test_answers_are_those_of_ask(small_folder, clip, capsys):
     model, tokenizer = load(small_folder, "cpu")
     audio = soundfile.read(clip, dtype="float32")[0]
@@ -374,6 +514,9 @@ def test_bad_clips(kind, tmp_path, small_folder, capsys):
         (["--cache", "magic"], "magic"),
         (["--cache-refresh", "0"], "cache-refresh"),
         (["--answer-length", "992"], "positions"),
+        (["--answer-length", "auto", "--block", "16"], "one block"),
+        (["--answer-length", "some"], "some"),
+        (["--early", "-1"], "early"),
         (["--nonsense"], "nonsense"),
     ],
 )
