@@ -91,6 +91,19 @@ def sft_loss(predict, ids, is_answer, mask_id, t=None, is_masked=None, generator
     return loss
 
 
+def next_token_loss(predict, ids, is_answer):
+    """What the autoregressive twin minimises on the same batch: each answer token from all before it.
+
+    predict(ids (B, T), where (B, T)) must be causal; it is asked at the token before each answer token.
+    Returns (B,), the mean over each answer.
+    """
+    before = is_answer.roll(-1, dims=1)
+    before[:, -1] = False
+    nll = F.cross_entropy(predict(ids, before).float(), ids[is_answer], reduction="none")
+    row = is_answer.nonzero()[:, 0]
+    return torch.zeros(len(ids), device=nll.device).index_add(0, row, nll) / is_answer.sum(1)
+
+
 def stratified_counts(length, n, k):
     """n mask counts in 1..length from one start k in 1..length: l_j = (k-1 + floor(j L/n)) mod L + 1.
 

@@ -57,7 +57,7 @@ from adapters import AcousticAdapter, SemanticAdapter
 from data import (
     SAMPLE_RATE, SAMPLES_PER_FRAME, answer_ids, bucket, build_prompt, collate, encode_bare, encode_text, load_audio, log_mel, read_manifest, window_seconds,
 )  # fmt: skip
-from diffusion import corrupt, draw_t, masked_nll, sft_loss
+from diffusion import corrupt, draw_t, masked_nll, next_token_loss, sft_loss
 from model import PRESETS, RELEASES, Parser, UserError, assemble, build, fetch, load, load_tokenizer, pick_device, save
 from vrpo import BETA, SAMPLES, draw_pair_masks, margin, push, score, swapped, vrpo_loss
 
@@ -254,9 +254,12 @@ def mask_mel(mel, generator, n_time=2, n_freq=2, time=25, freq=8):
     return mel
 
 
-def pair_text(example, answer, tokenizer, config):
-    """What VRPO scores: prompt, response and its first end mark, nothing after it (no canvas, no padding)."""
+def pair_text(example, answer, tokenizer, config, bare=False):
+    """What VRPO scores and the autoregressive twin learns: prompt, response and its first end mark, nothing after it (no canvas, no padding)."""
     ids, audio_at = build_prompt(tokenizer, example.question)
+    if bare:
+        text = encode_bare(example, tokenizer, config)
+        ids, audio_at = text["ids"][: text["is_answer"].index(True)], 0
     reply = answer_ids(tokenizer, answer, config) + [config.eos_id]
     return {"ids": ids + reply, "is_answer": [False] * len(ids) + [True] * len(reply), "audio_at": audio_at}
 
@@ -279,6 +282,8 @@ class Maker:
             return self.packer.pack(generator)
         if self.loss == "vrpo":
             sides = {side: pair_text(example, text, self.tokenizer, c) for side, text in (("chosen", example.answer), ("rejected", example.rejected))}
+        elif c.causal:
+            sides = {"text": pair_text(example, example.answer, self.tokenizer, c, self.bare)}
         elif self.bare:
             sides = {"text": encode_bare(example, self.tokenizer, c)}
         else:
@@ -415,13 +420,15 @@ def reader(model, side, audio, is_audio):
 
 
 def question_loss(model, batch, audio, is_audio, generators, least_t=0.0):
-    """L_sft-a of a clean batch, one value per example (B,), with gradient.
+    """L_sft-a of a clean batch, one value per example (B,), with gradient; of the autoregressive twin its own loss.
 
     audio, is_audio: model.adapt's.  least_t: draw t from (least_t, 1] instead of (0, 1].
     """
     side = side_of(batch)
-    t = least_t + (1 - least_t) * draw_t(len(side["ids"]), generators)
     predict = reader(model, side, audio, is_audio)
+    if model.config.causal:
+        return next_token_loss(predict, side["ids"], side["is_answer"])
+    t = least_t + (1 - least_t) * draw_t(len(side["ids"]), generators)
     return sft_loss(predict, side["ids"], side["is_answer"], model.config.mask_id, t, generator=generators)
 
 
@@ -723,6 +730,11 @@ def held_out_loss(context, maker, examples, world, tokens):
             if context.row.bare:
                 audio, is_audio = (x[:, c.n_soft_prompts :] for x in (audio, is_audio))
             for k, t in enumerate(HELD_OUT_T):
+                if c.causal:  # one loss, whatever t
+                    n = side["is_answer"].sum(1)
+                    sums[2 * k] += (next_token_loss(reader(model, side, audio, is_audio), side["ids"], side["is_answer"]) * n).sum().item()
+                    sums[2 * k + 1] += n.sum().item()
+                    continue
                 noise = [generator_for(k, 0, i, stream=1) for i in made["ids"]]
                 noisy, is_masked = corrupt(side["ids"], side["is_answer"], c.mask_id, torch.full((len(noise),), t), generator=noise)
                 sums[2 * k] += masked_nll(reader(model, side, audio, is_audio), side["ids"], noisy, is_masked).sum().item()
@@ -1004,11 +1016,15 @@ def plot(folders, path="curves.png"):
     print(f"{path}: written")
 
 
+TWIN = {"diffusion": "", "ar": "-ar"}  # objective -> what its folder is called by
+
+
 def start_from(args, stage, name, device):
     """The model a stage begins with, and its tokenizer."""
     if stage == 0:
         tokenizer = load_tokenizer(os.path.dirname(args.data) or ".")
-        return build(PRESETS[name].with_tokenizer(tokenizer), device, seed=args.seed), tokenizer
+        config = dataclasses.replace(PRESETS[name].with_tokenizer(tokenizer), causal=args.objective == "ar")
+        return build(config, device, seed=args.seed), tokenizer
     if stage == 1 and name in RELEASES and not args.init:
         # nothing of ours comes before: LLaDA and Whisper as released, fresh adapters
         llada, whisper, _ = fetch(name, None, args.llada, args.whisper, adapters=False)
@@ -1019,10 +1035,13 @@ def start_from(args, stage, name, device):
         model.acoustic = AcousticAdapter(c.audio_width, c.width, len(c.taps), c.audio_heads, c.qformer_ffn, c.n_queries).to(device)
         model.soft_prompts = nn.Parameter(torch.randn(c.n_soft_prompts, c.width, device=device) * 0.02)
         return model, tokenizer
-    init = args.init or f"out/{name}/stage{stage - 1}"
+    init = args.init or f"out/{name}{TWIN[args.objective]}/stage{stage - 1}"
     if not os.path.exists(os.path.join(init, "model.safetensors")):
         raise UserError(f"{init}: no checkpoint to start from; `python train.py --stage {stage - 1} --model {name}` makes it")
-    return load(init, device, None if name in RELEASES else torch.float32)
+    model, tokenizer = load(init, device, None if name in RELEASES else torch.float32)
+    if model.config.causal != (args.objective == "ar"):
+        raise UserError(f"{init}: a backbone of the other kind; --objective {'ar' if model.config.causal else 'diffusion'} goes with it")
+    return model, tokenizer
 
 
 def run(args):
@@ -1030,8 +1049,10 @@ def run(args):
     stage, name = args.stage, args.model
     if stage not in STAGES.get(name, {}):
         raise UserError(f"there is no stage {stage} for {name}; there are {sorted(STAGES.get(name, {}))}")
+    if args.objective == "ar" and (name in RELEASES or stage == 4):
+        raise UserError("the autoregressive twin is a small model's, stages 0 to 3")
     args.data = args.data or f"data/stage{stage}.jsonl"
-    out = args.out or f"out/{name}/stage{stage}"
+    out = args.out or f"out/{name}{TWIN[args.objective]}/stage{stage}"
     if not os.path.exists(args.data):
         raise UserError(f"{args.data}: no such manifest; `python prepare.py tour --audio DIR --out data` makes it")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
@@ -1094,6 +1115,7 @@ def main(argv=None):
     parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, choices=range(5))
     parser.add_argument("--model", default="diffa2", choices=sorted(PRESETS))
+    parser.add_argument("--objective", choices=sorted(TWIN), default="diffusion", help="ar: the same model with a causal mask and next-token loss, for comparison")
     parser.add_argument("--data", help="manifest (default: data/stageN.jsonl)")
     parser.add_argument("--held-out", help="manifest of held-out examples (default: held_out.jsonl beside --data, if there)")
     parser.add_argument("--init", help="checkpoint to start from (default: out/MODEL/stage(N-1))")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import EPS, Toy, corrupt, draw_counts, draw_t, elbo, sft_loss, stratified_counts
+from diffusion import EPS, Toy, corrupt, draw_counts, draw_t, elbo, next_token_loss, sft_loss, stratified_counts
 
 L, V = 5, 3
 MASK = V
@@ -203,6 +203,20 @@ def test_gradient_of_the_loss():
     onehot = torch.nn.functional.one_hot(ids, V)
     expected = (logits.detach().softmax(-1) - onehot) / t[:, None, None] * is_masked[..., None]
     torch.testing.assert_close(logits.grad, expected)
+
+
+def test_next_token_loss_and_its_gradient():
+    """Each answer token is scored at the token before it: against torch's own cross-entropy on shifted logits, row by row."""
+    g = torch.Generator().manual_seed(1)
+    ids, T = torch.randint(V, (2, 7), generator=g), 7
+    is_answer = torch.tensor([[0, 0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1, 1]]).bool()
+    logits = torch.randn(2, T, V, generator=g, requires_grad=True)
+    loss = next_token_loss(lambda noisy, where: logits[where], ids, is_answer)
+    spans = [(2, 5), (4, 7)]
+    expected = torch.stack([torch.nn.functional.cross_entropy(logits[i, a - 1 : b - 1], ids[i, a:b]) for i, (a, b) in enumerate(spans)])
+    torch.testing.assert_close(loss, expected)
+    ours, theirs = (torch.autograd.grad(x.sum(), logits, retain_graph=True)[0] for x in (loss, expected))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_noise_of_an_example_is_its_own():

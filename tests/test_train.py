@@ -17,6 +17,7 @@ import torch
 
 import train
 from data import read_manifest
+from decode import ask
 from model import PRESETS, build, load
 from runner import SMALL_STAGES, install
 from train import (
@@ -485,6 +486,25 @@ def test_recompute_changes_memory_not_results(one, toured, tmp_path):
     assert all(torch.allclose(a[n], b[n], atol=1e-6) for n in a)
 
 
+def test_the_autoregressive_twin_learns_its_own_way(one, toured, tmp_path, capsys):
+    """Causal from its stage 0 on, decoded one token a call; the two kinds of checkpoint are told apart."""
+    for stage in (0, 1, 2, 3):
+        args = arguments(toured, tmp_path, stage, "--objective", "ar", "--max-steps", "3")
+        assert main(args) == 0
+    model, tokenizer = load(f"{tmp_path}/stage3", "cpu", torch.float32)
+    assert model.config.causal and any("lora_" in n for n, _ in model.named_parameters())
+    (answer,) = ask(model, tokenizer, [np.zeros(8000, np.float32)], ["What is said?"], answer_length=8)
+    assert 1 <= answer.calls <= 8
+    logged = [json.loads(line) for line in open(f"{tmp_path}/stage3/log.jsonl")]
+    held_out = [e["held_out_t"] for e in logged if "held_out_t" in e]
+    assert held_out and len(set(held_out[-1].values())) == 1  # one loss, there is no t
+    for objective, init in (("ar", f"{one}/stage2"), ("diffusion", f"{tmp_path}/stage2")):
+        capsys.readouterr()
+        args = arguments(toured, f"{tmp_path}/other", 3, "--objective", objective, "--init", init)
+        assert main(args) == 2
+        assert "other kind" in capsys.readouterr().err
+
+
 def test_cost_counts_what_a_row_holds(toured, config):
     """Positions by cost_of are about those of the row, so that a budget in them means something."""
     from model import load_tokenizer
@@ -506,6 +526,8 @@ def test_cost_counts_what_a_row_holds(toured, config):
         (["--stage", "1", "--model", "tiny", "--device", "warp9"], "warp9"),
         (["--stage", "1", "--max-steps", "0"], "at least 1"),
         (["--model", "tiny"], "give a stage"),
+        (["--stage", "4", "--model", "tiny", "--objective", "ar"], "stages 0 to 3"),
+        (["--stage", "1", "--objective", "ar"], "small model"),
         (["--plot", "nowhere"], "no log.jsonl"),
     ],
 )
