@@ -18,12 +18,12 @@ wrong, so that score is reported as "raw" beside the one where the letter is map
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import math
 import os
 import random
 import re
+import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -37,7 +37,7 @@ from whisper.normalizers import EnglishTextNormalizer
 
 from adapters import merge_lora
 from data import ASR_QUESTION, LETTERS, SAMPLE_RATE, load_audio, mmau_prompt, mmsu_prompt, read_entries, read_manifest, window_seconds
-from decode import ask, check_budget
+from decode import ask, check_budget, length_option
 from model import Parser, UserError, load
 from prepare import Endpoint, strict_object, write_lines, write_text
 from train import join_world
@@ -277,7 +277,11 @@ def settings_of(args):
     length, block, steps = BENCHMARKS[args.benchmark].decoding
     if args.benchmark == "voicebench":
         length, block, steps = VOICEBENCH_DECODING.get(subset_of(args.file), (length, block, steps))
-    if args.answer_length:
+    if args.answer_length == "auto":  # one block that fits the clip
+        if args.steps or args.block:
+            raise UserError("--answer-length auto is one block, without --steps")
+        length, steps = "auto", None
+    elif args.answer_length:
         length, steps = args.answer_length, steps and args.answer_length
         block = min(block, length)
     block = args.block or block
@@ -287,11 +291,11 @@ def settings_of(args):
         steps, factor = None, args.factor or 1.0
     else:
         factor = 1.0
-    check_budget(length, block, steps, factor)
+    check_budget(block if length == "auto" else length, block, steps, factor, early=args.early)
     file = args.file if os.path.isfile(args.file) else os.path.join(args.file, "wav.scp")
     digest = hashlib.sha256(open(file, "rb").read()).hexdigest()[:12] if os.path.isfile(file) else ""
     return {"benchmark": args.benchmark, "questions": digest, "model": args.model, "stage": args.stage, "answer_length": length, "block": block, "steps": steps,
-            "factor": None if steps else factor, "cache": args.cache, "limit": args.limit}  # fmt: skip
+            "factor": None if steps else factor, "cache": args.cache, "early": args.early, "limit": args.limit}  # fmt: skip
 
 
 def read_answers(path, settings=None):
@@ -332,7 +336,7 @@ def answer_all(world, model, tokenizer, questions, journal, settings, batch, all
         whole = [json.dumps({"settings": settings}), *map(json.dumps, mine.values())]
         write_text("\n".join(whole) + "\n", journal)  # without the half line that a kill may have left
     todo = [q for q in questions if q.id not in mine]
-    options = {k: settings[k] for k in ("answer_length", "block", "steps", "cache")} | {"factor": settings["factor"] or 1.0}
+    options = {k: settings[k] for k in ("answer_length", "block", "steps", "cache", "early")} | {"factor": settings["factor"] or 1.0}
     loaded, bad = [], 0
 
     def keep(lines):
@@ -443,6 +447,16 @@ def judge(questions, lines, endpoint, times=1):
 
 TABLE_C1 = ("alpacaeval", "commoneval", "sd-qa", "mmsu", "openbookqa", "ifeval", "advbench")
 LEADERBOARD = (*TABLE_C1, "wildvoice", "bbh")
+
+
+def official_score(folder, subset, path):
+    """What VoiceBench's own script prints for a file of answers; it is run from its checkout, where its checkers lie."""
+    command = [sys.executable, "evaluate.py", "--src_file", os.path.abspath(path), "--evaluator", subset]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"{folder}/evaluate.py failed on {path} ({last}); the answers are written")
+    return done.stdout.strip()
 
 
 def overall(scores, columns):
@@ -603,8 +617,11 @@ def run(args):
         raise UserError(f"{args.file}: two questions have the same id")
     subset = subset_of(args.file)
     score = (lambda q, a: score_voicebench(subset, q, a)) if args.benchmark == "voicebench" else bench.score
-    if args.benchmark == "voicebench" and subset in OFFICIAL and not importlib.util.find_spec("voicebench"):
-        print(f"evaluate.py: {subset} is scored by VoiceBench's own checker, which is not installed; the answers are written for it", file=sys.stderr)
+    official_too = args.benchmark == "voicebench" and subset in OFFICIAL
+    if official_too and not args.voicebench:
+        print(f"evaluate.py: {subset} is scored by VoiceBench's own checker; --voicebench DIR names its checkout, without it the answers are only written", file=sys.stderr)
+    if args.voicebench and not (official_too and args.out and os.path.exists(os.path.join(args.voicebench, "evaluate.py"))):
+        raise UserError(f"--voicebench {args.voicebench}: wants VoiceBench's checkout (with its evaluate.py), --out, and one of {', '.join(OFFICIAL)}")
     with join_world(args.device) as world:
         model, tokenizer = load(args.model, world.device, None, args.stage, args.llada, args.whisper, args.diffa)
         merge_lora(model)
@@ -637,6 +654,8 @@ def run(args):
                 write_lines(official, args.out)
             for r in range(world.size if world.size > 1 else 0):
                 os.remove(f"{journal}.{r}-of-{world.size}")
+            if args.voicebench:
+                print(official_score(args.voicebench, subset, args.out))
         wait_for(world)
 
 
@@ -649,11 +668,12 @@ def main(argv=None):
     for part in ("llada", "whisper", "diffa"):
         parser.add_argument(f"--{part}", metavar="PATH", help="as in decode.py")
     parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4))
-    parser.add_argument("--answer-length", type=int)
+    parser.add_argument("--answer-length", type=length_option, help="tokens; auto: from each clip's seconds, for transcripts")
     parser.add_argument("--block", type=int)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--steps", type=int, help="fixed-step decoding (default: Table B.4; exact: factor 1)")
     how.add_argument("--factor", type=float, help="factor-parallel decoding")
+    parser.add_argument("--early", type=float, metavar="G", help="as in decode.py, for multiple choice")
     parser.add_argument("--cache", choices=("none", "prefix", "dual"), default="none")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--limit", type=int, help="the first so many questions")
@@ -662,6 +682,7 @@ def main(argv=None):
     parser.add_argument("--out", help="write the answers, and go on where an earlier run was")
     parser.add_argument("--judge", metavar="URL", help="voicebench: an OpenAI-compatible endpoint that rates answers")
     parser.add_argument("--judge-model", default="gpt-4o-mini")
+    parser.add_argument("--voicebench", metavar="DIR", help="checkout of VoiceBench, whose script scores ifeval and bbh")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two results question by question")
     parser.add_argument("--table", nargs="+", metavar="OUT", help="results beside the paper's rows, in Markdown")
     try:

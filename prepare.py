@@ -326,6 +326,13 @@ def rows_of_fma(path):
         return [dict(zip(["id", *header[1:]], row)) for row in table]
 
 
+def rows_of_tacos(path):
+    """annotations_strong.csv, and beside it a list of the recordings that are for testing."""
+    split = os.path.join(os.path.dirname(path), "test_split.csv")
+    test = {value for row in (rows_of(split) if os.path.exists(split) else ()) for value in row.values()}
+    return [row | {"is_test": row["filename"] in test} for row in rows_of(path)]
+
+
 CAPTION = lambda *columns: lambda row: {"caption": next((row[c] for c in columns if row.get(c)), "")}
 SEX = {"m": "male", "f": "female", "male": "male", "female": "female"}
 sex_of = lambda text: SEX.get(str(text).strip().lower(), "")
@@ -350,6 +357,7 @@ CORPORA |= {
         "CC BY-NC-SA 4.0", "*.jsonl", lambda r: os.path.splitext(r["relative_audio_path"])[0],
         lambda r: {"words": r.get("transcription", ""), "sex": sex_of(r.get("gender")), "accent": r.get("accent") or "",
                    "caption": (r["text_description"] if isinstance(r["text_description"], str) else r["text_description"][0])},
+        lambda r, t: t.startswith(("holdout", "dev")),
     ),
     "speechcraft": Table("research", "*.jsonl", lambda r: os.path.splitext(r["audio_path"])[0], CAPTION("caption", "description")),
     "compa_r": Table("CC BY-NC 4.0", "*.json", lambda r: last_of(r["audio_id"]), lambda r: {}, qa=lambda r: [(r["instruction"], r["output"])]),
@@ -358,13 +366,13 @@ CORPORA |= {
     "fma_medium": Table(
         "CC BY 4.0 (audio: each track's)", "**/tracks.csv", lambda r: f"{int(r['id']):06}", lambda r: {"genre": r["track/genre_top"].lower()}, lambda r, t: r["set/split"] != "training", rows_of_fma,
     ),
-    "lp_musiccaps_mtt": Table("CC BY-NC 4.0", "*.jsonl", lambda r: last_of(r["path"]), CAPTION("caption_writing", "caption_summary")),
+    "lp_musiccaps_mtt": Table("MIT", "*.jsonl", lambda r: last_of(r["path"]), CAPTION("caption_writing", "caption_summary")),
     "musiccaps": Table("CC BY-SA 4.0", "*.csv", lambda r: r["ytid"], CAPTION("caption"), lambda r, t: r.get("is_audioset_eval") == "True"),
     "audiocaps": Table("MIT (audio: YouTube's)", "*.csv", lambda r: r["youtube_id"], CAPTION("caption"), lambda r, t: t.startswith(("test", "val"))),
     "clotho": Table("non-commercial", "clotho_captions_*.csv", lambda r: last_of(r["file_name"]), CAPTION("caption_1"), lambda r, t: "development" not in t),
     "wavcaps": Table("CC BY 4.0 (academic)", "**/*.json", lambda r: last_of(r["id"]) if str(r["id"]).endswith((".wav", ".flac")) else str(r["id"]), CAPTION("caption")),
     "tacos": Table(
-        "CC BY 4.0", "*.csv", lambda r: last_of(r["filename"]), CAPTION("text", "caption"), span=lambda r: (float(r["onset"]), float(r["offset"]) - float(r["onset"])),
+        "CC BY 4.0", "annotations_strong.csv", lambda r: last_of(r["filename"]), CAPTION("text"), lambda r, t: r["is_test"], rows_of_tacos, span=lambda r: (float(r["onset"]), float(r["offset"]) - float(r["onset"])),
     ),
     "audiomcq": Table(
         "Apache-2.0", "*.jsonl", lambda r: os.path.splitext(r["audio_path"])[0], lambda r: {},

@@ -118,6 +118,17 @@ def speechcraft(d):
     return [({"caption": "A calm voice."}, False)]
 
 
+def tacos(d):
+    sound(f"{d}/audio/12.wav")
+    sound(f"{d}/audio/13.wav")
+    row = {"filename": "12.mp3", "text": "A bell.", "onset": 0.05, "offset": 0.15}
+    table(f"{d}/annotations_strong.csv", [row, row | {"filename": "13.mp3", "text": "A dog."}])
+    table(f"{d}/annotations_weak.csv", [{"filename": "12.mp3", "text": "A bell rings."}])
+    table(f"{d}/metadata.csv", [{"filename": "12.mp3", "author": "x"}])
+    table(f"{d}/test_split.csv", [{"filename": "13.mp3"}])
+    return [({"caption": "A bell."}, False), ({"caption": "A dog."}, True)]
+
+
 def compa_r(d):
     sound(f"{d}/audio/Yabc.flac")
     put(f"{d}/CompA-R.json", json.dumps([{"audio_id": "./audio/Yabc.flac", "instruction": "Why does the crowd cheer?", "output": "Someone has won."}]))
@@ -173,7 +184,7 @@ TREES = {
     "musiccaps": captions("caption", "musiccaps-public.csv", [{"ytid": "-0Gj8-vB1q4", "start_s": 30, "caption": "A ballad.", "is_audioset_eval": "True"}], ["wav/-0Gj8-vB1q4.wav"], True),
     "audiocaps": captions("caption", "test.csv", [{"audiocap_id": 1, "youtube_id": "vfY_TJq7n_U", "start_time": 130, "caption": "Rain falls."}], ["wav/vfY_TJq7n_U.wav"], True),
     "clotho": captions("caption_1", "clotho_captions_evaluation.csv", [{"file_name": "Bird song.wav", "caption_1": "A bird sings."}], ["evaluation/Bird song.wav"], True),
-    "tacos": captions("text", "annotations_strong.csv", [{"filename": "12.mp3", "onset": 0.05, "offset": 0.15, "text": "A bell."}], ["audio/12.wav"], False),
+    "tacos": tacos,
 }  # fmt: skip
 
 

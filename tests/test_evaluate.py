@@ -13,6 +13,7 @@ import pytest
 import soundfile
 
 import evaluate
+from data import read_manifest
 from evaluate import (
     BENCHMARKS, LETTERS, PAPER, Question, letter_of, main, mapped, mcnemar, mmau_raw, mmsu_letter, overall, read_answers, score_mmau, score_mmsu,
     score_voicebench, wilson, word_errors,
@@ -222,6 +223,44 @@ def test_two_processes_give_one_result(toured, small_folder, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert open(tmp_path / "two").read() == open(tmp_path / "one").read()
     assert not [f for f in os.listdir(tmp_path) if "-of-2" in f]
+
+
+CHECKOUT = """
+import argparse, json
+p = argparse.ArgumentParser()
+p.add_argument("--src_file"); p.add_argument("--evaluator")
+a = p.parse_args()
+rows = [json.loads(line) for line in open(a.src_file)]
+assert all("response" in r and "instruction_id_list" in r for r in rows), "no response"
+print({a.evaluator: len(rows), "here": open("marker").read()})
+"""
+
+
+def test_voicebenchs_own_script_is_run_from_its_checkout(toured, small_folder, tmp_path, capsys):
+    """A process of its own, in its own folder, on the file of answers; its failure is one line."""
+    clip = read_manifest(f"{toured}/test.jsonl")[0].audio
+    rows = [{"prompt": "Name a fruit, in capitals.", "audio_path": os.path.abspath(clip), "key": i, "instruction_id_list": ["x"], "kwargs": []} for i in range(2)]
+    (tmp_path / "ifeval.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    argv = ["voicebench", str(tmp_path / "ifeval.jsonl"), "--model", small_folder, "--answer-length", "8"]
+    assert main(argv) == 0 and "own checker" in capsys.readouterr().err
+    checkout = tmp_path / "VoiceBench"
+    os.makedirs(checkout)
+    argv += ["--voicebench", str(checkout), "--out", str(tmp_path / "m-ifeval-test-audio.jsonl")]
+    assert main(argv) == 2 and "checkout" in capsys.readouterr().err
+    (checkout / "evaluate.py").write_text(CHECKOUT)
+    (checkout / "marker").write_text("official")
+    assert main(argv) == 0 and "{'ifeval': 2, 'here': 'official'}" in capsys.readouterr().out
+    (checkout / "marker").unlink()
+    assert main(argv) == 2
+    assert "FileNotFoundError" in capsys.readouterr().err and os.path.exists(tmp_path / "m-ifeval-test-audio.jsonl")
+
+
+def test_the_canvas_may_fit_the_clip(toured, small_folder, tmp_path, capsys):
+    argv = ["asr", f"{toured}/stage1.jsonl", "--model", small_folder, "--limit", "3", "--stage", "1"]
+    assert main([*argv, "--answer-length", "auto", "--out", str(tmp_path / "o")]) == 0
+    assert json.loads(open(tmp_path / "o.answers.jsonl").readline())["settings"]["answer_length"] == "auto"
+    assert main([*argv, "--answer-length", "auto", "--steps", "8"]) == 2
+    assert "one block" in capsys.readouterr().err
 
 
 def test_unreadable_clips_count_as_wrong(toured, small_folder, tmp_path, capsys):
