@@ -3,6 +3,7 @@
     python prepare.py tour --audio DIR --out data     all manifests of the small model, and its tokenizer
     python prepare.py fsdd DIR --out fsdd.jsonl       one corpus, plain questions
     python prepare.py toy                             a synthetic corpus for people with no data, and its manifests
+    python prepare.py join a.jsonl b.jsonl:0.05 --out data/stage2.jsonl     one shuffled manifest out of several
     python prepare.py check data/*.jsonl              what manifests hold, and what is wrong with them
     python prepare.py show data/stage2.jsonl -n 5     examples as the model sees them
 
@@ -32,6 +33,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from array import array
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -640,8 +642,12 @@ def choice_line(clip, rng, out, pools):
 
 def ask(clips, rng, out, tasks=None, repeat=1):
     """`repeat` manifest lines for each clip, their tasks drawn from those in `tasks` that the clip allows."""
-    own = [line_of(clip, "qa", question, answer, out) for clip in clips for question, answer in clip.qa]
-    return own + [line for clip in clips for _ in range(repeat) if (line := question_line(clip, rng, out, tasks))]
+    for clip in clips:
+        for question, answer in clip.qa:
+            yield line_of(clip, "qa", question, answer, out)
+        for _ in range(repeat):
+            if line := question_line(clip, rng, out, tasks):
+                yield line
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -667,21 +673,60 @@ def line_of(clip, task, question, answer, out):
     return line | ({"offset": clip.offset} if clip.offset else {})
 
 
-def write_lines(lines, out):
-    """Writes a manifest under a temporary name and renames it.  Returns the number of lines."""
-    temporary, n = out + ".tmp", 0
+def write_lines(lines, out, rng=None):
+    """Writes a manifest under a temporary name and renames it.  Returns the number of lines.
+
+    rng: shuffles the lines on the disk; only their places are held in memory.
+    """
+    temporary, shuffled, starts = out + ".tmp", out + ".shuffled.tmp", array("Q")
     try:
         make_folder(os.path.dirname(os.path.abspath(out)))
-        with open(temporary, "w", encoding="utf-8") as f:
-            for n, line in enumerate(lines, 1):
-                f.write(json.dumps(line, ensure_ascii=False) + "\n")
+        with open(temporary, "wb") as f:
+            for line in lines:
+                starts.append(f.tell())
+                f.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        if rng is not None:
+            rng.shuffle(starts)
+            with open(temporary, "rb") as source, open(shuffled, "wb") as f:
+                for start in starts:
+                    source.seek(start)
+                    f.write(source.readline())
+            os.replace(shuffled, temporary)
         os.replace(temporary, out)
     except OSError as e:
         raise UserError(f"{out}: cannot be written ({e.strerror})") from None
     finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-    return n
+        for path in (temporary, shuffled):
+            if os.path.exists(path):
+                os.remove(path)
+    return len(starts)
+
+
+def join(parts, out, seed=0):
+    """One shuffled manifest out of several, audio paths rewritten.  parts: "FILE" or "FILE:SHARE", the share of its lines to draw.
+
+    A stage's manifest from what the corpora, speak and a language model gave; `asr.jsonl:0.05` is the
+    paper's twentieth of stage 1 in stages 2 and 3.  Returns the number of lines.
+    """
+    rng, folder, wanted = random.Random(seed), os.path.dirname(os.path.abspath(out)), []
+    for part in parts:
+        path, _, share = part.rpartition(":") if re.search(r":[0-9.]+$", part) else (part, "", "1")
+        if not 0 < float(share) <= 1:
+            raise UserError(f"{part}: the share must lie between 0 and 1")
+        if not os.path.exists(path):
+            raise UserError(f"{path}: no such manifest")
+        wanted.append((path, float(share)))
+
+    def lines():
+        for path, share in wanted:
+            for where, entry in read_entries(path):
+                if "messages" not in entry:
+                    raise UserError(f"{where}: no 'messages': join takes manifests that this program has written")
+                if rng.random() < share:
+                    own = [a if os.path.isabs(a) else os.path.relpath(os.path.join(os.path.dirname(os.path.abspath(path)), a), folder) for a in entry.get("audios", ())]
+                    yield entry | {"audios": own}
+
+    return write_lines(lines(), out, rng)
 
 
 def write_text(text, out):
@@ -1271,7 +1316,7 @@ def train_tokenizer(lines, vocab=896):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [text for line in lines for text in (prompt_text(line["messages"][0]["content"].replace("<audio>", "")), *[line["messages"][1]["content"]] * 10)]
+    texts = (text for line in lines for text in (prompt_text(line["messages"][0]["content"].replace("<audio>", "")), *[line["messages"][1]["content"]] * 10))
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -1330,13 +1375,13 @@ def tour(audio, out, seed=0, n_strings=4000):
         for task, fact in askable(clip, CHOICE_TASKS):
             labels[task].add(fact)
 
-    def singles(share):
-        """Lines about single clips, the value of every fact equally often."""
+    def singles(share, rng):
+        """Single clips, the value of every fact equally often, each with the kind of fact it was drawn for."""
         for kind, n in BALANCE.items():
             for clip in draw_balanced(train, kind, int(n * share * scale), rng):
                 yield clip, kind
 
-    def about(pairs, tasks=None):
+    def about(pairs, rng, tasks=None):
         """A question that turns on the fact the clip was drawn for, half the time; else any it allows."""
         for clip, kind in pairs:
             chosen = [t for t, row in TASKS.items() if row.kind == kind]
@@ -1345,20 +1390,25 @@ def tour(audio, out, seed=0, n_strings=4000):
                 yield line
 
     everything = [c for some_made in made.values() for c in some_made]
-    choices = lambda pairs: filter(None, (choice_line(clip, rng, here, labels) for clip, _ in pairs))
     paired = [(c, None) for c in everything]
-    asr = [*ask(everything, rng, here, ["asr"]), *about(singles(0.4), ["asr"])]
-    twentieth = lambda: rng.sample(asr, len(asr) // 20)  # of stage 1 in stages 2 and 3, as in the paper
+    choices = lambda pairs, rng: filter(None, (choice_line(clip, rng, here, labels) for clip, _ in pairs))
+    chain = itertools.chain
+
+    def twentieth(rng):
+        """Of stage 1, in stages 2 and 3: as in the paper."""
+        return (entry for _, entry in read_entries(f"{out}/stage1.jsonl") if rng.random() < 0.05)
+
     stages = {
-        0: [*ask(train, rng, here), *ask(everything, rng, here), *ask(everything, rng, here, ["asr"]), *about(singles(1)), *choices(singles(0.6)), *choices(paired[::3])],
-        1: asr,
-        2: [*ask(everything, rng, here, repeat=2), *about(singles(1)), *twentieth()],
-        3: [*ask(everything, rng, here), *about(singles(0.6)), *choices(singles(1)), *choices(paired), *twentieth()],
-        4: list(filter(None, (preference_line(clip, rng, here, labels) for clip, _ in [*singles(0.12), *rng.sample(paired, len(paired) // 8)]))),
-    }
+        1: lambda r: chain(ask(everything, r, here, ["asr"]), about(singles(0.4, r), r, ["asr"])),
+        0: lambda r: chain(ask(train, r, here), ask(everything, r, here), ask(everything, r, here, ["asr"]), about(singles(1, r), r),
+                           choices(singles(0.6, r), r), choices(paired[::3], r)),
+        2: lambda r: chain(ask(everything, r, here, repeat=2), about(singles(1, r), r), twentieth(r)),
+        3: lambda r: chain(ask(everything, r, here), about(singles(0.6, r), r), choices(singles(1, r), r), choices(paired, r), twentieth(r)),
+        4: lambda r: filter(None, (preference_line(clip, r, here, labels) for clip, _ in chain(singles(0.12, r), r.sample(paired, len(paired) // 8)))),
+    }  # fmt: skip
     for stage, lines in stages.items():
-        rng.shuffle(lines)
-        print(f"{out}/stage{stage}.jsonl: {write_lines(lines, f'{out}/stage{stage}.jsonl')} lines")
+        r = random.Random(f"{seed} stage {stage}")
+        print(f"{out}/stage{stage}.jsonl: {write_lines(lines(r), f'{out}/stage{stage}.jsonl', r)} lines")
     lines = [question_line(c, rng, here, sentences=0) for c in clips if c.path in held_out]
     print(f"{out}/held_out.jsonl: {write_lines(filter(None, lines), f'{out}/held_out.jsonl')} lines")
     test, composed = pools["test"]
@@ -1369,7 +1419,7 @@ def tour(audio, out, seed=0, n_strings=4000):
     print(f"{out}/test.jsonl: {write_lines(lines, f'{out}/test.jsonl')} lines")
     found = benchmark([*test, *composed["digits"], *composed["mixtures"], *composed["sequences"]], labels, max(40, int(720 * scale)), rng, out)
     print(f"{out}/mmsu.jsonl: {found[0]} questions; {out}/mmau.json: {found[1]} questions")
-    tokenizer = train_tokenizer([line for lines in stages.values() for line in lines])
+    tokenizer = train_tokenizer(entry for stage in sorted(stages) for _, entry in read_entries(f"{out}/stage{stage}.jsonl"))
     tokenizer.save(f"{out}/tokenizer.json")
     print(f"{out}/tokenizer.json: {tokenizer.get_vocab_size()} entries")
 
@@ -1434,6 +1484,10 @@ def main(argv=None):
         p.add_argument("--workers", type=int, default=8, help="questions in flight (default 8)")
         p.add_argument("--timeout", type=float, default=60.0, help="seconds (default 60)")
         p.add_argument("--limit", type=int)
+    p = commands.add_parser("join", help="one shuffled manifest out of several")
+    p.add_argument("parts", nargs="+", metavar="FILE[:SHARE]", help="a manifest, and the share of its lines to draw")
+    p.add_argument("--out", required=True)
+    p.add_argument("--seed", type=int, default=0)
     p = commands.add_parser("check", help="what manifests hold, and what is wrong with them")
     p.add_argument("manifests", nargs="+")
     p.add_argument("--decode", action="store_true", help="read every clip, not its header alone")
@@ -1466,6 +1520,8 @@ def main(argv=None):
             endpoint = Endpoint(args.llm, args.model, args.timeout)
             n, unusable, silent = write_with_llm(args.manifest, args.out, endpoint, args.command, args.workers, args.limit)
             print(f"{args.out}: {n} lines; {unusable} pairs found unusable, {silent} without a reply that keeps to the rules")
+        elif args.command == "join":
+            print(f"{args.out}: {join(args.parts, args.out, args.seed)} lines")
         elif args.command == "check":
             return 2 if check(args.manifests, args.decode, args.errors) else 0
         elif args.command == "demo":
@@ -1476,7 +1532,7 @@ def main(argv=None):
         else:
             rng = random.Random(args.seed)
             clips = [c for c in read_corpus(args.command, args.source) if args.split in ("all", "test" if c.is_test else "train")]
-            print(f"{args.out}: {write_lines(list(ask(clips, rng, args.out)), args.out)} lines")
+            print(f"{args.out}: {write_lines(ask(clips, rng, args.out), args.out)} lines")
     except UserError as e:
         print(f"prepare.py: {e}", file=sys.stderr)
         return 2
