@@ -418,10 +418,8 @@ def naive_generate(model, prompt, audio, is_audio, audio_at, answer_length, bloc
         for keep in schedule(block, steps * block // answer_length):
             with torch.no_grad():
                 logits, order = everywhere(model, ids, side, audio, is_audio)
-            logits = logits[order < ids.size(1)]  # text positions; all of the row have been computed
-            logits[:, c.mask_id] = float("-inf")
-            probabilities = logits.double().softmax(-1)
-            confidence, token = probabilities.max(-1)
+            logits[..., c.mask_id] = float("-inf")
+            confidence, token = (x[order < ids.size(1)] for x in logits.double().softmax(-1).max(-1))  # of these the text's
             confidence = torch.where(ids[0] == c.mask_id, confidence, float("-inf"))
             confidence[first + block :] = float("-inf")
             chosen = confidence.topk(keep).indices

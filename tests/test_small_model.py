@@ -1,0 +1,82 @@
+"""The shipped weights: forty questions about clips that the project makes itself, and its scores on real recordings where they are."""
+
+import os
+import random
+import re
+import shutil
+
+import pytest
+import torch
+
+from adapters import merge_lora
+from data import load_audio, read_manifest
+from decode import ask
+from model import load
+from prepare import DIGITS, askable, draw_question, level, read_corpus, speak, synthesize
+
+ASSETS = os.path.join(os.path.dirname(__file__), "..", "assets")
+clean = lambda text: re.sub(r"[^a-z0-9 ]", "", text.lower()).strip()
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    model, tokenizer = load("tiny", "cpu", torch.float32)
+    merge_lora(model)
+    return model, tokenizer
+
+
+def share_right(shipped, clips, questions, expected):
+    """How many answers hold what is expected: `factor 1`, answers of at most 16 tokens, batches of 20."""
+    right = 0
+    for i in range(0, len(clips), 20):
+        answers = ask(*shipped, clips[i : i + 20], questions[i : i + 20], answer_length=16, block=16)
+        right += sum(bool(re.search(rf"\b{re.escape(clean(e))}\b", clean(a.text))) for a, e in zip(answers, expected[i : i + 20]))
+    return right / len(clips)
+
+
+def test_it_is_what_the_card_says(shipped):
+    """At most 16 MB with tokenizer and card, stage 4 of the curriculum, no pickle among the files."""
+    folder = os.path.join(ASSETS, "tiny")
+    assert sorted(os.listdir(folder)) == ["README.md", "model.safetensors", "tokenizer.json"]
+    assert sum(os.path.getsize(os.path.join(folder, f)) for f in os.listdir(folder)) <= 16_000_000
+    assert shipped[0].stage == 4
+
+
+@pytest.mark.skipif(not shutil.which("espeak-ng"), reason="espeak-ng is not installed")
+def test_twenty_spoken_digits(shipped, tmp_path):
+    clips, questions, expected = [], [], []
+    for voice, wording in (("en-us+m3", "Which digit is spoken?"), ("en-gb+f2", "What number is said?")):
+        for digit in DIGITS:
+            speak(digit, str(tmp_path / "d.wav"), voice)
+            clips.append(load_audio(str(tmp_path / "d.wav"))[0])
+            questions.append(wording)
+            expected.append(digit)
+    assert share_right(shipped, clips, questions, expected) >= ESPEAK_DIGITS
+
+
+def test_twenty_synthesized_sounds(shipped):
+    rng = random.Random(5)
+    clips, questions, expected = [], [], []
+    for i in range(20):
+        kind = ("rain", "clock tick", "sea waves", "helicopter")[i % 4]
+        clips.append(level(synthesize(kind, rng), rng).astype("float32"))
+        questions.append(("What sound is this?", "What do you hear?")[i % 2])
+        expected.append(kind)
+    assert share_right(shipped, clips, questions, expected) >= SYNTHESIZED
+
+
+def test_real_recordings(shipped, shared_audio):
+    """Forty clips of the test split for each of five questions, drawn by a fixed seed."""
+    rng, shares = random.Random(0), {}
+    for corpus, task in (("fsdd", "digit"), ("speech_commands", "word"), ("esc10", "sound"), ("ravdess", "sex"), ("ravdess", "emotion")):
+        some = [c for c in read_corpus(corpus, os.path.join(shared_audio, corpus)) if c.is_test and askable(c, [task])]
+        some = rng.sample(some, min(40, len(some)))
+        drawn = [draw_question(c, rng, [task], 0) for c in some]
+        shares[task] = share_right(shipped, [load_audio(c.path, limit=10.0)[0] for c in some], [q for _, q, *_ in drawn], [fact for *_, fact, _ in drawn])
+    assert all(shares[task] >= least for task, least in REAL.items()), shares
+
+
+def test_the_demo_clips(shipped):
+    demo = lambda name: load_audio(os.path.join(ASSETS, "demo", name))[0]
+    answers = ask(*shipped, [demo("clock.wav"), demo("seven.wav")], ["What do you hear?", "Which digit is spoken?"], answer_length=16, block=16)
+    assert [a.text for a in answers] == ["Clock tick.", "Seven."]
