@@ -136,6 +136,19 @@ def length_for(seconds, most=128):
     return min(most, -(-int(6 * seconds + 4) // 8) * 8)
 
 
+def lay_out(prompts, lengths, mark, audio_at, config, device):
+    """Rows of prompt and empty answer: ids (B, P + L) with `mark` where the answers go, valid (B, P + L), audio_at (B,).
+
+    Prompts are padded on the left, so that all answers stand in the same columns; shorter answers on the right.
+    """
+    P, L, eos = max(map(len, prompts)), max(lengths), config.eos_id
+    pads = [P - len(p) for p in prompts]
+    ids = [[eos] * n + list(p) + [mark] * k + [eos] * (L - k) for n, p, k in zip(pads, prompts, lengths)]
+    valid = [[False] * n + [True] * (P - n + k) + [False] * (L - k) for n, k in zip(pads, lengths)]
+    at = None if audio_at is None else torch.tensor([n + a for n, a in zip(pads, audio_at)], device=device)
+    return torch.tensor(ids, device=device), torch.tensor(valid, device=device), at
+
+
 @torch.no_grad()
 def generate(
     model, prompts, audio=None, is_audio=None, audio_at=None, answer_length=32, block=32, steps=None, factor=1.0,
@@ -165,11 +178,7 @@ def generate(
     if min(lengths) < L and (steps is not None or L > block):
         raise UserError("answers of different lengths go with factor or threshold and a single block")
     A = 0 if audio is None else audio.size(1)
-    # prompts are padded on the left, so that all answers stand in the same columns
-    pads = [P - len(p) for p in prompts]
-    ids = torch.tensor([[c.eos_id] * n + list(p) + [c.mask_id] * k + [c.eos_id] * (L - k) for n, p, k in zip(pads, prompts, lengths)], device=device)
-    valid = torch.tensor([[False] * n + [True] * (P - n + k) + [False] * (L - k) for n, k in zip(pads, lengths)], device=device)
-    at = None if audio is None else torch.tensor([n + a for n, a in zip(pads, audio_at)], device=device)
+    ids, valid, at = lay_out(prompts, lengths, c.mask_id, audio_at, c, device)
     if valid.all() and (audio is None or is_audio.all()):
         valid = None  # one row, or rows of one size: attention needs no mask
     canvas = ids[:, P:]  # a view: writing to it writes ids
@@ -206,7 +215,7 @@ def generate(
                 counter = lambda ranked: count_by_factor(ranked, factor)
             keep = most_confident(block_confidence, counter)
             if early is not None and first == 0:
-                best = logits.float().topk(2, dim=1).values
+                best = logits.float().index_fill(1, torch.tensor([c.mask_id], device=device), float("-inf")).topk(2, dim=1).values
                 lead = torch.zeros_like(block_confidence).index_put((row, column), best[:, 0] - best[:, 1])
                 keep |= (lead[:, :1] >= early) & (predicted[:, :1] != c.mask_id) & block_confidence.isfinite()
             canvas[now, span] = torch.where(keep, predicted, canvas[now, span])
@@ -230,10 +239,7 @@ def generate_ar(model, prompts, audio=None, is_audio=None, audio_at=None, answer
         raise UserError("this model looks both ways: it decodes by masked diffusion")
     device = next(model.parameters()).device
     B, P, A = len(prompts), max(map(len, prompts)), 0 if audio is None else audio.size(1)
-    pads = [P - len(p) for p in prompts]
-    ids = torch.tensor([[c.eos_id] * n + list(p) + [c.eos_id] * answer_length for n, p in zip(pads, prompts)], device=device)
-    valid = torch.tensor([[False] * n + [True] * (P - n + answer_length) for n in pads], device=device)
-    at = None if audio is None else torch.tensor([n + a for n, a in zip(pads, audio_at)], device=device)
+    ids, valid, at = lay_out(prompts, [answer_length] * B, c.eos_id, audio_at, c, device)
     cache, calls = Cache(), torch.zeros(B, dtype=torch.long, device=device)
     is_open, every = torch.ones(B, dtype=torch.bool, device=device), torch.arange(B, device=device)
     for i in range(answer_length):
