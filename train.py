@@ -99,11 +99,11 @@ STAGES = {  # a stage is a list of parts; only the small model's stage 0 has mor
             Stage(READ, lr=1.5e-3, batch=64, warmup=50, steps=600, loss="read", least_t=0.6, bare=True, single=True, beta2=0.98),
             Stage(READ, lr=1.2e-3, batch=48, warmup=50, steps=1300, loss="read", least_t=0.4, bare=True, beta2=0.98),
             Stage(READ, lr=1e-3, batch=32, warmup=50, steps=400, loss="read", least_t=0.2, beta2=0.98),
-            Stage((*READ, "acoustic."), lr=7e-4, batch=16, warmup=50, steps=450, least_t=0.2, beta2=0.98),
+            Stage((*READ, "acoustic."), lr=7e-4, batch=16, warmup=50, steps=800, least_t=0.2, beta2=0.98),
         ],
-        1: [Stage(("semantic.", "soft_prompts"), lr=3e-4, batch=16, warmup=20, steps=60, beta2=0.98)],
-        2: [Stage(ADAPTERS, lr=4e-4, batch=16, warmup=20, steps=400, beta2=0.98)],
-        3: [Stage((*ADAPTERS, "lora"), lr=4e-4, batch=16, warmup=20, steps=500, beta2=0.98)],
+        1: [Stage(("semantic.", "soft_prompts"), lr=3e-4, batch=16, warmup=20, steps=40, beta2=0.98)],
+        2: [Stage(ADAPTERS, lr=4e-4, batch=16, warmup=20, steps=120, beta2=0.98)],
+        3: [Stage((*ADAPTERS, "lora"), lr=4e-4, batch=16, warmup=20, steps=320, beta2=0.98)],
         4: [Stage((*ADAPTERS, "lora"), lr=3e-5, batch=4, warmup=10, steps=30, loss="vrpo", beta2=0.98)],
     },
 }
@@ -440,7 +440,8 @@ def sft(context, made):
     with context.autocast():
         heard = model.adapt(*model.encode(batch["mel"]), batch["n_frames"], stage)
         losses = question_loss(model, batch, *heard, context.noise(made), context.row.least_t)
-    losses.sum().backward()
+    if losses.requires_grad:  # small t hid nothing in any row: no loss, no gradient
+        losses.sum().backward()
     return losses.detach()
 
 

@@ -1,5 +1,6 @@
 """Training: what trains and what must not, many processes against one, resuming, being killed, bad data, bad numbers."""
 
+import contextlib
 import errno
 import json
 import math
@@ -484,6 +485,21 @@ def test_recompute_changes_memory_not_results(one, toured, tmp_path):
     assert run_("a") == 0 and run_("b", "--recompute") == 0
     a, b = weights(tmp_path / "a/stage3"), weights(tmp_path / "b/stage3")
     assert all(torch.allclose(a[n], b[n], atol=1e-6) for n in a)
+
+
+def test_a_micro_batch_with_nothing_hidden_is_no_error(one, toured, monkeypatch):
+    """One row in a micro-batch, as diffa2 has, and a small t: about one in L + 1 hides no token at all."""
+    model, tokenizer = load(f"{one}/stage2", "cpu", torch.float32)
+    example = read_manifest(f"{toured}/stage2.jsonl", 2)[0]
+    row = STAGES["tiny"][2][0]
+    chosen = trainable(model, row.trains)
+    context = train.Context(model, 2, 0, row, contextlib.nullcontext, tuple(chosen.values()))
+    made = Maker(tokenizer, model.config, "sft", 0)([example], 0)
+    monkeypatch.setattr(train, "draw_t", lambda n, generators: torch.full((n,), 1e-9))
+    assert train.LOSSES["sft"](context, made | {"step": 1}).tolist() == [0.0]
+    assert all(p.grad is None for p in chosen.values())
+    monkeypatch.setattr(train, "draw_t", lambda n, generators: torch.ones(n))
+    assert train.LOSSES["sft"](context, made | {"step": 1}).item() > 0 and any(p.grad is not None for p in chosen.values())
 
 
 def test_the_autoregressive_twin_learns_its_own_way(one, toured, tmp_path, capsys):
