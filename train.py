@@ -103,7 +103,7 @@ STAGES = {  # a stage is a list of parts; only the small model's stage 0 has mor
         ],
         1: [Stage(("semantic.", "soft_prompts"), lr=3e-4, batch=16, warmup=20, steps=40, beta2=0.98)],
         2: [Stage(ADAPTERS, lr=4e-4, batch=16, warmup=20, steps=120, beta2=0.98)],
-        3: [Stage((*ADAPTERS, "lora"), lr=4e-4, batch=16, warmup=20, steps=320, beta2=0.98)],
+        3: [Stage((*ADAPTERS, "lora"), lr=4e-4, batch=16, warmup=20, steps=480, beta2=0.98)],
         4: [Stage((*ADAPTERS, "lora"), lr=3e-5, batch=4, warmup=10, steps=30, loss="vrpo", beta2=0.98)],
     },
 }

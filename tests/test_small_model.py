@@ -12,9 +12,12 @@ from adapters import merge_lora
 from data import load_audio, read_manifest
 from decode import ask
 from model import load
-from prepare import DIGITS, askable, draw_question, level, read_corpus, speak, synthesize
+from prepare import DIGITS, askable, draw_question, read_corpus, speak
 
 ASSETS = os.path.join(os.path.dirname(__file__), "..", "assets")
+# a little below what was measured when the weights were shipped: a worse share is a regression, not bad luck
+ESPEAK_DIGITS, SPEECH = 0.85, 0.9
+REAL = {"digit": 0.85, "word": 0.45, "sound": 0.55, "sex": 0.9, "emotion": 0.05}
 clean = lambda text: re.sub(r"[^a-z0-9 ]", "", text.lower()).strip()
 
 
@@ -42,27 +45,27 @@ def test_it_is_what_the_card_says(shipped):
     assert shipped[0].stage == 4
 
 
-@pytest.mark.skipif(not shutil.which("espeak-ng"), reason="espeak-ng is not installed")
-def test_twenty_spoken_digits(shipped, tmp_path):
-    clips, questions, expected = [], [], []
-    for voice, wording in (("en-us+m3", "Which digit is spoken?"), ("en-gb+f2", "What number is said?")):
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory):
+    """The ten digits in a male and a female voice of espeak-ng."""
+    if not shutil.which("espeak-ng"):
+        pytest.skip("espeak-ng is not installed")
+    path, clips = str(tmp_path_factory.mktemp("spoken") / "d.wav"), []
+    for voice in ("en-us+m3", "en-gb+f2"):
         for digit in DIGITS:
-            speak(digit, str(tmp_path / "d.wav"), voice)
-            clips.append(load_audio(str(tmp_path / "d.wav"))[0])
-            questions.append(wording)
-            expected.append(digit)
-    assert share_right(shipped, clips, questions, expected) >= ESPEAK_DIGITS
+            speak(digit, path, voice)
+            clips.append(load_audio(path)[0])
+    return clips
 
 
-def test_twenty_synthesized_sounds(shipped):
-    rng = random.Random(5)
-    clips, questions, expected = [], [], []
-    for i in range(20):
-        kind = ("rain", "clock tick", "sea waves", "helicopter")[i % 4]
-        clips.append(level(synthesize(kind, rng), rng).astype("float32"))
-        questions.append(("What sound is this?", "What do you hear?")[i % 2])
-        expected.append(kind)
-    assert share_right(shipped, clips, questions, expected) >= SYNTHESIZED
+def test_twenty_spoken_digits(shipped, spoken):
+    questions = ["Which digit is spoken?"] * 10 + ["What number is said?"] * 10
+    assert share_right(shipped, spoken, questions, DIGITS * 2) >= ESPEAK_DIGITS
+
+
+def test_twenty_times_speech(shipped, spoken):
+    questions = ["Is this speech or a sound?", "Do you hear speech or a sound?"] * 10
+    assert share_right(shipped, spoken, questions, ["speech"] * 20) >= SPEECH
 
 
 def test_real_recordings(shipped, shared_audio):
