@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adapters import merge_lora
-from data import load_audio, read_manifest
+from data import load_audio
 from decode import ask
 from model import load
 from prepare import DIGITS, askable, draw_question, read_corpus, speak
