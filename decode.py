@@ -370,7 +370,7 @@ def parse(argv):
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the backbone's blocks: a minute's wait, then faster calls on a GPU")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the backbone's blocks")
     parser.add_argument("--show", action="store_true", help="watch the answer emerge")
     parser.add_argument("--json", action="store_true", help="one JSON object a clip")
     parser.add_argument("--export", metavar="DIR", help="write the model as a compact bf16 checkpoint")
