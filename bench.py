@@ -454,12 +454,23 @@ def clock(work, device):
     return time.perf_counter() - start
 
 
+def hear(asked, model):
+    """The clips of examples or questions, as far as the model's window reaches."""
+    return [load_audio(x.audio, x.offset, x.duration, window_seconds(model.config))[0] for x in asked]
+
+
+def ask_all(model, tokenizer, clips, prompts, batch, **options):
+    """`ask` in batches of this size."""
+    starts = range(0, len(clips), batch)
+    return [answer for i in starts for answer in ask(model, tokenizer, clips[i : i + batch], prompts[i : i + batch], **options)]
+
+
 def commits(model, tokenizer, examples, answer_length, block):
     """Tokens kept in each call of the first block, for every example: factor decoding of real recordings."""
     found = []
     for e in examples:
         left = [block]
-        ask(model, tokenizer, [load_audio(e.audio, e.offset, e.duration, window_seconds(model.config))[0]], [e.question], answer_length=answer_length, block=block,
+        ask(model, tokenizer, hear([e], model), [e.question], answer_length=answer_length, block=block,
             on_step=lambda canvas, *_: left.append(int((canvas[0, :block] == model.config.mask_id).sum())))  # fmt: skip
         found.append([a - b for a, b in zip(left, left[1:]) if a > b])
     return found
@@ -546,7 +557,7 @@ def speed_bench(args, replay):
         cached = [t for i, t in enumerate(step) if i % 16]  # without the calls that fill the cache
         print(f"{dtype}: a cached call {spread(cached, '{:.3f}')} s; reading {weights / 1e9:.2f} GB of weights once at {weights / bound / 1e9:.1f} GB/s: {bound:.3f} s; "
               f"ratio {statistics.median(cached) / bound:.2f}", flush=True)  # fmt: skip
-        results[dtype] = {"naive": times["naive call"], "cached": cached, "bound": bound, "parts": parts_of_a_call(model, audio, device)}
+        results[dtype] = {"bound": bound, "parts": parts_of_a_call(model, audio, device)}
     return results
 
 
@@ -596,15 +607,16 @@ def accuracy_bench(args):
     if spoken:
         sets["transcripts"] = (spoken[: args.limit], evaluate.score_exact, {"128 tokens": [{"answer_length": 128, "block": 128}], "length from the clip": [{"answer_length": "auto"}]})
     for name, (questions, score, sweep) in sets.items():
-        heard = [load_audio(q.audio, q.offset, q.duration, window_seconds(model.config))[0] for q in questions]
+        heard, prompts = hear(questions, model), [q.prompt for q in questions]
+        if name == "free questions":
+            free_heard, free_prompts = heard[:128], prompts[:128]
         print(f"\n{name}: {len(questions)} clips\n{'':44}{'right':>8}{'95 % interval':>18}{'calls':>8}{'clips/s':>9}{'like the first':>16}")
         first = None
         for kind, variants in sweep.items():
             for options in variants:
                 options = {"answer_length": 16, "block": 16} | options
-                start, answers = time.perf_counter(), []
-                for i in range(0, len(questions), args.batch):
-                    answers += ask(model, tokenizer, heard[i : i + args.batch], [q.prompt for q in questions[i : i + args.batch]], **options)
+                start = time.perf_counter()
+                answers = ask_all(model, tokenizer, heard, prompts, args.batch, **options)
                 took = time.perf_counter() - start
                 right = [score(q, a.text)["right"] for q, a in zip(questions, answers)]
                 low, high = evaluate.wilson(sum(right), len(right))
@@ -614,12 +626,11 @@ def accuracy_bench(args):
                 value = ", ".join(str(options[k]) for k in ("steps", "factor", "threshold", "early") if k in options and len(variants) > 1)
                 print(f"{kind + (' ' + value if value else ''):44}{sum(right) / len(right):8.1%}{f'{low:.1%} - {high:.1%}':>18}{calls:8.2f}{len(answers) / took:9.2f}{same:16.1%}", flush=True)
                 points.append((name, kind, calls, sum(right) / len(right), low, high))
-    heard = [load_audio(q.audio, q.offset, q.duration, window_seconds(model.config))[0] for q in sets["free questions"][0]]
-    questions = [q.prompt for q in sets["free questions"][0]]
-    print("\nclips a second, from samples to text, factor 1: " + ", ".join(
-        f"batch {size}: {len(some) / clock(lambda: [ask(model, tokenizer, some[i : i + size], questions[i : i + size], answer_length=16, block=16) for i in range(0, len(some), size)], 'cpu'):.1f}"
-        for size in (1, 4, 16, 64) for some in [heard[:128]]
-    ))  # fmt: skip
+    rates = []
+    for size in (1, 4, 16, 64):
+        took = clock(lambda: ask_all(model, tokenizer, free_heard, free_prompts, size, answer_length=16, block=16), "cpu")
+        rates.append(f"batch {size}: {len(free_heard) / took:.1f}")
+    print("\nclips a second, from samples to text, factor 1: " + ", ".join(rates))
     return points
 
 
@@ -648,13 +659,8 @@ def decode_plot(path, results, points):
     axes[1].set(title="small model: right answers against network calls", xlabel="network calls an answer", ylabel="% right", xscale="log")
     if points:
         axes[1].legend(fontsize=6)
-    try:
-        fig.savefig(path + ".tmp", format="png", dpi=110)
-        os.replace(path + ".tmp", path)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror})") from None
+    train.save_figure(fig, path, 110)
     plt.close(fig)
-    print(f"{path}: written")
 
 
 def decode_bench(args):

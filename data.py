@@ -335,12 +335,17 @@ def encode_text(example, tokenizer, config, generator=None, answer=None):
     return {"ids": ids + reply + [config.eos_id] * (canvas - len(reply)), "is_answer": is_answer, "audio_at": audio_at}
 
 
+def bare_prompt(tokenizer, question):
+    """The question without the chat format; the audio goes in front of it."""
+    return tokenizer.encode(" " + question, add_special_tokens=False).ids
+
+
 def encode_bare(example, tokenizer, config):
     """Audio, question, answer and nothing else: what the small model's backbone learns to read with.
 
     No chat format and a canvas in fours: a word's worth of answer is not lost among fifty tokens.
     """
-    ids = tokenizer.encode(" " + example.question, add_special_tokens=False).ids
+    ids = bare_prompt(tokenizer, example.question)
     reply = answer_ids(tokenizer, example.answer, config)
     canvas = (len(reply) // 4 + 1) * 4
     return {"ids": ids + reply + [config.eos_id] * (canvas - len(reply)), "is_answer": [False] * len(ids) + [True] * canvas, "audio_at": 0}

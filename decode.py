@@ -189,7 +189,7 @@ def generate(
         span, store = slice(first, first + block), None
         counts = schedule(block, steps // (L // block)) if isinstance(steps, int) else steps
         step = 0
-        # the one place of a step that waits for the device: what is still masked
+        # the one place of a step that waits for the device: what is still masked (a full pass over padded rows asks for the padding, too)
         while (masked := (canvas[:, span] == c.mask_id).cpu()).any():  # (B, block)
             open_rows = masked.any(1).nonzero()[:, 0]  # (n,): the others have left the batch
             row, column = masked[open_rows].nonzero(as_tuple=True)  # of each masked token, within the batch that is left

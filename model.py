@@ -266,8 +266,8 @@ class LLaDA(nn.Module):
         computes no query and no feed-forward for the columns before it, which nobody reads.
         """
         if start is None:
-            if valid is None:
-                position = torch.arange(x.size(1), device=x.device).expand(x.size(0), -1)
+            if valid is None or valid.all():
+                valid, position = None, torch.arange(x.size(1), device=x.device).expand(x.size(0), -1)
             else:
                 position = (valid.cumsum(1) - 1).clamp(min=0)  # padding takes no position
             seen, seen_position = valid, position
@@ -276,7 +276,7 @@ class LLaDA(nn.Module):
         else:
             seen, seen_position = cache.valid, cache.position
             position = cache.position[:, start : start + x.size(1)]
-        mask = None if seen is None or seen.all() else seen[:, None, None, :]  # (B, 1, 1, keys)
+        mask = None if seen is None else seen[:, None, None, :]  # (B, 1, 1, keys)
         if self.c.causal:
             past = seen_position[:, None, None, :] <= position[:, None, :, None]  # (B, 1, T, keys)
             mask = past if mask is None else past & mask

@@ -55,7 +55,7 @@ from tqdm import tqdm
 
 from adapters import AcousticAdapter, SemanticAdapter
 from data import (
-    SAMPLE_RATE, SAMPLES_PER_FRAME, answer_ids, bucket, build_prompt, collate, encode_bare, encode_text, load_audio, log_mel, read_manifest, window_seconds,
+    SAMPLE_RATE, SAMPLES_PER_FRAME, answer_ids, bare_prompt, bucket, build_prompt, collate, encode_bare, encode_text, load_audio, log_mel, read_manifest, window_seconds,
 )  # fmt: skip
 from diffusion import corrupt, draw_t, masked_nll, next_token_loss, sft_loss
 from model import PRESETS, RELEASES, Parser, UserError, assemble, build, fetch, load, load_tokenizer, pick_device, save
@@ -256,10 +256,7 @@ def mask_mel(mel, generator, n_time=2, n_freq=2, time=25, freq=8):
 
 def pair_text(example, answer, tokenizer, config, bare=False):
     """What VRPO scores and the autoregressive twin learns: prompt, response and its first end mark, nothing after it (no canvas, no padding)."""
-    ids, audio_at = build_prompt(tokenizer, example.question)
-    if bare:
-        text = encode_bare(example, tokenizer, config)
-        ids, audio_at = text["ids"][: text["is_answer"].index(True)], 0
+    ids, audio_at = (bare_prompt(tokenizer, example.question), 0) if bare else build_prompt(tokenizer, example.question)
     reply = answer_ids(tokenizer, answer, config) + [config.eos_id]
     return {"ids": ids + reply, "is_answer": [False] * len(ids) + [True] * len(reply), "audio_at": audio_at}
 
@@ -730,12 +727,12 @@ def held_out_loss(context, maker, examples, world, tokens):
             audio, is_audio = model.adapt(*model.encode(batch["mel"]), batch["n_frames"], context.stage or 1)
             if context.row.bare:
                 audio, is_audio = (x[:, c.n_soft_prompts :] for x in (audio, is_audio))
+            if c.causal:  # one loss, whatever t
+                n = side["is_answer"].sum(1)
+                nll = (next_token_loss(reader(model, side, audio, is_audio), side["ids"], side["is_answer"]) * n).sum().item()
+                sums = [a + b for a, b in zip(sums, [nll, n.sum().item()] * len(HELD_OUT_T))]
+                continue
             for k, t in enumerate(HELD_OUT_T):
-                if c.causal:  # one loss, whatever t
-                    n = side["is_answer"].sum(1)
-                    sums[2 * k] += (next_token_loss(reader(model, side, audio, is_audio), side["ids"], side["is_answer"]) * n).sum().item()
-                    sums[2 * k + 1] += n.sum().item()
-                    continue
                 noise = [generator_for(k, 0, i, stream=1) for i in made["ids"]]
                 noisy, is_masked = corrupt(side["ids"], side["is_answer"], c.mask_id, torch.full((len(noise),), t), generator=noise)
                 sums[2 * k] += masked_nll(reader(model, side, audio, is_audio), side["ids"], noisy, is_masked).sum().item()
@@ -979,6 +976,16 @@ def finish(world, model, tokenizer, out, stage, part, parts):
 # the command line
 
 
+def save_figure(fig, path, dpi):
+    """A matplotlib figure as a PNG, under a temporary name and renamed."""
+    try:
+        fig.savefig(path + ".tmp", format="png", dpi=dpi)
+        os.replace(path + ".tmp", path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror})") from None
+    print(f"{path}: written")
+
+
 def plot(folders, path="curves.png"):
     """Draws the logged loss, smoothed, and the held-out loss of one or several runs."""
     runs = {}
@@ -1007,14 +1014,8 @@ def plot(folders, path="curves.png"):
         axis.set(title=title, xlabel="step")
         if axis.lines:
             axis.legend(fontsize=7)
-    temporary = path + ".tmp"
-    try:
-        fig.savefig(temporary, format="png", dpi=120)
-        os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror})") from None
+    save_figure(fig, path, 120)
     plt.close(fig)
-    print(f"{path}: written")
 
 
 TWIN = {"diffusion": "", "ar": "-ar"}  # objective -> what its folder is called by
