@@ -603,7 +603,7 @@ def accuracy_bench(args):
         several = list(evaluate.read_mmsu(args.choices, os.path.dirname(args.choices)))
         early = {"fixed steps": [{"steps": 16}], "factor": [{"factor": 1.0}], "factor 1, early answer": [{"early": g} for g in (0.5, 1.0, 2.0, 4.0)]}
         sets["multiple choice"] = (rng.sample(several, min(args.limit, len(several))), evaluate.score_mmsu, early)
-    spoken = [q for q in free if ("task", "asr") in q.groups]
+    spoken = [q for q in free if evaluate.is_transcript(q)]
     if spoken:
         sets["transcripts"] = (spoken[: args.limit], evaluate.score_exact, {"128 tokens": [{"answer_length": 128, "block": 128}], "length from the clip": [{"answer_length": "auto"}]})
     for name, (questions, score, sweep) in sets.items():

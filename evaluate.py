@@ -7,6 +7,7 @@
     torchrun --nproc_per_node=8 evaluate.py mmau ... --out mmau.json  several GPUs, one result
     python evaluate.py --compare a.json b.json                        question by question, McNemar's p
     python evaluate.py --table a.json b.json                          beside the paper's own rows
+    python evaluate.py --plot a.json b.json                           stages against each other, samplers against each other
 
 Prompts and decoding settings are the authors' (FACTS 10, 11; Table B.4): fixed steps by default,
 --factor for parallel decoding.  Answers are kept in OUT.answers.jsonl as they come, so a killed run
@@ -40,7 +41,7 @@ from data import ASR_QUESTION, LETTERS, SAMPLE_RATE, load_audio, mmau_prompt, mm
 from decode import ask, check_budget, length_option
 from model import Parser, UserError, load
 from prepare import Endpoint, strict_object, write_lines, write_text
-from train import join_world
+from train import join_world, save_figure
 
 
 # ---------------------------------------------------------------------------------------------
@@ -119,9 +120,18 @@ def read_asr(path, root):
         yield Question(e.where, e.audio, ASR_QUESTION, e.answer, offset=e.offset, duration=e.duration, groups=(("corpus", e.dataset or "-"),))
 
 
+TRANSCRIPTS = "asr"  # the task whose answers also have a word error rate, for each corpus
+
+
 def read_exact(path, root):
     for e in read_manifest(path, check=False):
-        yield Question(e.where, e.audio, e.question, e.answer, groups=(("task", e.task or "all"),), offset=e.offset, duration=e.duration)
+        task = f"{TRANSCRIPTS} {e.dataset}" if e.task == TRANSCRIPTS else e.task or "all"
+        yield Question(e.where, e.audio, e.question, e.answer, groups=(("task", task),), offset=e.offset, duration=e.duration)
+
+
+def is_transcript(q):
+    """Of a question that read_exact made."""
+    return any(group.startswith(TRANSCRIPTS) for _, group in q.groups)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -411,9 +421,13 @@ def report(settings, questions, lines, score, asr=False):
                 for q, m, _ in chosen:
                     by_label[q.answer].append(m["right"])
                 macro = sum(sum(v) / len(v) for v in by_label.values()) / len(by_label)
-                extra = f", WER {word_errors([q.answer for q, _, _ in chosen], [a for *_, a in chosen], normalise)['wer']:.1%}" if task == "asr" else ""
+                extra = f", WER {word_errors([q.answer for q, _, _ in chosen], [a for *_, a in chosen], normalise)['wer']:.1%}" if task.startswith(TRANSCRIPTS) else ""
                 task_calls = sum(lines[q.id]["calls"] for q, _, _ in chosen) / len(chosen)
                 print(f"{task}: macro average over {len(by_label)} answers {macro:.1%}, {task_calls:.2f} network calls{extra}")
+            said = [(q.answer, a) for q, a in zip(questions, answers) if settings["benchmark"] == "exact" and is_transcript(q)]
+            if said:
+                summary["wer"] = word_errors(*zip(*said), normalise)["wer"]
+                print(f"all {len(said)} transcripts: WER {summary['wer']:.1%}")
     print(f"{calls:.2f} network calls an answer, real-time factor {rtf:.4f}" + (f", {len(bad)} clips could not be read" if bad else ""))
     for line in bad[:5]:
         print(f"  {line}")
@@ -523,8 +537,8 @@ PAPER = {  # rows of the paper's tables: columns, then model -> values
 }  # fmt: skip
 
 
-def table(paths):
-    """Our runs beside the paper's rows, as Markdown."""
+def summaries_of(paths):
+    """[(path, settings, summary)] of finished runs."""
     runs = []
     for path in paths:
         path = answers_of(path)
@@ -534,6 +548,12 @@ def table(paths):
             raise UserError(f"{path}: not finished: no summary beside it")
         with open(beside, encoding="utf-8") as f:
             runs.append((path, settings, json.load(f)))
+    return runs
+
+
+def table(paths):
+    """Our runs beside the paper's rows, as Markdown."""
+    runs = summaries_of(paths)
     for benchmark in sorted({s["benchmark"] for _, s, _ in runs}):
         columns, rows = PAPER.get(benchmark, ("", {}))
         print(f"**{benchmark}** ({columns or 'no rows in the paper'})\n\n| model | scores |\n|---|---|")
@@ -541,9 +561,71 @@ def table(paths):
             print(f"| {name} (paper) | {' · '.join(values.split())} |")
         for path, s, summary in runs:
             if s["benchmark"] == benchmark:
-                found = [f"WER {100 * summary['wer']:.2f}", f"RTF {summary['rtf']:.4f}"] if "wer" in summary else [f"{g} {100 * v:.2f}" for g, v in sorted(summary["groups"].items()) if not g.startswith(("task: ", "sub-category", "difficulty", "category")) or benchmark == "mmau" and g.startswith("task")]
+                found = [f"WER {100 * summary['wer']:.2f}", f"RTF {summary['rtf']:.4f}"] if benchmark == "asr" else [f"{g} {100 * v:.2f}" for g, v in sorted(summary["groups"].items()) if not g.startswith(("task: ", "sub-category", "difficulty", "category")) or benchmark == "mmau" and g.startswith("task")]
                 print(f"| {s['model']}, {'factor ' + format(s['factor'], 'g') if s['factor'] else str(s['steps']) + ' steps'} | {' · '.join(found)}" + (f" · overall {100 * summary['right']:.2f} (n = {summary['n']})" if "right" in summary else "") + " |")
         print()
+
+
+def curves_of(runs):
+    """What `plot` draws, from (settings, summary) pairs.
+
+    -> {(objective, stage): shares}, the share right of each model, over all its multiple-choice files
+    (models of one stage are seeds), and {(objective, "fixed" or "factor"): [(calls, WER, real-time
+    factor, how)]} of the transcripts.
+    """
+    marks, kind, transcripts = defaultdict(list), {}, defaultdict(list)
+    for settings, summary in runs:
+        if "wer" in summary:
+            objective, is_fixed = summary["objective"], settings["steps"] is not None
+            how = "a token a call" if objective == "ar" else f"{settings['steps']} steps" if is_fixed else f"factor {settings['factor']:g}"
+            transcripts[objective, "fixed" if is_fixed else "factor"].append((summary["calls"], summary["wer"], summary["rtf"], how))
+        elif "right" in summary:
+            kind[settings["model"]] = summary["objective"], summary["after_stage"]
+            marks[settings["model"]].append((summary["right"] * summary["n"], summary["n"]))
+    shares = defaultdict(list)
+    for model, parts in marks.items():
+        shares[kind[model]].append(sum(right for right, _ in parts) / sum(n for _, n in parts))
+    return dict(shares), dict(transcripts)
+
+
+def plot(paths):
+    """Draws what the paper's Tables 4 and 5 tell, from our runs: transcripts.png and accuracy.png; prints both as Markdown."""
+    shares, transcripts = curves_of([(settings, summary) for _, settings, summary in summaries_of(paths)])
+    if not shares and not transcripts:
+        raise UserError("nothing to draw: neither multiple choice nor transcripts (`exact` on questions of the task asr) among the runs")
+    import matplotlib  # a second to import, and nobody else uses it
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    if shares:
+        fig, axis = plt.subplots(figsize=(5, 4), layout="constrained")
+        print("| objective | after stage | seeds | right, mean (least - most) |\n|---|---|---|---|")
+        for objective in sorted({o for o, _ in shares}, reverse=True):
+            stages = sorted(stage for o, stage in shares if o == objective)
+            means = [sum(v) / len(v) for v in (shares[objective, stage] for stage in stages)]
+            (line,) = axis.plot(stages, means, label=objective)
+            for stage, mean in zip(stages, means):
+                values = [100 * v for v in shares[objective, stage]]
+                axis.plot([stage] * len(values), [v / 100 for v in values], "o", color=line.get_color(), alpha=0.5)
+                print(f"| {objective} | {stage} | {len(values)} | {100 * mean:.1f} % ({min(values):.1f} - {max(values):.1f}) |")
+        axis.set(title="multiple choice; a dot a seed", xlabel="after stage", ylabel="right", xticks=sorted({stage for _, stage in shares}))
+        axis.legend()
+        save_figure(fig, "accuracy.png", 120)
+        plt.close(fig)
+    if transcripts:
+        fig, axis = plt.subplots(figsize=(5, 4), layout="constrained")
+        print("| objective | how | WER | network calls | real-time factor |\n|---|---|---|---|---|")
+        for (objective, way), points in sorted(transcripts.items(), reverse=True):
+            points.sort()
+            axis.plot([calls for calls, *_ in points], [wer for _, wer, *_ in points], "o-", label=f"{objective}, {way}")
+            for calls, wer, rtf, how in points:
+                axis.annotate(how, (calls, wer), fontsize=7)
+                print(f"| {objective} | {how} | {wer:.1%} | {calls:.2f} | {rtf:.4f} |")
+        axis.set(title="transcripts", xlabel="network calls an answer", ylabel="word error rate")
+        axis.legend()
+        save_figure(fig, "transcripts.png", 120)
+        plt.close(fig)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -643,7 +725,8 @@ def run(args):
             scores = judge(questions, everything, Endpoint(args.judge, args.judge_model), 3 if subset == "wildvoice" else 1)
             given = [s for s in scores if s is not None]
             print(f"judged 1-5: mean {sum(given) / len(given):.2f}, {len(scores) - len(given)} without a usable reply" if given else "the judge gave no usable reply")
-        summary = report(settings, questions, everything, score, args.benchmark == "asr")
+        trained = {"objective": "ar" if model.config.causal else "diffusion", "after_stage": model.stage}
+        summary = report(settings, questions, everything, score, args.benchmark == "asr") | trained
         if args.out:
             official = [{**q.entry, "id": q.id, **dict.fromkeys(bench.written, everything[q.id]["answer"])} for q in questions]
             write_text("\n".join([json.dumps({"settings": settings}), *(json.dumps(everything[q.id], ensure_ascii=False) for q in questions)]) + "\n", journal)
@@ -685,12 +768,15 @@ def main(argv=None):
     parser.add_argument("--voicebench", metavar="DIR", help="checkout of VoiceBench, whose script scores ifeval and bbh")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two results question by question")
     parser.add_argument("--table", nargs="+", metavar="OUT", help="results beside the paper's rows, in Markdown")
+    parser.add_argument("--plot", nargs="+", metavar="OUT", help="accuracy by stage and seed -> accuracy.png; error rate by network calls -> transcripts.png")
     try:
         args = parser.parse_args(argv)
         if args.compare:
             compare(*args.compare)
         elif args.table:
             table(args.table)
+        elif args.plot:
+            plot(args.plot)
         elif not args.file:
             raise UserError(f"give a benchmark ({', '.join(sorted(BENCHMARKS))}) and its question file")
         else:

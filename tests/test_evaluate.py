@@ -15,7 +15,7 @@ import soundfile
 import evaluate
 from data import read_manifest
 from evaluate import (
-    BENCHMARKS, LETTERS, PAPER, Question, letter_of, main, mapped, mcnemar, mmau_raw, mmsu_letter, overall, read_answers, score_mmau, score_mmsu,
+    BENCHMARKS, LETTERS, PAPER, Question, curves_of, letter_of, main, mapped, mcnemar, mmau_raw, mmsu_letter, overall, read_answers, score_mmau, score_mmsu,
     score_voicebench, wilson, word_errors,
 )  # fmt: skip
 
@@ -297,6 +297,34 @@ def test_compare_and_table(toured, small_folder, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "| DIFFA-2 (paper) | 60.63" in text and "overall" in text
     assert main(["--compare", str(tmp_path / "a"), str(tmp_path / "none")]) == 2
+
+
+def test_plot_draws_stages_seeds_and_samplers(toured, small_folder, tmp_path, monkeypatch, capsys):
+    """Two files of one model count as one share; models of one stage are seeds; the twin stands apart."""
+    run = lambda model, right, n, stage, objective="diffusion": ({"model": model, "steps": None, "factor": 1.0}, {"right": right, "n": n, "after_stage": stage, "objective": objective})
+    transcript = lambda steps, factor, wer, calls: ({"model": "a", "steps": steps, "factor": factor}, {"right": 0.0, "n": 1, "wer": wer, "calls": calls, "rtf": 0.1, "after_stage": 1, "objective": "diffusion"})
+    shares, transcripts = curves_of([
+        run("a/stage2", 0.5, 10, 2), run("a/stage2", 1.0, 30, 2), run("b/stage2", 0.25, 40, 2), run("c/stage3", 0.75, 4, 3, "ar"),
+        transcript(32, None, 0.5, 32.0), transcript(None, 2.0, 0.6, 4.0), transcript(None, 1.0, 0.55, 6.0),
+    ])  # fmt: skip
+    assert shares == {("diffusion", 2): [(5 + 30) / 40, 0.25], ("ar", 3): [0.75]}
+    assert transcripts["diffusion", "fixed"] == [(32.0, 0.5, 0.1, "32 steps")] and [p[3] for p in transcripts["diffusion", "factor"]] == ["factor 2", "factor 1"]
+
+    monkeypatch.chdir(tmp_path)
+    path, _ = question_file(toured, tmp_path, "mmsu")
+    asr = [line for line in open(f"{toured}/test.jsonl") if json.loads(line)["task"] == "asr"][:4]
+    assert asr
+    with open(f"{toured}/strings_of_test.jsonl", "w") as f:
+        f.writelines(asr)
+    assert main(["mmsu", path, "--model", small_folder, "--limit", "4", "--factor", "1", "--out", "a"]) == 0
+    assert main(["exact", f"{toured}/strings_of_test.jsonl", "--model", small_folder, "--steps", "8", "--out", "b"]) == 0
+    capsys.readouterr()
+    assert main(["--plot", "a", "b"]) == 0
+    text = capsys.readouterr().out
+    assert "| diffusion | 8 steps |" in text and "| 1 |" in text
+    for name in ("accuracy.png", "transcripts.png"):
+        assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert main(["--plot", "none"]) == 2
 
 
 def test_asr_from_kaldi_and_manifest(toured, small_folder, tmp_path, capsys):
