@@ -815,7 +815,7 @@ def record_skipped(out, skipped, seen):
 def train(world, model, tokenizer, examples, stage, row, out, options=Options(), part=0, state=None, heads=None, held_out=()):
     """Runs one part of a stage.  Returns True when it is finished, False when it was asked to stop and has saved.
 
-    state: what write_state wrote, to go on from.  heads: (Packer, Heads) of stage 0.
+    state: what write_state wrote, to go on from.  heads: (Packer, Heads, memory) of stage 0.
     """
     config, device, o = model.config, world.device, options
     row_steps = row.steps or math.ceil(row.epochs * math.ceil(len(examples) / row.batch))
@@ -823,7 +823,7 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
     chosen = trainable(model, row.trains)
     if model.base and o.precision == "bf16":  # the released models; ours keeps to the bit what it froze
         halve_frozen(model)
-    packer, heads = heads or (None, None)
+    packer, heads, memory = heads or (None, None, None)
     if heads is not None and row.loss in ("ear", "read"):
         heads.to(device)
         chosen |= {f"heads.{n}": p for n, p in heads.named_parameters()}
@@ -852,7 +852,7 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
         for block in model.backbone.blocks:
             block.compile()
     autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=o.precision == "bf16")
-    memory = {} if row.loss == "read" else None
+    memory = memory if row.loss == "read" else None
     context = Context(model, stage, o.seed, row, autocast, tuple(chosen.values()), reference, heads, memory)
     maker = Maker(tokenizer, config, row.loss, o.seed, packer, memory, bare=row.bare)
     meeting = DistributedDataParallel(Meeting(chosen.values())) if world.size > 1 else None
@@ -956,14 +956,14 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
     return step == steps
 
 
-def finish(world, model, tokenizer, out, stage, part, parts):
-    """The trained model as out/model.safetensors; then a mark that says that this part is done."""
+def finish(world, model, tokenizer, out, stage, part, heads=None):
+    """The trained model as out/model.safetensors; then a mark that says that this part is done, with stage 0's heads for the next."""
     failed = None
     if world.rank == 0:
         try:
             model.stage = stage
             save(model, tokenizer, out, dtype=torch.float32)
-            write_state({"step": 0, "part": part + 1}, out, part + 1, 0)
+            write_state({"step": 0, "part": part + 1, "heads": heads[1].state_dict() if heads else {}}, out, part + 1, 0)
             for path in list_states(out)[:-1]:
                 os.remove(path)
         except UserError as e:
@@ -1095,7 +1095,9 @@ def run(args):
             if not any("words" in e.facts for e in examples):
                 raise UserError(f"{args.data}: stage 0 needs lines with facts, words among them")
             packer = Packer(examples, model.config)
-            heads = packer, Heads(packer, model.config)
+            heads = packer, Heads(packer, model.config), {}  # all parts that read hear a clip once
+            if state and state.get("heads"):
+                heads[1].load_state_dict(state["heads"])
         for part in range(first, len(parts)):
             row = parts[part]
             if row.loss == "read" and parts[part - 1].loss == "ear" and not (state and state["step"]):
@@ -1109,7 +1111,7 @@ def run(args):
                 if world.rank == 0:
                     print(f"{out}: stopped and saved; --resume goes on")
                 return 0
-            finish(world, model, tokenizer, out, stage, part, parts)
+            finish(world, model, tokenizer, out, stage, part, heads)
         if world.rank == 0:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             print(f"{out}: written; peak memory {peak:.0f} MiB")

@@ -1,6 +1,7 @@
 """Training: what trains and what must not, many processes against one, resuming, being killed, bad data, bad numbers."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -280,6 +281,18 @@ def test_stage_0_resumes_in_the_part_it_was_in(toured, one, tmp_path):
     assert main(arguments(toured, out, 0, "--max-steps", "3", "--resume")) == 0
     with open(f"{out}/stage0/log.jsonl") as f:
         assert [(e["part"], e["step"]) for e in map(json.loads, f) if "loss" in e] == [(p, s) for p in range(3) for s in (1, 2, 3)]
+
+
+def test_stage_0_keeps_its_heads_between_parts(toured, tmp_path, monkeypatch):
+    """A run stopped between two parts goes on with the heads of the first: a part that learns nothing (lr 0) leaves them as they were."""
+    ear, read = STAGES["small"][0][:2]
+    monkeypatch.setitem(STAGES["small"], 0, [ear, read])
+    assert main(arguments(toured, tmp_path, 0, "--max-steps", "2")) == 0
+    heads = read_state(list_states(f"{tmp_path}/stage0")[-1])["heads"]
+    monkeypatch.setitem(STAGES["small"], 0, [ear, read, dataclasses.replace(read, lr=0.0)])
+    assert main(arguments(toured, tmp_path, 0, "--max-steps", "2", "--resume")) == 0
+    after = read_state(list_states(f"{tmp_path}/stage0")[-1])["heads"]
+    assert heads and heads.keys() == after.keys() and all(torch.equal(heads[n], after[n]) for n in heads)
 
 
 @pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
