@@ -55,7 +55,7 @@ from tqdm import tqdm
 
 from adapters import AcousticAdapter, SemanticAdapter
 from data import (
-    SAMPLE_RATE, SAMPLES_PER_FRAME, answer_ids, bare_prompt, bucket, build_prompt, collate, encode_bare, encode_text, load_audio, log_mel, read_manifest, window_seconds,
+    SAMPLE_RATE, SAMPLES_PER_FRAME, answer_ids, bucket, build_prompt, collate, encode_bare, encode_text, load_audio, log_mel, read_manifest, window_seconds,
 )  # fmt: skip
 from diffusion import corrupt, draw_t, masked_nll, next_token_loss, sft_loss
 from model import PRESETS, RELEASES, Parser, UserError, assemble, build, fetch, load, load_tokenizer, pick_device, save
@@ -254,9 +254,9 @@ def mask_mel(mel, generator, n_time=2, n_freq=2, time=25, freq=8):
     return mel
 
 
-def pair_text(example, answer, tokenizer, config, bare=False):
+def pair_text(example, answer, tokenizer, config):
     """What VRPO scores and the autoregressive twin learns: prompt, response and its first end mark, nothing after it (no canvas, no padding)."""
-    ids, audio_at = (bare_prompt(tokenizer, example.question), 0) if bare else build_prompt(tokenizer, example.question)
+    ids, audio_at = build_prompt(tokenizer, example.question)
     reply = answer_ids(tokenizer, answer, config) + [config.eos_id]
     return {"ids": ids + reply, "is_answer": [False] * len(ids) + [True] * len(reply), "audio_at": audio_at}
 
@@ -280,7 +280,7 @@ class Maker:
         if self.loss == "vrpo":
             sides = {side: pair_text(example, text, self.tokenizer, c) for side, text in (("chosen", example.answer), ("rejected", example.rejected))}
         elif c.causal:
-            sides = {"text": pair_text(example, example.answer, self.tokenizer, c, self.bare)}
+            sides = {"text": pair_text(example, example.answer, self.tokenizer, c)}
         elif self.bare:
             sides = {"text": encode_bare(example, self.tokenizer, c)}
         else:
@@ -1026,8 +1026,7 @@ def start_from(args, stage, name, device):
     """The model a stage begins with, and its tokenizer."""
     if stage == 0:
         tokenizer = load_tokenizer(os.path.dirname(args.data) or ".")
-        config = dataclasses.replace(PRESETS[name].with_tokenizer(tokenizer), causal=args.objective == "ar")
-        return build(config, device, seed=args.seed), tokenizer
+        return build(PRESETS[name].with_tokenizer(tokenizer), device, seed=args.seed), tokenizer
     if stage == 1 and name in RELEASES and not args.init:
         # nothing of ours comes before: LLaDA and Whisper as released, fresh adapters
         llada, whisper, _ = fetch(name, None, args.llada, args.whisper, adapters=False)
@@ -1100,6 +1099,9 @@ def run(args):
                 heads[1].load_state_dict(state["heads"])
         for part in range(first, len(parts)):
             row = parts[part]
+            if stage == 0 and args.objective == "ar":
+                # the twin shares the parts without the chat format, then turns causal: both start from one reader
+                model.config = model.backbone.c = dataclasses.replace(model.config, causal=not row.bare)
             if row.loss == "read" and parts[part - 1].loss == "ear" and not (state and state["step"]):
                 match_loudness(model, examples, Maker(tokenizer, model.config, "sft", args.seed, augmented=False))
             fits = lambda e: (is_single(e) or not row.single) and (not row.bare or len(e.question) + len(e.answer) < 80)

@@ -514,7 +514,7 @@ def test_a_micro_batch_with_nothing_hidden_is_no_error(one, toured, monkeypatch)
 
 
 def test_the_autoregressive_twin_learns_its_own_way(one, toured, tmp_path, capsys):
-    """Causal from its stage 0 on, decoded one token a call; the two kinds of checkpoint are told apart."""
+    """Causal from the chat format on, decoded one token a call; the two kinds of checkpoint are told apart."""
     for stage in (0, 1, 2, 3):
         args = arguments(toured, tmp_path, stage, "--objective", "ar", "--max-steps", "3")
         assert main(args) == 0
@@ -530,6 +530,17 @@ def test_the_autoregressive_twin_learns_its_own_way(one, toured, tmp_path, capsy
         args = arguments(toured, f"{tmp_path}/other", 3, "--objective", objective, "--init", init)
         assert main(args) == 2
         assert "other kind" in capsys.readouterr().err
+
+
+def test_both_kinds_start_from_one_reader(toured, tmp_path, monkeypatch):
+    """The parts without the chat format are the same for the twin, to the bit; with it, not."""
+    row = STAGES["small"][0][1]
+    for name, parts, same in (("bare", [dataclasses.replace(row, bare=True)], True), ("chat", [dataclasses.replace(row, bare=False)], False)):
+        monkeypatch.setitem(STAGES["small"], 0, [STAGES["tiny"][0][0], *parts])
+        for objective in ("diffusion", "ar"):
+            assert main(arguments(toured, tmp_path / name / objective, 0, "--objective", objective, "--max-steps", "2")) == 0
+        a, b = (weights(tmp_path / name / objective / "stage0") for objective in ("diffusion", "ar"))
+        assert all(torch.equal(a[n], b[n]) for n in a) == same
 
 
 def test_cost_counts_what_a_row_holds(toured, config):
