@@ -17,11 +17,10 @@ once.  What an example is masked and augmented with is seeded by (seed, epoch, e
 number of processes changes nothing but the speed.
 
 Stage 0 exists for the small model alone.  The paper freezes Whisper and LLaDA, and at this size
-there is nothing pretrained to freeze, so stage 0 makes it, in three parts: the encoder learns to
-recognise words (CTC) and what clips are (label heads); the backbone learns to read through the
-frozen encoder, single clips without the chat format first; then it meets both ways of being shown a
-clip.  From stage 1 on
-the same parts are frozen as in the paper.
+there is nothing pretrained to freeze, so stage 0 makes it, in parts: the encoder learns to recognise
+words (CTC) and what clips are (label heads); the backbone learns to read through the frozen encoder,
+without the chat format first, then with it; last it meets both ways of being shown a clip.  From
+stage 1 on the same parts are frozen as in the paper.
 """
 
 import argparse
@@ -98,12 +97,12 @@ STAGES = {  # a stage is a list of parts; only the small model's stage 0 has mor
             Stage(("encoder.",), lr=1e-3, batch=4, warmup=200, steps=7500, loss="ear", beta2=0.98),
             Stage(READ, lr=1.5e-3, batch=64, warmup=50, steps=600, loss="read", least_t=0.6, bare=True, single=True, beta2=0.98),
             Stage(READ, lr=1.2e-3, batch=48, warmup=50, steps=1300, loss="read", least_t=0.4, bare=True, beta2=0.98),
-            Stage(READ, lr=1e-3, batch=32, warmup=50, steps=1600, loss="read", least_t=0.2, beta2=0.98),
+            Stage(READ, lr=1e-3, batch=32, warmup=50, steps=1200, loss="read", least_t=0.2, beta2=0.98),
             Stage((*READ, "acoustic."), lr=7e-4, batch=16, warmup=50, steps=500, least_t=0.2, beta2=0.98),
         ],
         1: [Stage(("semantic.", "soft_prompts"), lr=3e-4, batch=16, warmup=20, steps=40, beta2=0.98)],
-        2: [Stage(ADAPTERS, lr=4e-4, batch=16, warmup=20, steps=120, beta2=0.98)],
-        3: [Stage((*ADAPTERS, "lora"), lr=4e-4, batch=16, warmup=20, steps=320, beta2=0.98)],
+        2: [Stage(ADAPTERS, lr=4e-4, batch=16, warmup=20, steps=100, beta2=0.98)],
+        3: [Stage((*ADAPTERS, "lora"), lr=4e-4, batch=16, warmup=20, steps=240, beta2=0.98)],
         4: [Stage((*ADAPTERS, "lora"), lr=3e-5, batch=4, warmup=10, steps=30, loss="vrpo", beta2=0.98)],
     },
 }
@@ -429,6 +428,12 @@ def question_loss(model, batch, audio, is_audio, generators, least_t=0.0):
     return sft_loss(predict, side["ids"], side["is_answer"], model.config.mask_id, t, generator=generators)
 
 
+def backward(losses):
+    """Adds the gradient of the sum to .grad; a small t may have hidden nothing in any row: no loss, no gradient."""
+    if losses.requires_grad:
+        losses.sum().backward()
+
+
 def sft(context, made):
     """Stages 1-3; in stage 0 backbone and adapters meet both layouts, soft prompts one step in four."""
     model, batch, stage = context.model, made["batch"], context.stage
@@ -437,8 +442,7 @@ def sft(context, made):
     with context.autocast():
         heard = model.adapt(*model.encode(batch["mel"]), batch["n_frames"], stage)
         losses = question_loss(model, batch, *heard, context.noise(made), context.row.least_t)
-    if losses.requires_grad:  # small t hid nothing in any row: no loss, no gradient
-        losses.sum().backward()
+    backward(losses)
     return losses.detach()
 
 
@@ -611,7 +615,7 @@ def read(context, made):
         tokens = F.layer_norm(tokens.float(), tokens.shape[-1:]) * is_token[:, :, None]
         pooled = tokens.sum(1) / is_token.sum(1, keepdim=True)  # (B, D)
         naming = context.heads.name(context.heads.on_tokens, pooled, batch["facts"], list(range(len(found))), len(found))
-    (losses + NAMING_WEIGHT * naming).sum().backward()
+    backward(losses + NAMING_WEIGHT * naming)
     return losses.detach()
 
 
