@@ -98,7 +98,7 @@ STAGES = {  # a stage is a list of parts; only the small model's stage 0 has mor
             Stage(READ, lr=1.5e-3, batch=64, warmup=50, steps=600, loss="read", least_t=0.6, bare=True, single=True, beta2=0.98),
             Stage(READ, lr=1.2e-3, batch=48, warmup=50, steps=1300, loss="read", least_t=0.4, bare=True, beta2=0.98),
             Stage(READ, lr=1e-3, batch=32, warmup=50, steps=1200, loss="read", least_t=0.2, beta2=0.98),
-            Stage((*READ, "acoustic."), lr=7e-4, batch=16, warmup=50, steps=500, least_t=0.2, beta2=0.98),
+            Stage((*READ, "acoustic."), lr=7e-4, batch=16, warmup=50, steps=300, least_t=0.2, beta2=0.98),
         ],
         1: [Stage(("semantic.", "soft_prompts"), lr=3e-4, batch=16, warmup=20, steps=40, beta2=0.98)],
         2: [Stage(ADAPTERS, lr=4e-4, batch=16, warmup=20, steps=100, beta2=0.98)],
