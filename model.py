@@ -115,7 +115,7 @@ PRESETS = {
     "diffa1": Config(n_mels=80, audio_width=768, audio_heads=12, audio_layers=12, taps=(2, 5, 8, 11), lora_rank=0),
     # the same code with small numbers: 10 s of audio, a vocabulary set by its tokenizer
     "tiny": Config(
-        n_mels=80, n_frames=500, audio_width=192, audio_heads=4, audio_layers=4, taps=(1, 2, 3, 4), qformer_ffn=768, n_queries=16,
+        n_mels=80, n_frames=500, audio_width=192, audio_heads=4, audio_layers=4, taps=(1, 2, 3, 4), qformer_ffn=768,
         vocab=640, width=256, layers=6, heads=4, ffn=384, rope_theta=10000.0, context=1024,
         bos_id=0, eos_id=1, mask_id=2, start_header_id=3, end_header_id=4, eot_id=5,
     ),

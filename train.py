@@ -97,12 +97,12 @@ STAGES = {  # a stage is a list of parts; only the small model's stage 0 has mor
             Stage(("encoder.",), lr=1e-3, batch=4, warmup=200, steps=7500, loss="ear", beta2=0.98),
             Stage(READ, lr=1.5e-3, batch=64, warmup=50, steps=600, loss="read", least_t=0.6, bare=True, single=True, beta2=0.98),
             Stage(READ, lr=1.2e-3, batch=48, warmup=50, steps=1300, loss="read", least_t=0.4, bare=True, beta2=0.98),
-            Stage(READ, lr=1e-3, batch=32, warmup=50, steps=1200, loss="read", least_t=0.2, beta2=0.98),
-            Stage((*READ, "acoustic."), lr=7e-4, batch=16, warmup=50, steps=300, least_t=0.2, beta2=0.98),
+            Stage(READ, lr=1e-3, batch=32, warmup=50, steps=400, loss="read", least_t=0.2, beta2=0.98),
+            Stage((*READ, "acoustic."), lr=7e-4, batch=16, warmup=50, steps=800, least_t=0.2, beta2=0.98),
         ],
         1: [Stage(("semantic.", "soft_prompts"), lr=3e-4, batch=16, warmup=20, steps=40, beta2=0.98)],
-        2: [Stage(ADAPTERS, lr=4e-4, batch=16, warmup=20, steps=100, beta2=0.98)],
-        3: [Stage((*ADAPTERS, "lora"), lr=4e-4, batch=16, warmup=20, steps=240, beta2=0.98)],
+        2: [Stage(ADAPTERS, lr=4e-4, batch=16, warmup=20, steps=120, beta2=0.98)],
+        3: [Stage((*ADAPTERS, "lora"), lr=4e-4, batch=16, warmup=20, steps=480, beta2=0.98)],
         4: [Stage((*ADAPTERS, "lora"), lr=3e-5, batch=4, warmup=10, steps=30, loss="vrpo", beta2=0.98)],
     },
 }
@@ -587,7 +587,6 @@ def ear(context, made):
     return losses.detach()
 
 
-OFTEN = {"emotion": 3, "instrument": 3, "background": 6}  # task -> times a line is read: what is hard to hear and seldom asked
 NAMING_WEIGHT, HEAR_AGAIN = 0.2, 3  # a clip is augmented and encoded anew every third epoch
 
 
@@ -1108,9 +1107,7 @@ def run(args):
                 model.config = model.backbone.c = dataclasses.replace(model.config, causal=not row.bare)
             if row.loss == "read" and parts[part - 1].loss == "ear" and not (state and state["step"]):
                 match_loudness(model, examples, Maker(tokenizer, model.config, "sft", args.seed, augmented=False))
-            fits = lambda e: (is_single(e) or not row.single) and (not row.bare or len(e.question) + len(e.answer) < 80)
-            times = lambda e: OFTEN.get(e.task, 1) if "backbone." in row.trains else 1
-            chosen = [e for e in examples if fits(e) for _ in range(times(e))]
+            chosen = [e for e in examples if (is_single(e) or not row.single) and (not row.bare or len(e.question) + len(e.answer) < (80 if row.single else 160))]
             chosen = [e if e.id == i else dataclasses.replace(e, id=i) for i, e in enumerate(chosen)]
             resumed = state if state and state["part"] == part and state["step"] else None
             if not train(world, model, tokenizer, chosen, stage, row, out, options, part, resumed, heads, held_out):
