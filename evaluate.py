@@ -570,15 +570,15 @@ def curves_of(runs):
     """What `plot` draws, from (settings, summary) pairs.
 
     -> {(objective, stage): shares}, the share right of each model, over all its multiple-choice files
-    (models of one stage are seeds), and {(objective, "fixed" or "factor"): [(calls, WER, real-time
+    (models of one stage are seeds), and {(objective, "fixed", "factor" or "one by one"): [(calls, WER, real-time
     factor, how)]} of the transcripts.
     """
     marks, kind, transcripts = defaultdict(list), {}, defaultdict(list)
     for settings, summary in runs:
         if "wer" in summary:
-            objective, is_fixed = summary["objective"], settings["steps"] is not None
-            how = "a token a call" if objective == "ar" else f"{settings['steps']} steps" if is_fixed else f"factor {settings['factor']:g}"
-            transcripts[objective, "fixed" if is_fixed else "factor"].append((summary["calls"], summary["wer"], summary["rtf"], how))
+            objective, steps, factor = summary["objective"], settings["steps"], settings["factor"]
+            way, how = ("one by one", "a token a call") if objective == "ar" else ("fixed", f"{steps} steps") if steps else ("factor", f"factor {factor:g}")
+            transcripts[objective, way].append((summary["calls"], summary["wer"], summary["rtf"], how))
         elif "right" in summary:
             kind[settings["model"]] = summary["objective"], summary["after_stage"]
             marks[settings["model"]].append((summary["right"] * summary["n"], summary["n"]))
