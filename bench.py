@@ -636,12 +636,8 @@ def accuracy_bench(args):
 
 def decode_plot(path, results, points):
     """Left: where the time of a call goes, naive and cached.  Right: accuracy against network calls."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    fig = train.new_figure(12, 4.5)
+    axes = fig.subplots(1, 2)
     names = [(dtype, kind) for dtype in results for kind in ("naive", "cached")]
     bottom = np.zeros(len(names))
     for part in ("backbone", "vocabulary", "choice of tokens"):
@@ -660,7 +656,6 @@ def decode_plot(path, results, points):
     if points:
         axes[1].legend(fontsize=6)
     train.save_figure(fig, path, 110)
-    plt.close(fig)
 
 
 def decode_bench(args):

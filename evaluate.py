@@ -41,7 +41,7 @@ from data import ASR_QUESTION, LETTERS, SAMPLE_RATE, load_audio, mmau_prompt, mm
 from decode import ask, check_budget, length_option
 from model import Parser, UserError, load
 from prepare import Endpoint, strict_object, write_lines, write_text
-from train import join_world, save_figure
+from train import join_world, new_figure, save_figure
 
 
 # ---------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ TRANSCRIPTS = "asr"  # the task whose answers also have a word error rate, for e
 
 def read_exact(path, root):
     for e in read_manifest(path, check=False):
-        task = f"{TRANSCRIPTS} {e.dataset}" if e.task == TRANSCRIPTS else e.task or "all"
+        task = f"{TRANSCRIPTS} {e.dataset or '-'}" if e.task == TRANSCRIPTS else e.task or "all"
         yield Question(e.where, e.audio, e.question, e.answer, groups=(("task", task),), offset=e.offset, duration=e.duration)
 
 
@@ -593,13 +593,9 @@ def plot(paths):
     shares, transcripts = curves_of([(settings, summary) for _, settings, summary in summaries_of(paths)])
     if not shares and not transcripts:
         raise UserError("nothing to draw: neither multiple choice nor transcripts (`exact` on questions of the task asr) among the runs")
-    import matplotlib  # a second to import, and nobody else uses it
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     if shares:
-        fig, axis = plt.subplots(figsize=(5, 4), layout="constrained")
+        fig = new_figure(5, 4)
+        axis = fig.subplots()
         print("| objective | after stage | seeds | right, mean (least - most) |\n|---|---|---|---|")
         for objective in sorted({o for o, _ in shares}, reverse=True):
             stages = sorted(stage for o, stage in shares if o == objective)
@@ -612,9 +608,9 @@ def plot(paths):
         axis.set(title="multiple choice; a dot a seed", xlabel="after stage", ylabel="right", xticks=sorted({stage for _, stage in shares}))
         axis.legend()
         save_figure(fig, "accuracy.png", 120)
-        plt.close(fig)
     if transcripts:
-        fig, axis = plt.subplots(figsize=(5, 4), layout="constrained")
+        fig = new_figure(5, 4)
+        axis = fig.subplots()
         print("| objective | how | WER | network calls | real-time factor |\n|---|---|---|---|---|")
         for (objective, way), points in sorted(transcripts.items(), reverse=True):
             points.sort()
@@ -625,7 +621,6 @@ def plot(paths):
         axis.set(title="transcripts", xlabel="network calls an answer", ylabel="word error rate")
         axis.legend()
         save_figure(fig, "transcripts.png", 120)
-        plt.close(fig)
 
 
 # ---------------------------------------------------------------------------------------------

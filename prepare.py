@@ -1340,6 +1340,7 @@ def tour(audio, out, seed=0, n_strings=4000):
     have = [name for name in TOUR if os.path.isdir(os.path.join(audio, name))]
     if not have:
         raise UserError(f"{audio}: holds none of the folders {', '.join(TOUR)}")
+    make_folder(out)
     clips = [clip for name in have for clip in read_corpus(name, os.path.join(audio, name))]
     held_out = {c.path for c in rng.sample([c for c in clips if not c.is_test], max(1, sum(not c.is_test for c in clips) // 50))}
     folder, here = os.path.join(out, "clips"), os.path.join(out, "manifest")  # audio paths are relative to the manifests' folder
@@ -1507,7 +1508,6 @@ def main(argv=None):
     try:
         args = parser.parse_args(argv)
         if args.command == "tour":
-            make_folder(args.out)
             tour(args.audio, args.out, args.seed, args.strings)
         elif args.command == "toy":
             make_folder(args.out)

@@ -980,8 +980,15 @@ def finish(world, model, tokenizer, out, stage, part, heads=None):
 # the command line
 
 
+def new_figure(width, height):
+    """An empty figure, inches; matplotlib takes a second to import, and nothing else needs it."""
+    from matplotlib.figure import Figure
+
+    return Figure((width, height), layout="constrained")
+
+
 def save_figure(fig, path, dpi):
-    """A matplotlib figure as a PNG, under a temporary name and renamed."""
+    """A figure as a PNG, under a temporary name and renamed."""
     try:
         fig.savefig(path + ".tmp", format="png", dpi=dpi)
         os.replace(path + ".tmp", path)
@@ -999,12 +1006,8 @@ def plot(folders, path="curves.png"):
             raise UserError(f"{folder}: no log.jsonl; train.py writes one there")
         with open(log, encoding="utf-8") as f:
             runs[folder] = [json.loads(line) for line in f]
-    import matplotlib  # a second to import, and nobody else uses it
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    fig = new_figure(11, 4)
+    axes = fig.subplots(1, 2)
     for folder, entries in runs.items():
         for part in sorted({e["part"] for e in entries}):
             name = folder + (f", part {part + 1}" if any(e["part"] for e in entries) else "")
@@ -1019,7 +1022,6 @@ def plot(folders, path="curves.png"):
         if axis.lines:
             axis.legend(fontsize=7)
     save_figure(fig, path, 120)
-    plt.close(fig)
 
 
 TWIN = {"diffusion": "", "ar": "-ar"}  # objective -> what its folder is called by
