@@ -307,25 +307,25 @@ def answer_text(tokenizer, ids, config):
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def canvas_length(n, extra):
-    """The next multiple of 16 after n tokens, plus `extra` further 16s: at least one end mark follows."""
-    return (n // CANVAS + 1 + extra) * CANVAS
+def canvas_length(n, extra, unit=CANVAS):
+    """The next multiple of 16 (`unit`) after n tokens, plus `extra` further ones: at least one end mark follows."""
+    return (n // unit + 1 + extra) * unit
 
 
 # ---------------------------------------------------------------------------------------------
 # batches
 
 
-def encode_text(example, tokenizer, config, generator=None, answer=None):
+def encode_text(example, tokenizer, config, generator=None, unit=CANVAS):
     """Prompt, answer and canvas of one example -> {"ids", "is_answer", "audio_at"}.
 
-    The canvas depends on the example and `generator` alone, never on the batch.
-    answer: take this text instead (the rejected one).  Raises UserError when too long.
+    The canvas depends on the example and `generator` alone, never on the batch.  unit: of canvas_length.
+    Raises UserError when too long.
     """
     ids, audio_at = build_prompt(tokenizer, example.question)
-    reply = answer_ids(tokenizer, example.answer if answer is None else answer, config)
+    reply = answer_ids(tokenizer, example.answer, config)
     extra = int(torch.randint(3, (1,), generator=generator))
-    canvas = canvas_length(len(reply), extra)
+    canvas = canvas_length(len(reply), extra, unit)
     if len(ids) + len(reply) > MAX_TEXT:
         raise UserError(f"{example.where}: {len(ids) + len(reply)} tokens of text; at most {MAX_TEXT} in training")
     audio_tokens = config.n_queries + config.n_frames // 4
@@ -333,22 +333,6 @@ def encode_text(example, tokenizer, config, generator=None, answer=None):
         raise UserError(f"{example.where}: text and audio do not fit the model's {config.context} positions")
     is_answer = [False] * len(ids) + [True] * canvas
     return {"ids": ids + reply + [config.eos_id] * (canvas - len(reply)), "is_answer": is_answer, "audio_at": audio_at}
-
-
-def bare_prompt(tokenizer, question):
-    """The question without the chat format; the audio goes in front of it."""
-    return tokenizer.encode(" " + question, add_special_tokens=False).ids
-
-
-def encode_bare(example, tokenizer, config):
-    """Audio, question, answer and nothing else: what the small model's backbone learns to read with.
-
-    No chat format and a canvas in fours: a word's worth of answer is not lost among fifty tokens.
-    """
-    ids = bare_prompt(tokenizer, example.question)
-    reply = answer_ids(tokenizer, example.answer, config)
-    canvas = (len(reply) // 4 + 1) * 4
-    return {"ids": ids + reply + [config.eos_id] * (canvas - len(reply)), "is_answer": [False] * len(ids) + [True] * canvas, "audio_at": 0}
 
 
 def collate(items, config):

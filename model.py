@@ -116,7 +116,7 @@ PRESETS = {
     # the same code with small numbers: 10 s of audio, a vocabulary set by its tokenizer
     "tiny": Config(
         n_mels=80, n_frames=500, audio_width=192, audio_heads=4, audio_layers=4, taps=(1, 2, 3, 4), qformer_ffn=768,
-        vocab=640, width=256, layers=6, heads=4, ffn=384, rope_theta=10000.0, context=1024,
+        n_queries=16, n_soft_prompts=4, vocab=640, width=256, layers=6, heads=4, ffn=384, rope_theta=10000.0, context=1024,
         bos_id=0, eos_id=1, mask_id=2, start_header_id=3, end_header_id=4, eot_id=5,
     ),
 }  # fmt: skip
@@ -215,6 +215,16 @@ class Cache:
         self.valid, self.position = take(self.valid), take(self.position)
 
 
+def attend(q, k, v, mask):
+    """softmax(q k^T / sqrt(d)) v of q, k, v (B, H, T, head_dim); mask: where to look, or None."""
+    if q.device.type == "cpu" and q.requires_grad:
+        # torch's fused kernel is a quarter of a training step there, its backward most of it: spelled out it is twice as fast
+        score = q @ k.transpose(-1, -2) * q.size(-1) ** -0.5
+        score = score if mask is None else score.masked_fill(~mask, float("-inf"))
+        return score.softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 class Block(nn.Module):
     """LLaDA's layer: pre-norm attention and a gated SiLU feed-forward, no biases."""
 
@@ -240,7 +250,7 @@ class Block(nn.Module):
             x, y, rope = x[:, read_from:], y[:, read_from:], [table[:, :, read_from:] for table in rope]
             mask = mask[:, :, read_from:] if mask is not None and mask.size(2) > 1 else mask
         q = rotate(heads(self.q_proj(y)), rope)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # every token sees every token
+        y = attend(q, k, v, mask)  # every token sees every token
         x = x + self.attn_out(y.transpose(1, 2).flatten(2))
         y = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(y)) * self.up_proj(y))
@@ -382,8 +392,11 @@ def build(config, device="cpu", lora=False, seed=None):
         nn.init.zeros_(conv.bias)
     for name, p in model.backbone.named_parameters():
         if p.dim() == 2 and "lora" not in name:
-            # 0.02 is GPT-2's, right for its width; a narrow model whispers with it
-            nn.init.normal_(p, std=0.02 if name in ("wte.weight", "ff_out.weight") else p.size(1) ** -0.5)
+            std = {"wte.weight": 1.0, "ff_out.weight": 0.02}.get(name, p.size(1) ** -0.5)
+            if name.endswith((".attn_out.weight", ".ff_out.weight")):
+                std *= (2 * config.layers) ** -0.5  # all layers together add about as much as was there (GPT-2)
+            nn.init.normal_(p, std=std)
+    nn.init.normal_(model.soft_prompts)  # as loud as words: what is ten times quieter than a layer's output drowns in the first
     return model.to(device)
 
 

@@ -41,11 +41,11 @@ from typing import Callable
 
 import numpy as np
 import soundfile
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from data import (
-    ASR_QUESTION, LETTERS, SAMPLE_RATE, build_prompt, encode_text, lettered, load_audio, mmau_prompt, mmsu_prompt, parse_example, prompt_text,
+    ASR_QUESTION, BEFORE_AUDIO, LETTERS, SAMPLE_RATE, SYSTEM, build_prompt, encode_text, lettered, load_audio, mmau_prompt, mmsu_prompt, parse_example, prompt_text,
     read_entries, read_manifest,
 )  # fmt: skip
 from model import PRESETS, SPECIAL_TOKENS, Parser, UserError, load_tokenizer
@@ -1306,6 +1306,7 @@ def train_tokenizer(lines, vocab=896):
     """Byte-level BPE on the prompts and answers of `lines`, with LLaDA's special tokens.
 
     Answers count tenfold, so that a label is one token: tokens decoded together are drawn independently.
+    What every prompt says in the same words is one token too: a small model has no positions to waste.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -1318,12 +1319,14 @@ def train_tokenizer(lines, vocab=896):
     )
     texts = (text for line in lines for text in (prompt_text(line["messages"][0]["content"].replace("<audio>", "")), *[line["messages"][1]["content"]] * 10))
     tokenizer.train_from_iterator(texts, trainer)
+    fixed = [asks("", []).split("Question:")[0] + "Question:" for asks in (mmsu_prompt, mmau_prompt)]
+    tokenizer.add_tokens([AddedToken(text) for text in (SYSTEM, BEFORE_AUDIO, " <audio>.", "\n\n", *fixed)])
     return tokenizer
 
 
 TOUR = ("fsdd", "speech_commands", "esc10", "ravdess", "librispeech", "berklee", "sonicpi")
 BALANCE = {  # fact -> lines a manifest of 24,000 asks about it: every value of it equally often
-    "digit": 3500, "word": 4500, "sound": 3500, "instrument": 2500, "emotion": 3000, "sex": 1500,
+    "digit": 3000, "word": 4500, "sound": 4000, "instrument": 5000, "emotion": 6000, "sex": 1500,
 }  # fmt: skip
 
 
@@ -1401,8 +1404,8 @@ def tour(audio, out, seed=0, n_strings=4000):
 
     stages = {
         1: lambda r: chain(ask(everything, r, here, ["asr"]), about(singles(0.4, r), r, ["asr"])),
-        0: lambda r: chain(ask(train, r, here), ask(everything, r, here), ask(everything, r, here, ["asr"]), about(singles(1, r), r),
-                           choices(singles(0.6, r), r), choices(paired[::3], r)),
+        0: lambda r: chain(ask(train, r, here), ask(everything, r, here), ask(everything, r, here, ["asr"]), ask(everything, r, here, ["background"], repeat=2),
+                           about(singles(1, r), r), choices(singles(0.6, r), r), choices(paired[::3], r)),
         2: lambda r: chain(ask(everything, r, here, repeat=2), about(singles(1, r), r), twentieth(r)),
         3: lambda r: chain(ask(everything, r, here), about(singles(0.6, r), r), choices(singles(1, r), r), choices(paired, r), twentieth(r)),
         4: lambda r: filter(None, (preference_line(clip, r, here, labels) for clip, _ in chain(singles(0.12, r), r.sample(paired, len(paired) // 8)))),

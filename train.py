@@ -18,9 +18,9 @@ number of processes changes nothing but the speed.
 
 Stage 0 exists for the small model alone.  The paper freezes Whisper and LLaDA, and at this size
 there is nothing pretrained to freeze, so stage 0 makes it, in parts: the encoder learns to recognise
-words (CTC) and what clips are (label heads); the backbone learns to read through the frozen encoder,
-without the chat format first, then with it; last it meets both ways of being shown a clip.  From
-stage 1 on the same parts are frozen as in the paper.
+words (CTC), what clips are and in what order they come (label heads); the backbone learns to read
+through the frozen encoder, single recordings first; last it meets both ways of being shown a clip.
+From stage 1 on the same parts are frozen as in the paper.
 """
 
 import argparse
@@ -54,7 +54,7 @@ from tqdm import tqdm
 
 from adapters import AcousticAdapter, SemanticAdapter
 from data import (
-    SAMPLE_RATE, SAMPLES_PER_FRAME, answer_ids, bucket, build_prompt, collate, encode_bare, encode_text, load_audio, log_mel, read_manifest, window_seconds,
+    CANVAS, SAMPLE_RATE, SAMPLES_PER_FRAME, answer_ids, bucket, build_prompt, collate, encode_text, load_audio, log_mel, read_manifest, window_seconds,
 )  # fmt: skip
 from diffusion import corrupt, draw_t, masked_nll, next_token_loss, sft_loss
 from model import PRESETS, RELEASES, Parser, UserError, assemble, build, fetch, load, load_tokenizer, pick_device, save
@@ -75,8 +75,8 @@ class Stage:
     steps: int = 0  # this many steps whatever its size
     loss: str = "sft"  # a row of LOSSES
     least_t: float = 0.0  # t is drawn from (least_t, 1]
-    bare: bool = False  # without the chat format; no long questions
-    single: bool = False  # recordings as they were made: no strings, no mixtures
+    canvas: int = CANVAS  # unit of the answer's canvas
+    single: bool = False  # recordings as they were made, short questions: no strings, no mixtures
     weight_decay: float = 0.05
     beta2: float = 0.999
 
@@ -93,16 +93,15 @@ STAGES = {  # a stage is a list of parts; only the small model's stage 0 has mor
         4: [Stage((*ADAPTERS, "lora"), lr=5e-6, batch=4, warmup=200, epochs=1, loss="vrpo")],
     },
     "tiny": {
-        0: [
+        0: [  # encoder, reading single clips, reading everything, both ways of being shown a clip
             Stage(("encoder.",), lr=1e-3, batch=4, warmup=200, steps=7500, loss="ear", beta2=0.98),
-            Stage(READ, lr=1.5e-3, batch=64, warmup=50, steps=600, loss="read", least_t=0.6, bare=True, single=True, beta2=0.98),
-            Stage(READ, lr=1.2e-3, batch=48, warmup=50, steps=1300, loss="read", least_t=0.4, bare=True, beta2=0.98),
-            Stage(READ, lr=1e-3, batch=32, warmup=50, steps=400, loss="read", least_t=0.2, beta2=0.98),
-            Stage((*READ, "acoustic."), lr=7e-4, batch=16, warmup=50, steps=800, least_t=0.2, beta2=0.98),
+            Stage(READ, lr=1.5e-3, batch=64, warmup=50, steps=350, loss="read", least_t=0.6, canvas=8, single=True, beta2=0.98),
+            Stage(READ, lr=1.5e-3, batch=48, warmup=50, steps=2200, loss="read", least_t=0.3, canvas=8, beta2=0.98),
+            Stage((*READ, "acoustic."), lr=7e-4, batch=32, warmup=50, steps=300, least_t=0.2, beta2=0.98),
         ],
         1: [Stage(("semantic.", "soft_prompts"), lr=3e-4, batch=16, warmup=20, steps=40, beta2=0.98)],
         2: [Stage(ADAPTERS, lr=4e-4, batch=16, warmup=20, steps=120, beta2=0.98)],
-        3: [Stage((*ADAPTERS, "lora"), lr=4e-4, batch=16, warmup=20, steps=480, beta2=0.98)],
+        3: [Stage((*ADAPTERS, "lora"), lr=4e-4, batch=16, warmup=20, steps=160, beta2=0.98)],
         4: [Stage((*ADAPTERS, "lora"), lr=3e-5, batch=4, warmup=10, steps=30, loss="vrpo", beta2=0.98)],
     },
 }
@@ -267,9 +266,9 @@ class Maker:
     epoch; a clip found there is not read again.  augmented=False: the clip as it is (held-out loss).
     """
 
-    def __init__(self, tokenizer, config, loss, seed, packer=None, memory=None, augmented=True, bare=False):
+    def __init__(self, tokenizer, config, loss, seed, packer=None, memory=None, augmented=True, canvas=CANVAS):
         self.tokenizer, self.config, self.loss, self.seed = tokenizer, config, loss, seed
-        self.packer, self.memory, self.augmented, self.bare = packer, memory, augmented, bare
+        self.packer, self.memory, self.augmented, self.canvas = packer, memory, augmented, canvas
 
     def item(self, example, epoch):
         """One example -> {"mel", "n_frames", "sides", "seconds"}; for stage 0's encoder a window of clips."""
@@ -280,10 +279,8 @@ class Maker:
             sides = {side: pair_text(example, text, self.tokenizer, c) for side, text in (("chosen", example.answer), ("rejected", example.rejected))}
         elif c.causal:
             sides = {"text": pair_text(example, example.answer, self.tokenizer, c)}
-        elif self.bare:
-            sides = {"text": encode_bare(example, self.tokenizer, c)}
         else:
-            sides = {"text": encode_text(example, self.tokenizer, c, generator)}
+            sides = {"text": encode_text(example, self.tokenizer, c, generator, self.canvas)}
         key = (example.audio, epoch // HEAR_AGAIN)
         if self.memory is not None:
             if key in self.memory:
@@ -483,6 +480,7 @@ def vrpo(context, made):
 CTC_WEIGHT = 0.1  # per word it starts a hundred times larger than the label's loss
 EVEN = ("emotion", "sound", "instrument", "words", "sex")  # what clips of a corpus are drawn evenly by
 LABELLED = ("words", "sound", "instrument", "emotion", "intensity", "sex", "speaker")
+PLACES = 6  # a clip is the first, second, ... of its window, and so many from the end, counted up to here
 
 
 def is_single(example):
@@ -501,6 +499,7 @@ class Packer:
         self.pools = {corpus: dict(values) for corpus, values in pools.items()}
         self.words = sorted({w for e in single.values() for w in e.facts.get("words", "").split()})
         self.labels = {kind: sorted({e.facts[kind] for e in single.values() if kind in e.facts}) for kind in LABELLED}
+        self.labels |= {kind: [str(i) for i in range(PLACES)] for kind in ("place", "left")}
         self.config = config
 
     def draw_clip(self, rng):
@@ -533,6 +532,9 @@ class Packer:
             at += len(clip) + int(rng.uniform(0.02, 0.6) * SAMPLE_RATE)
             if alone or at > stop:
                 break
+        for i, (facts, first, last) in enumerate(clips):
+            place, left = min(i, PLACES - 1), min(len(clips) - 1 - i, PLACES - 1)
+            clips[i] = (facts | {"place": str(place), "left": str(left)}, first, last)
         if rng.random() < 0.5:
             audio += 10 ** rng.uniform(-4, -2) * torch.randn(window, generator=generator).numpy()
         mel = mask_mel(log_mel(audio, self.config)[0], generator)
@@ -542,8 +544,9 @@ class Packer:
 class Heads(nn.Module):
     """What stage 0 needs and nobody else: CTC and label heads on the encoder, label heads on the audio tokens.
 
-    CTC names the words in order; the label heads name each clip's word, sound, emotion, ... from the
-    mean of its frames.  CTC alone sat on its plateau (blanks everywhere) for hundreds of steps.
+    CTC names the words in order; the label heads name each clip's word, sound, emotion, ... and its
+    place in the window from the mean of its frames: a reader that is after the third word can look for
+    it.  CTC alone sat on its plateau (blanks everywhere) for hundreds of steps.
     """
 
     def __init__(self, packer, config):
@@ -551,7 +554,7 @@ class Heads(nn.Module):
         self.labels = {kind: values for kind, values in packer.labels.items() if len(values) > 1}
         self.ctc = nn.Linear(config.audio_width, 1 + len(packer.words))  # class 0: CTC's blank
         self.on_frames = nn.ModuleDict({kind: nn.Linear(config.audio_width, len(v)) for kind, v in self.labels.items()})
-        self.on_tokens = nn.ModuleDict({kind: nn.Linear(config.width, len(v)) for kind, v in self.labels.items()})
+        self.on_tokens = nn.ModuleDict({kind: nn.Linear(config.width, len(v)) for kind, v in self.labels.items() if kind in LABELLED})
 
     def name(self, heads, x, facts, row_of, B):
         """Cross-entropy of naming every fact of what x (N, d) stands for, averaged within each of the B rows."""
@@ -587,7 +590,7 @@ def ear(context, made):
     return losses.detach()
 
 
-NAMING_WEIGHT, HEAR_AGAIN = 0.2, 3  # a clip is augmented and encoded anew every third epoch
+NAMING_WEIGHT, HEAR_AGAIN = 0.2, 2  # a clip is augmented and encoded anew every other epoch
 
 
 def read(context, made):
@@ -609,8 +612,7 @@ def read(context, made):
     with context.autocast():
         audio, is_audio = model.adapt(None, final, batch["n_frames"], 1)
         tokens, is_token = (x[:, model.config.n_soft_prompts :] for x in (audio, is_audio))
-        heard = (tokens, is_token) if context.row.bare else (audio, is_audio)
-        losses = question_loss(model, batch, *heard, context.noise(made), context.row.least_t)
+        losses = question_loss(model, batch, audio, is_audio, context.noise(made), context.row.least_t)
         tokens = F.layer_norm(tokens.float(), tokens.shape[-1:]) * is_token[:, :, None]
         pooled = tokens.sum(1) / is_token.sum(1, keepdim=True)  # (B, D)
         naming = context.heads.name(context.heads.on_tokens, pooled, batch["facts"], list(range(len(found))), len(found))
@@ -729,8 +731,6 @@ def held_out_loss(context, maker, examples, world, tokens):
         side = side_of(batch)
         with context.autocast():
             audio, is_audio = model.adapt(*model.encode(batch["mel"]), batch["n_frames"], context.stage or 1)
-            if context.row.bare:
-                audio, is_audio = (x[:, c.n_soft_prompts :] for x in (audio, is_audio))
             if c.causal:  # one loss, whatever t
                 n = side["is_answer"].sum(1)
                 nll = (next_token_loss(reader(model, side, audio, is_audio), side["ids"], side["is_answer"]) * n).sum().item()
@@ -857,7 +857,7 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
     autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=o.precision == "bf16")
     memory = memory if row.loss == "read" else None
     context = Context(model, stage, o.seed, row, autocast, tuple(chosen.values()), reference, heads, memory)
-    maker = Maker(tokenizer, config, row.loss, o.seed, packer, memory, bare=row.bare)
+    maker = Maker(tokenizer, config, row.loss, o.seed, packer, memory, canvas=row.canvas)
     meeting = DistributedDataParallel(Meeting(chosen.values())) if world.size > 1 else None
     costs = [cost_of(e, config) for e in examples]
     stop = steps if o.stop_after is None else min(steps, step + o.stop_after)
@@ -945,7 +945,7 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
                 progress.set_postfix(shown | {"ex/s": f"{row.batch * progress.format_dict['rate']:.0f}"} if progress.format_dict["rate"] else shown, refresh=False)
                 progress.update()
             if len(held_out) and row.loss in ("sft", "read") and (step % o.held_out_every == 0 or step == steps):
-                quiet = Maker(tokenizer, config, "sft", 0, augmented=False, bare=row.bare)
+                quiet = Maker(tokenizer, config, "sft", 0, augmented=False, canvas=row.canvas)
                 value, per_t = held_out_loss(context, quiet, held_out, world, o.tokens)
                 if log is not None:
                     log.write(part=part, step=step, held_out=value, held_out_t=dict(zip(map(str, HELD_OUT_T), per_t)))
@@ -1105,11 +1105,10 @@ def run(args):
         for part in range(first, len(parts)):
             row = parts[part]
             if stage == 0 and args.objective == "ar":
-                # the twin shares the parts without the chat format, then turns causal: both start from one reader
-                model.config = model.backbone.c = dataclasses.replace(model.config, causal=not row.bare)
+                model.config = model.backbone.c = dataclasses.replace(model.config, causal=True)
             if row.loss == "read" and parts[part - 1].loss == "ear" and not (state and state["step"]):
                 match_loudness(model, examples, Maker(tokenizer, model.config, "sft", args.seed, augmented=False))
-            chosen = [e for e in examples if (is_single(e) or not row.single) and (not row.bare or len(e.question) + len(e.answer) < (80 if row.single else 160))]
+            chosen = [e for e in examples if not row.single or is_single(e) and len(e.question) + len(e.answer) < 80]
             chosen = [e if e.id == i else dataclasses.replace(e, id=i) for i, e in enumerate(chosen)]
             resumed = state if state and state["part"] == part and state["step"] else None
             if not train(world, model, tokenizer, chosen, stage, row, out, options, part, resumed, heads, held_out):

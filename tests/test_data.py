@@ -154,6 +154,7 @@ def test_answer_text_stops_at_the_first_mark(tokenizer, config):
 def test_canvas(tokenizer, config, tmp_path):
     """The next multiple of 16 after the end of turn plus 0-2 further 16s; always an end mark; never the batch's doing."""
     assert [canvas_length(n, 0) for n in (1, 15, 16, 17, 31, 32)] == [16, 16, 32, 32, 32, 48]
+    assert [canvas_length(n, 1, unit=8) for n in (1, 7, 8, 17)] == [16, 16, 24, 32]
     (tmp_path / "m.jsonl").write_text(json.dumps({"messages": [user("Hm?"), assistant("Rain.")]}))
     example = read_manifest(str(tmp_path / "m.jsonl"))[0]
     lengths = set()
@@ -166,6 +167,7 @@ def test_canvas(tokenizer, config, tmp_path):
         assert item["ids"][: -len(canvas)] == build_prompt(tokenizer, "Hm?")[0]
         lengths.add(len(canvas))
     assert lengths == {16, 32, 48}
+    assert {sum(encode_text(example, tokenizer, config, torch.Generator().manual_seed(seed), unit=8)["is_answer"]) for seed in range(40)} == {8, 16, 24}
 
 
 def test_text_that_does_not_fit_is_refused(tokenizer, config, tmp_path):

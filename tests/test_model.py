@@ -13,7 +13,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from adapters import merge_lora
 from conftest import SMALL, lively
-from model import DIFFA2, PRESETS, Cache, Config, Encoder, LLaDA, RMSNorm, UserError, build, load, rope_table, rotate, save, splice_order
+from model import DIFFA2, PRESETS, Cache, Config, Encoder, LLaDA, RMSNorm, UserError, attend, build, load, rope_table, rotate, save, splice_order
 
 
 def llama_like(backbone, attention="eager"):
@@ -58,6 +58,32 @@ def test_backbone_is_llama_values_and_gradients(causal):
     reference = dict(llama.named_parameters())
     for name, p in model.backbone.named_parameters():
         torch.testing.assert_close(p.grad, reference[renamed[name]].grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("mask", [None, torch.arange(7)[None, None, None] < 5, torch.ones(7, 7).tril()[None, None] > 0], ids=["all", "padding", "causal"])
+def test_attention_spelled_out_is_torchs(mask):
+    """Values and gradients."""
+    start = [torch.randn(2, 3, 7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    found = []
+    for attention in (attend, torch.nn.functional.scaled_dot_product_attention):
+        q, k, v = (x.clone().requires_grad_() for x in start[:3])
+        y = attention(q, k, v, mask)
+        (y * start[3]).sum().backward()
+        found.append([y, q.grad, k.grad, v.grad])
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_fresh_layers_add_about_what_was_there():
+    """Embeddings of rms 1 enter, and all layers together less than double their variance: a token still knows what it is."""
+    model, seen = build(PRESETS["tiny"], seed=0), []
+    model.backbone.ln_f.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    ids = torch.randint(10, 600, (4, 50), generator=torch.Generator().manual_seed(0))
+    x = model.backbone.wte(ids)
+    model.backbone(x, None)
+    assert x.pow(2).mean().sqrt().item() == pytest.approx(1, abs=0.05)
+    assert 1 < (seen[0].pow(2).mean() / x.pow(2).mean()).item() < 2
+    assert torch.nn.functional.cosine_similarity(seen[0], x, -1).mean() > 0.7
 
 
 def test_rope_and_rmsnorm_compute_in_fp32():

@@ -13,7 +13,7 @@ import pytest
 
 import prepare
 from conftest import sound
-from data import load_audio, mmau_prompt, mmsu_prompt, read_manifest
+from data import build_prompt, load_audio, mmau_prompt, mmsu_prompt, prompt_text, read_manifest
 from model import load_tokenizer
 from prepare import (
     CHOICE_TASKS, DIGITS, TASKS, TOUR, TOY_INSTRUMENTS, TOY_SOUNDS, Clip, askable, choice_line, compose, derived, distractors, draw_question, main, mix,
@@ -237,8 +237,11 @@ def test_tokenizer_speaks_the_prompt(toured, tokenizer):
     t = load_tokenizer(toured)
     for text in ("Rain.", "seven three", "What do you hear? é ß 漢", "\n\n"):
         assert t.decode(t.encode(text, add_special_tokens=False).ids) == text
-    assert len(t.encode("You are a helpful voice assistant.", add_special_tokens=False).ids) < 9
-    assert t.get_vocab_size() <= 896
+    assert len(t.encode("You are a helpful voice assistant.", add_special_tokens=False).ids) == 1
+    ids, audio_at = build_prompt(t, "What emotion?")
+    assert t.id_to_token(ids[audio_at]) == " <audio>."
+    assert t.decode(ids, skip_special_tokens=False) == prompt_text("What emotion?")
+    assert t.get_vocab_size() <= 902
 
 
 def test_show_prints_what_the_model_sees(toured, capsys):

@@ -223,6 +223,8 @@ def test_packs_hold_what_they_say(toured):
         edges = [x for _, i, j in made["clips"] for x in (i, j)]
         assert edges == sorted(edges) and edges[-1] <= 500 and all(i < j for _, i, j in made["clips"])
         counts.append(len(made["clips"]))
+        places = [[int(facts[kind]) for facts, _, _ in made["clips"]] for kind in ("place", "left")]
+        assert places == [[min(i, 5) for i in range(counts[-1])], [min(i, 5) for i in reversed(range(counts[-1]))]]
     assert min(counts) == 1 and max(counts) > 4
 
 
@@ -517,7 +519,7 @@ def test_a_micro_batch_with_nothing_hidden_is_no_error(one, toured, monkeypatch,
 
 
 def test_the_autoregressive_twin_learns_its_own_way(one, toured, tmp_path, capsys):
-    """Causal from the chat format on, decoded one token a call; the two kinds of checkpoint are told apart."""
+    """Causal from its first word on, decoded one token a call; the two kinds of checkpoint are told apart."""
     for stage in (0, 1, 2, 3):
         args = arguments(toured, tmp_path, stage, "--objective", "ar", "--max-steps", "3")
         assert main(args) == 0
@@ -535,11 +537,11 @@ def test_the_autoregressive_twin_learns_its_own_way(one, toured, tmp_path, capsy
         assert "other kind" in capsys.readouterr().err
 
 
-def test_both_kinds_start_from_one_reader(toured, tmp_path, monkeypatch):
-    """The parts without the chat format are the same for the twin, to the bit; with it, not."""
-    row = STAGES["small"][0][1]
-    for name, parts, same in (("bare", [dataclasses.replace(row, bare=True)], True), ("chat", [dataclasses.replace(row, bare=False)], False)):
-        monkeypatch.setitem(STAGES["small"], 0, [STAGES["tiny"][0][0], *parts])
+def test_both_kinds_start_from_one_encoder(toured, tmp_path, monkeypatch):
+    """The encoder's part is the same for the twin, to the bit; the backbone's is not."""
+    ear, read = STAGES["small"][0][:2]
+    for name, parts, same in (("ear", [ear], True), ("read", [ear, read], False)):
+        monkeypatch.setitem(STAGES["small"], 0, parts)
         for objective in ("diffusion", "ar"):
             assert main(arguments(toured, tmp_path / name / objective, 0, "--objective", objective, "--max-steps", "2")) == 0
         a, b = (weights(tmp_path / name / objective / "stage0") for objective in ("diffusion", "ar"))
@@ -553,7 +555,7 @@ def test_cost_counts_what_a_row_holds(toured, config):
     tokenizer = load_tokenizer(toured)
     for e in read_manifest(f"{toured}/stage3.jsonl", 3)[:40]:
         row = Maker(tokenizer, config.with_tokenizer(tokenizer), "sft", 0)([e], 0)["batch"]["text.ids"].size(1) + config.n_queries
-        assert 0.7 * row < cost_of(e, config) < 2.5 * row
+        assert 0.7 * row < cost_of(e, config) < 3.5 * row  # the benchmarks' instructions are one token of the small tokenizer
     assert Options().tokens == 6144
 
 
