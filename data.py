@@ -373,11 +373,12 @@ def bucket(ids, costs, budget):
 if __name__ == "__main__":
     import sys
 
-    from model import PRESETS, load_tokenizer, ASSETS
+    from model import load
 
     if len(sys.argv) < 2:
         sys.exit("usage: python data.py CLIP [QUESTION]")
-    config, tokenizer = PRESETS["tiny"], load_tokenizer(ASSETS["tiny"])
+    model, tokenizer = load("tiny")
+    config = model.config
     audio, notes = load_audio(sys.argv[1], limit=window_seconds(config))
     mel, n_frames = log_mel(audio, config)
     ids, audio_at = build_prompt(tokenizer, " ".join(sys.argv[2:]) or "What do you hear?")
