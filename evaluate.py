@@ -41,7 +41,7 @@ from data import ASR_QUESTION, LETTERS, SAMPLE_RATE, load_audio, mmau_prompt, mm
 from decode import ask, check_budget, length_option
 from model import Parser, UserError, load
 from prepare import Endpoint, strict_object, write_lines, write_text
-from train import join_world, new_figure, save_figure
+from train import join_world, leave, new_figure, save_figure
 
 
 # ---------------------------------------------------------------------------------------------
@@ -783,4 +783,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

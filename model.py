@@ -136,16 +136,16 @@ class Encoder(AudioEncoder):
         self.register_buffer("positional_embedding", sinusoids(c.n_frames, c.audio_width), persistent=False)
 
     def forward(self, mel, taps=()):
-        """mel (B, n_mels, 2 * n_frames).  Returns taps (B, n_taps, n_frames, d), final (B, n_frames, d).
+        """mel (B, n_mels, 2 * n_frames) or shorter.  Returns taps (B, n_taps, n_frames, d), final (B, n_frames, d).
 
         Tap k is transformers' hidden_states[k]: 0 the input of the first block, k the output of
         openai-whisper's blocks[k - 1].  The final output has passed ln_post, the taps have not.
         """
         x = F.gelu(self.conv1(mel))
         x = F.gelu(self.conv2(x)).transpose(1, 2)  # (B, n_frames, d)
-        if x.size(1) != len(self.positional_embedding):
+        if x.size(1) > len(self.positional_embedding):
             raise ValueError(f"mel of {mel.size(2)} frames; the encoder takes {2 * len(self.positional_embedding)}")
-        x = x + self.positional_embedding.to(x.dtype)
+        x = x + self.positional_embedding[: x.size(1)].to(x.dtype)
         tapped = {0: x} if 0 in taps else {}
         for k, block in enumerate(self.blocks, start=1):
             x = block(x)

@@ -17,10 +17,10 @@ once.  What an example is masked and augmented with is seeded by (seed, epoch, e
 number of processes changes nothing but the speed.
 
 Stage 0 exists for the small model alone.  The paper freezes Whisper and LLaDA, and at this size
-there is nothing pretrained to freeze, so stage 0 makes it, in parts: the encoder learns to recognise
-words (CTC), what clips are and in what order they come (label heads); the backbone learns to read
-through the frozen encoder, single recordings first; last it meets both ways of being shown a clip.
-From stage 1 on the same parts are frozen as in the paper.
+there is nothing pretrained to freeze, so stage 0 makes it, in parts: the encoder learns to name what
+is heard, and in what order (label heads); the backbone learns to read through the frozen encoder,
+single recordings first; last it meets both ways of being shown a clip.  From stage 1 on the same
+parts are frozen as in the paper.
 """
 
 import argparse
@@ -56,7 +56,7 @@ from adapters import AcousticAdapter, SemanticAdapter
 from data import (
     CANVAS, SAMPLE_RATE, SAMPLES_PER_FRAME, answer_ids, bucket, build_prompt, collate, encode_text, load_audio, log_mel, read_manifest, window_seconds,
 )  # fmt: skip
-from diffusion import corrupt, draw_t, masked_nll, next_token_loss, sft_loss
+from diffusion import corrupt, draw_t, draw_uniform, masked_nll, next_token_loss, sft_loss
 from model import PRESETS, RELEASES, Parser, UserError, assemble, build, fetch, load, load_tokenizer, pick_device, save
 from vrpo import BETA, SAMPLES, draw_pair_masks, margin, push, score, swapped, vrpo_loss
 
@@ -77,6 +77,7 @@ class Stage:
     least_t: float = 0.0  # t is drawn from (least_t, 1]
     canvas: int = CANVAS  # unit of the answer's canvas
     single: bool = False  # recordings as they were made, short questions: no strings, no mixtures
+    frames: int = 0  # of the windows that stage 0's encoder learns on, 50 a second; 0: the model's own
     weight_decay: float = 0.05
     beta2: float = 0.999
 
@@ -93,15 +94,16 @@ STAGES = {  # a stage is a list of parts; only the small model's stage 0 has mor
         4: [Stage((*ADAPTERS, "lora"), lr=5e-6, batch=4, warmup=200, epochs=1, loss="vrpo")],
     },
     "tiny": {
-        0: [  # encoder, reading single clips, reading everything, both ways of being shown a clip
-            Stage(("encoder.",), lr=1e-3, batch=4, warmup=200, steps=7500, loss="ear", beta2=0.98),
+        0: [  # encoder on short windows and on whole ones, reading single clips, reading everything, both ways of being shown a clip
+            Stage(("encoder.",), lr=5e-4, batch=8, warmup=200, steps=15000, loss="ear", frames=250, beta2=0.98),
+            Stage(("encoder.",), lr=2e-4, batch=4, warmup=50, steps=800, loss="ear", beta2=0.98),
             Stage(READ, lr=1.5e-3, batch=64, warmup=50, steps=350, loss="read", least_t=0.6, canvas=8, single=True, beta2=0.98),
-            Stage(READ, lr=1.5e-3, batch=48, warmup=50, steps=2200, loss="read", least_t=0.3, canvas=8, beta2=0.98),
-            Stage((*READ, "acoustic."), lr=7e-4, batch=32, warmup=50, steps=300, least_t=0.2, beta2=0.98),
+            Stage(READ, lr=1e-3, batch=48, warmup=50, steps=1000, loss="read", least_t=0.3, canvas=8, beta2=0.98),
+            Stage((*READ, "acoustic."), lr=7e-4, batch=32, warmup=50, steps=500, least_t=0.2, beta2=0.98),
         ],
-        1: [Stage(("semantic.", "soft_prompts"), lr=3e-4, batch=16, warmup=20, steps=40, beta2=0.98)],
-        2: [Stage(ADAPTERS, lr=4e-4, batch=16, warmup=20, steps=120, beta2=0.98)],
-        3: [Stage((*ADAPTERS, "lora"), lr=4e-4, batch=16, warmup=20, steps=160, beta2=0.98)],
+        1: [Stage(("semantic.", "soft_prompts"), lr=2e-4, batch=16, warmup=20, steps=40, beta2=0.98)],
+        2: [Stage(ADAPTERS, lr=2e-4, batch=16, warmup=20, steps=120, beta2=0.98)],
+        3: [Stage((*ADAPTERS, "lora"), lr=2e-4, batch=16, warmup=20, steps=160, beta2=0.98)],
         4: [Stage((*ADAPTERS, "lora"), lr=3e-5, batch=4, warmup=10, steps=30, loss="vrpo", beta2=0.98)],
     },
 }
@@ -201,6 +203,18 @@ def join_world(device=None):
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+def leave(code):
+    """sys.exit; a process of torchrun's goes at once, without the interpreter's winding up.
+
+    A thread of gloo that then asks for Python once more aborts the process: status 134 after all is written.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class Meeting(nn.Module):
@@ -310,7 +324,7 @@ class Maker:
         mels = [i["mel"] for i in items if i["mel"] is not None]
         batch = {"mel": torch.stack(mels)} if mels else {}
         if self.loss == "ear":
-            batch |= {"words": [i["words"] for i in items], "clips": [i["clips"] for i in items]}
+            batch["clips"] = [i["clips"] for i in items]
         else:
             batch["n_frames"] = torch.tensor([i["n_frames"] for i in items])
             for side in items[0]["sides"]:
@@ -330,10 +344,10 @@ def to_device(batch, device):
 
 
 def cost_of(example, config):
-    """About how many positions a row of this example takes: a third of its letters, its audio tokens, its canvas."""
+    """About how many positions a row of this example takes: a quarter of its letters, its audio tokens, its canvas."""
     seconds = example.duration or window_seconds(config)
     text = len(example.question) + 2 * len(example.answer) + 2 * len(example.rejected or "")
-    return 60 + text // 3 + config.n_queries + round(12.5 * min(seconds, window_seconds(config)))
+    return 55 + text // 4 + config.n_queries + round(12.5 * min(seconds, window_seconds(config)))
 
 
 def schedule_of(n_examples, batch, seed, start=0):
@@ -477,7 +491,8 @@ def vrpo(context, made):
 # stage 0: the stand-ins for Whisper and LLaDA
 
 
-CTC_WEIGHT = 0.1  # per word it starts a hundred times larger than the label's loss
+OVER_SOUND = 0.3  # share of speech that is packed over a sound
+STRETCHES, STRETCH = 2, 4  # of every clip so many stretches of so many frames (a semantic token's worth) name it as well
 EVEN = ("emotion", "sound", "instrument", "words", "sex")  # what clips of a corpus are drawn evenly by
 LABELLED = ("words", "sound", "instrument", "emotion", "intensity", "sex", "speaker")
 PLACES = 6  # a clip is the first, second, ... of its window, and so many from the end, counted up to here
@@ -497,62 +512,70 @@ class Packer:
         for e in single.values():
             pools[e.dataset][next(e.facts[k] for k in (*EVEN, *e.facts) if k in e.facts)].append(e)
         self.pools = {corpus: dict(values) for corpus, values in pools.items()}
-        self.words = sorted({w for e in single.values() for w in e.facts.get("words", "").split()})
+        self.sounds = {c: values for c, values in self.pools.items() if not any("words" in e.facts for clips in values.values() for e in clips)}
         self.labels = {kind: sorted({e.facts[kind] for e in single.values() if kind in e.facts}) for kind in LABELLED}
         self.labels |= {kind: [str(i) for i in range(PLACES)] for kind in ("place", "left")}
         self.config = config
 
-    def draw_clip(self, rng):
-        """A corpus, then a word, sound or feeling of it, then a clip: rare classes as often as common ones."""
-        corpus = self.pools[rng.choice(sorted(self.pools))]
-        return rng.choice(corpus[rng.choice(sorted(corpus))])
+    def draw_clip(self, rng, generator, pools):
+        """A corpus, then a word, sound or feeling of it, then a clip: rare classes as often as common ones.  -> facts, audio."""
+        corpus = pools[rng.choice(sorted(pools))]
+        example = rng.choice(corpus[rng.choice(sorted(corpus))])
+        return example.facts, augment(clip_of(example, self.config), self.config, generator)
+
+    def draw(self, rng, generator):
+        """A clip, or now and then speech over a sound -> audio, [(facts, first sample, last sample)]."""
+        facts, voice = self.draw_clip(rng, generator, self.pools)
+        if "words" not in facts or not self.sounds or rng.random() > OVER_SOUND:
+            return voice, [(facts, 0, len(voice))]
+        of_sound, sound = self.draw_clip(rng, generator, self.sounds)
+        n = max(len(voice) + int(rng.uniform(0.2, 1.5) * SAMPLE_RATE), min(len(sound), int(3.5 * SAMPLE_RATE)))
+        start, ratio = rng.randint(0, n - len(voice)), 10 ** (rng.uniform(-9, 6) / 20)  # as in prepare.mix
+        rms = lambda x: float(np.sqrt(np.mean(x**2)) + 1e-5)
+        audio = (np.resize(sound, n) * (ratio * rms(voice) / rms(sound))).astype(np.float32)
+        audio[start : start + len(voice)] += voice
+        return audio, [(facts, start, start + len(voice)), (of_sound, 0, n)]
 
     def pack(self, generator):
-        """-> {"mel", "words": CTC classes, "clips": [(facts, first frame, last frame)], "seconds"}.
-
-        Several clips in a row give CTC something to say about every frame; a third of the windows
-        hold one clip, as in use.
-        """
+        """-> {"mel", "clips": [(facts, first frame, last frame)], "seconds"}; a third of the windows hold one clip, as in use."""
         rng = random.Random(generator.initial_seed())
         window = self.config.n_frames * SAMPLES_PER_FRAME
         alone, audio, at = rng.random() < 0.34, np.zeros(window, np.float32), int(rng.random() * 0.3 * SAMPLE_RATE)
         stop = int(rng.uniform(0.3, 1.0) * window)
-        words, clips = [], []
+        clips, n = [], 0
         while True:
-            example = self.draw_clip(rng)
-            clip = augment(clip_of(example, self.config), self.config, generator)
+            clip, layers = self.draw(rng, generator)
             if at + len(clip) > window:
                 if clips:
                     break
-                at = 0
+                at, clip = 0, clip[:window]
             audio[at : at + len(clip)] += clip
-            words += [1 + self.words.index(w) for w in example.facts.get("words", "").split()]
-            first, last = at // SAMPLES_PER_FRAME, (at + len(clip)) // SAMPLES_PER_FRAME
-            clips.append((example.facts, first, max(last, first + 1)))
-            at += len(clip) + int(rng.uniform(0.02, 0.6) * SAMPLE_RATE)
+            for facts, first, last in layers:
+                first, last = (min((at + i) // SAMPLES_PER_FRAME, self.config.n_frames - k) for k, i in ((1, first), (0, last)))
+                clips.append((facts | {"place": n}, first, max(last, first + 1)))
+            n, at = n + 1, at + len(clip) + int(rng.uniform(0.02, 0.6) * SAMPLE_RATE)
             if alone or at > stop:
                 break
         for i, (facts, first, last) in enumerate(clips):
-            place, left = min(i, PLACES - 1), min(len(clips) - 1 - i, PLACES - 1)
+            place, left = min(facts["place"], PLACES - 1), min(n - 1 - facts["place"], PLACES - 1)
             clips[i] = (facts | {"place": str(place), "left": str(left)}, first, last)
         if rng.random() < 0.5:
             audio += 10 ** rng.uniform(-4, -2) * torch.randn(window, generator=generator).numpy()
         mel = mask_mel(log_mel(audio, self.config)[0], generator)
-        return {"mel": mel, "words": words, "clips": clips, "seconds": window / SAMPLE_RATE}
+        return {"mel": mel, "clips": clips, "seconds": window / SAMPLE_RATE}
 
 
 class Heads(nn.Module):
-    """What stage 0 needs and nobody else: CTC and label heads on the encoder, label heads on the audio tokens.
+    """What stage 0 needs and nobody else: label heads on the encoder's frames and on the audio tokens.
 
-    CTC names the words in order; the label heads name each clip's word, sound, emotion, ... and its
-    place in the window from the mean of its frames: a reader that is after the third word can look for
-    it.  CTC alone sat on its plateau (blanks everywhere) for hundreds of steps.
+    They name each clip's word, sound, emotion, ... and its place in the window, from the mean of its
+    frames and from single stretches of them: every semantic token is to say what clip it belongs to,
+    so that a reader who is after the third word can find it.
     """
 
     def __init__(self, packer, config):
         super().__init__()
         self.labels = {kind: values for kind, values in packer.labels.items() if len(values) > 1}
-        self.ctc = nn.Linear(config.audio_width, 1 + len(packer.words))  # class 0: CTC's blank
         self.on_frames = nn.ModuleDict({kind: nn.Linear(config.audio_width, len(v)) for kind, v in self.labels.items()})
         self.on_tokens = nn.ModuleDict({kind: nn.Linear(config.width, len(v)) for kind, v in self.labels.items() if kind in LABELLED})
 
@@ -568,24 +591,23 @@ class Heads(nn.Module):
         n = n.index_add(0, torch.tensor(row_of, device=x.device), torch.ones(len(row_of), device=x.device))
         return total / n.clamp(min=1)
 
-    def listen(self, final, words, clips):
-        """Of the encoder's output (B, F, d): CTC loss per word and label loss per clip, a value a window (B,)."""
-        log_p = self.ctc(final).float().log_softmax(-1).transpose(0, 1)  # (F, B, 1 + words)
-        lengths = torch.tensor([len(w) for w in words])
-        frames = torch.full((len(words),), len(log_p))
-        ctc = F.ctc_loss(log_p, torch.tensor([i for w in words for i in w]), frames, lengths, reduction="none", zero_infinity=True)
-        row_of = [b for b, found in enumerate(clips) for _ in found]
-        means = torch.stack([final[b, i:j].mean(0) for b, found in enumerate(clips) for _, i, j in found])  # (N, d)
-        facts = [f for found in clips for f, _, _ in found]
-        return CTC_WEIGHT * ctc / lengths.clamp(min=1).to(ctc.device) + self.name(self.on_frames, means, facts, row_of, len(words))
+    def listen(self, final, clips, generators):
+        """Label loss of the clips in the encoder's output (B, F, d), a value a window (B,)."""
+        parts = []  # (window, facts, first frame, last frame)
+        for b, found in enumerate(clips):
+            for facts, i, j in found:
+                starts = draw_uniform(STRETCHES, generators, b).mul(max(j - i - STRETCH, 0) + 1).long().tolist()
+                parts += [(b, facts, i, j)] + [(b, facts, i + k, min(i + k + STRETCH, j)) for k in starts]
+        means = torch.stack([final[b, i:j].mean(0) for b, _, i, j in parts])  # (N, d)
+        return self.name(self.on_frames, means, [facts for _, facts, _, _ in parts], [b for b, *_ in parts], len(clips))
 
 
 def ear(context, made):
-    """The encoder's part: words by CTC, labels by the frames' mean."""
+    """The encoder's part: what is heard where, by label heads."""
     batch = made["batch"]
     with context.autocast():
         _, final = context.model.encoder(batch["mel"])
-        losses = context.heads.listen(final, batch["words"], batch["clips"])
+        losses = context.heads.listen(final, batch["clips"], context.noise(made))
     losses.sum().backward()
     return losses.detach()
 
@@ -625,9 +647,9 @@ LOSSES = {"sft": sft, "vrpo": vrpo, "ear": ear, "read": read}
 
 @torch.no_grad()
 def match_loudness(model, examples, maker, n=64):
-    """Turns the untrained adapters down until what differs between tokens is as loud as the backbone's words.
+    """Scales the untrained adapters until what differs between tokens is as loud as the backbone's words.
 
-    As initialised they are forty times louder than the embeddings.
+    As initialised the semantic one is 1.5 times, the acoustic one 2.9 times too quiet.
     """
     rms = model.eval().backbone.wte.weight.pow(2).mean().sqrt()  # eval: without dropout
     made = maker([e for e in examples if is_single(e)][:n], 0)["batch"]
@@ -827,6 +849,8 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
     if model.base and o.precision == "bf16":  # the released models; ours keeps to the bit what it froze
         halve_frozen(model)
     packer, heads, memory = heads or (None, None, None)
+    if packer:
+        packer.config = dataclasses.replace(config, n_frames=row.frames or config.n_frames)
     if heads is not None and row.loss in ("ear", "read"):
         heads.to(device)
         chosen |= {f"heads.{n}": p for n, p in heads.named_parameters()}
@@ -1031,7 +1055,8 @@ def start_from(args, stage, name, device):
     """The model a stage begins with, and its tokenizer."""
     if stage == 0:
         tokenizer = load_tokenizer(os.path.dirname(args.data) or ".")
-        return build(PRESETS[name].with_tokenizer(tokenizer), device, seed=args.seed), tokenizer
+        config = dataclasses.replace(PRESETS[name].with_tokenizer(tokenizer), causal=args.objective == "ar")
+        return build(config, device, seed=args.seed), tokenizer
     if stage == 1 and name in RELEASES and not args.init:
         # nothing of ours comes before: LLaDA and Whisper as released, fresh adapters
         llada, whisper, _ = fetch(name, None, args.llada, args.whisper, adapters=False)
@@ -1104,8 +1129,6 @@ def run(args):
                 heads[1].load_state_dict(state["heads"])
         for part in range(first, len(parts)):
             row = parts[part]
-            if stage == 0 and args.objective == "ar":
-                model.config = model.backbone.c = dataclasses.replace(model.config, causal=True)
             if row.loss == "read" and parts[part - 1].loss == "ear" and not (state and state["step"]):
                 match_loudness(model, examples, Maker(tokenizer, model.config, "sft", args.seed, augmented=False))
             chosen = [e for e in examples if not row.single or is_single(e) and len(e.question) + len(e.answer) < 80]
@@ -1169,4 +1192,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

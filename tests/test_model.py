@@ -209,8 +209,13 @@ def test_encoder_taps_are_transformers_hidden_states():
     torch.testing.assert_close(final, reference.last_hidden_state, atol=1e-5, rtol=1e-4)
     # the last tap is the last block's output, before the final norm
     torch.testing.assert_close(ours.ln_post(taps[:, 3]), final)
+    # a shorter window is what an encoder built for it would make of it; a longer one has no positions
+    shorter = Encoder(dataclasses.replace(c, n_frames=c.n_frames // 2)).eval()
+    shorter.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(ours(mel[:, :, : c.n_frames])[1], shorter(mel[:, :, : c.n_frames])[1])
     with pytest.raises(ValueError, match="200"):
-        ours(mel[:, :, :100])
+        ours(torch.cat([mel, mel], 2))
 
 
 def test_presets_have_the_published_taps_and_ids():
