@@ -509,10 +509,11 @@ class Packer:
     def __init__(self, examples, config):
         single = {e.audio: e for e in examples if is_single(e)}
         pools = defaultdict(lambda: defaultdict(list))  # corpus -> value -> clips
+        of_sound = {e.facts[kind] for e in single.values() for kind in ("sound", "instrument") if kind in e.facts}
         for e in single.values():
             pools[e.dataset][next(e.facts[k] for k in (*EVEN, *e.facts) if k in e.facts)].append(e)
         self.pools = {corpus: dict(values) for corpus, values in pools.items()}
-        self.sounds = {c: values for c, values in self.pools.items() if not any("words" in e.facts for clips in values.values() for e in clips)}
+        self.sounds = {corpus: values for corpus, values in self.pools.items() if not values.keys().isdisjoint(of_sound)}
         self.labels = {kind: sorted({e.facts[kind] for e in single.values() if kind in e.facts}) for kind in LABELLED}
         self.labels |= {kind: [str(i) for i in range(PLACES)] for kind in ("place", "left")}
         self.config = config
