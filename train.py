@@ -288,7 +288,7 @@ class Maker:
         """One example -> {"mel", "n_frames", "sides", "seconds"}; for stage 0's encoder a window of clips."""
         c, generator = self.config, generator_for(self.seed, epoch, example.id)
         if self.loss == "ear":
-            return self.packer.pack(generator)
+            return self.packer.pack(generator, c)
         if self.loss == "vrpo":
             sides = {side: pair_text(example, text, self.tokenizer, c) for side, text in (("chosen", example.answer), ("rejected", example.rejected))}
         elif c.causal:
@@ -506,7 +506,7 @@ def is_single(example):
 class Packer:
     """Windows filled with single clips: one clip in ten seconds would leave the encoder idle nine tenths of its time."""
 
-    def __init__(self, examples, config):
+    def __init__(self, examples):
         single = {e.audio: e for e in examples if is_single(e)}
         pools = defaultdict(lambda: defaultdict(list))  # corpus -> value -> clips
         of_sound = {e.facts[kind] for e in single.values() for kind in ("sound", "instrument") if kind in e.facts}
@@ -516,20 +516,19 @@ class Packer:
         self.sounds = {corpus: values for corpus, values in self.pools.items() if not values.keys().isdisjoint(of_sound)}
         self.labels = {kind: sorted({e.facts[kind] for e in single.values() if kind in e.facts}) for kind in LABELLED}
         self.labels |= {kind: [str(i) for i in range(PLACES)] for kind in ("place", "left")}
-        self.config = config
 
-    def draw_clip(self, rng, generator, pools):
+    def draw_clip(self, rng, generator, config, pools):
         """A corpus, then a word, sound or feeling of it, then a clip: rare classes as often as common ones.  -> facts, audio."""
         corpus = pools[rng.choice(sorted(pools))]
         example = rng.choice(corpus[rng.choice(sorted(corpus))])
-        return example.facts, augment(clip_of(example, self.config), self.config, generator)
+        return example.facts, augment(clip_of(example, config), config, generator)
 
-    def draw(self, rng, generator):
+    def draw(self, rng, generator, config):
         """A clip, or now and then speech over a sound -> audio, [(facts, first sample, last sample)]."""
-        facts, voice = self.draw_clip(rng, generator, self.pools)
+        facts, voice = self.draw_clip(rng, generator, config, self.pools)
         if "words" not in facts or not self.sounds or rng.random() > OVER_SOUND:
             return voice, [(facts, 0, len(voice))]
-        of_sound, sound = self.draw_clip(rng, generator, self.sounds)
+        of_sound, sound = self.draw_clip(rng, generator, config, self.sounds)
         n = max(len(voice) + int(rng.uniform(0.2, 1.5) * SAMPLE_RATE), min(len(sound), int(3.5 * SAMPLE_RATE)))
         start, ratio = rng.randint(0, n - len(voice)), 10 ** (rng.uniform(-9, 6) / 20)  # as in prepare.mix
         rms = lambda x: float(np.sqrt(np.mean(x**2)) + 1e-5)
@@ -537,32 +536,32 @@ class Packer:
         audio[start : start + len(voice)] += voice
         return audio, [(facts, start, start + len(voice)), (of_sound, 0, n)]
 
-    def pack(self, generator):
-        """-> {"mel", "clips": [(facts, first frame, last frame)], "seconds"}; a third of the windows hold one clip, as in use."""
+    def pack(self, generator, config):
+        """A window of config.n_frames -> {"mel", "clips": [(facts, first frame, last frame)], "seconds"}; a third hold one clip, as in use."""
         rng = random.Random(generator.initial_seed())
-        window = self.config.n_frames * SAMPLES_PER_FRAME
+        window = config.n_frames * SAMPLES_PER_FRAME
         alone, audio, at = rng.random() < 0.34, np.zeros(window, np.float32), int(rng.random() * 0.3 * SAMPLE_RATE)
         stop = int(rng.uniform(0.3, 1.0) * window)
         clips, n = [], 0
         while True:
-            clip, layers = self.draw(rng, generator)
+            clip, layers = self.draw(rng, generator, config)
             if at + len(clip) > window:
                 if clips:
                     break
                 at, clip = 0, clip[:window]
             audio[at : at + len(clip)] += clip
-            for facts, first, last in layers:
-                first, last = (min((at + i) // SAMPLES_PER_FRAME, self.config.n_frames - k) for k, i in ((1, first), (0, last)))
-                clips.append((facts | {"place": n}, first, max(last, first + 1)))
+            for facts, start, end in layers:
+                first = min((at + start) // SAMPLES_PER_FRAME, config.n_frames - 1)
+                last = min((at + end) // SAMPLES_PER_FRAME, config.n_frames)
+                clips.append((n, facts, first, max(last, first + 1)))
             n, at = n + 1, at + len(clip) + int(rng.uniform(0.02, 0.6) * SAMPLE_RATE)
             if alone or at > stop:
                 break
-        for i, (facts, first, last) in enumerate(clips):
-            place, left = min(facts["place"], PLACES - 1), min(n - 1 - facts["place"], PLACES - 1)
-            clips[i] = (facts | {"place": str(place), "left": str(left)}, first, last)
+        counted = lambda i: {"place": str(min(i, PLACES - 1)), "left": str(min(n - 1 - i, PLACES - 1))}
+        clips = [(facts | counted(i), first, last) for i, facts, first, last in clips]
         if rng.random() < 0.5:
             audio += 10 ** rng.uniform(-4, -2) * torch.randn(window, generator=generator).numpy()
-        mel = mask_mel(log_mel(audio, self.config)[0], generator)
+        mel = mask_mel(log_mel(audio, config)[0], generator)
         return {"mel": mel, "clips": clips, "seconds": window / SAMPLE_RATE}
 
 
@@ -850,8 +849,6 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
     if model.base and o.precision == "bf16":  # the released models; ours keeps to the bit what it froze
         halve_frozen(model)
     packer, heads, memory = heads or (None, None, None)
-    if packer:
-        packer.config = dataclasses.replace(config, n_frames=row.frames or config.n_frames)
     if heads is not None and row.loss in ("ear", "read"):
         heads.to(device)
         chosen |= {f"heads.{n}": p for n, p in heads.named_parameters()}
@@ -882,7 +879,8 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
     autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=o.precision == "bf16")
     memory = memory if row.loss == "read" else None
     context = Context(model, stage, o.seed, row, autocast, tuple(chosen.values()), reference, heads, memory)
-    maker = Maker(tokenizer, config, row.loss, o.seed, packer, memory, canvas=row.canvas)
+    window = dataclasses.replace(config, n_frames=row.frames or config.n_frames)
+    maker = Maker(tokenizer, window, row.loss, o.seed, packer, memory, canvas=row.canvas)
     meeting = DistributedDataParallel(Meeting(chosen.values())) if world.size > 1 else None
     costs = [cost_of(e, config) for e in examples]
     stop = steps if o.stop_after is None else min(steps, step + o.stop_after)
@@ -1124,7 +1122,7 @@ def run(args):
         if stage == 0:
             if not any("words" in e.facts for e in examples):
                 raise UserError(f"{args.data}: stage 0 needs lines with facts, words among them")
-            packer = Packer(examples, model.config)
+            packer = Packer(examples)
             heads = packer, Heads(packer, model.config), {}  # all parts that read hear a clip once
             if state and state.get("heads"):
                 heads[1].load_state_dict(state["heads"])

@@ -216,9 +216,9 @@ def test_augment_and_mask_stay_in_bounds():
 
 def test_packs_hold_what_they_say(toured):
     """A window's clips follow each other, each over frames of its own; a sound under speech is of its speech's place and reaches around it."""
-    packer, counts, covered = Packer(read_manifest(f"{toured}/stage0.jsonl", 0), PRESETS["tiny"]), [], 0
+    packer, counts, covered = Packer(read_manifest(f"{toured}/stage0.jsonl", 0)), [], 0
     for seed in range(40):
-        made = packer.pack(torch.Generator().manual_seed(seed))
+        made = packer.pack(torch.Generator().manual_seed(seed), PRESETS["tiny"])
         assert made["mel"].shape == (80, 1000) and made["clips"]
         assert all(0 <= i < j <= 500 for _, i, j in made["clips"])
         in_place = [list(same) for _, same in itertools.groupby(made["clips"], key=lambda clip: (clip[0]["place"], clip[0]["left"]))]
@@ -237,7 +237,7 @@ def test_packs_hold_what_they_say(toured):
 def test_heads_name_a_clip_by_its_mean_and_by_stretches(toured):
     """The label loss of a window against cross-entropy written out, its stretches drawn again by the same generator."""
     c = PRESETS["tiny"]
-    packer = Packer(read_manifest(f"{toured}/stage0.jsonl", 0), c)
+    packer = Packer(read_manifest(f"{toured}/stage0.jsonl", 0))
     torch.manual_seed(0)
     heads, final = train.Heads(packer, c), torch.randn(2, 500, c.audio_width)
     word, other = heads.labels["words"][:2]
@@ -531,7 +531,7 @@ def test_a_micro_batch_with_nothing_hidden_is_no_error(one, toured, monkeypatch,
     model, tokenizer = load(f"{one}/stage2", "cpu", torch.float32)
     examples = read_manifest(f"{toured}/stage2.jsonl", 2)
     example = dataclasses.replace(examples[0], facts={})
-    packer, memory = Packer(examples, model.config), {} if loss == "read" else None
+    packer, memory = Packer(examples), {} if loss == "read" else None
     chosen = trainable(model, ("semantic.", "acoustic."))
     context = train.Context(model, 2, 0, STAGES["tiny"][2][0], contextlib.nullcontext, tuple(chosen.values()), (), train.Heads(packer, model.config), memory)
     made = Maker(tokenizer, model.config, loss, 0, packer, memory)([example], 0)
