@@ -219,6 +219,19 @@ def is_cut_wav(path):
     return at > 0 and 0 < size < 1 << 31 and at + 8 + size > os.path.getsize(path)
 
 
+def loop(sound, n, voice, decibels):
+    """A sound repeated or cut to n samples, so loud that `voice` is so many decibels above it."""
+    rms = lambda x: float(np.sqrt(np.mean(x**2)) + 1e-5)
+    return np.tile(sound, -(-n // len(sound)))[:n] * (rms(voice) / rms(sound) * 10 ** (-decibels / 20))
+
+
+def lay_under(voice, sound, rng, low=-6.0, high=9.0):
+    """The sound to be heard behind a voice that is low..high dB louder -> samples (n,), where among them the voice starts, dB."""
+    n = max(len(voice) + int(rng.uniform(0.2, 1.5) * SAMPLE_RATE), min(len(sound), int(3.5 * SAMPLE_RATE)))
+    start, decibels = rng.randint(0, n - len(voice)), rng.uniform(low, high)
+    return loop(sound, n, voice, decibels), start, decibels
+
+
 def window_seconds(config):
     return config.n_frames * SAMPLES_PER_FRAME / SAMPLE_RATE
 

@@ -45,7 +45,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tqdm import tqdm
 
 from data import (
-    ASR_QUESTION, BEFORE_AUDIO, LETTERS, SAMPLE_RATE, SYSTEM, build_prompt, encode_text, lettered, load_audio, mmau_prompt, mmsu_prompt, parse_example, prompt_text,
+    ASR_QUESTION, BEFORE_AUDIO, LETTERS, SAMPLE_RATE, SYSTEM, build_prompt, encode_text, lay_under, lettered, load_audio, loop, mmau_prompt, mmsu_prompt, parse_example, prompt_text,
     read_entries, read_manifest,
 )  # fmt: skip
 from model import PRESETS, SPECIAL_TOKENS, Parser, UserError, load_tokenizer
@@ -790,16 +790,12 @@ def sequence(sounds, rng, path):
 def mix(speech, sound, rng, path, music=None, low=-6.0, high=9.0, seconds=8.0):
     """Speech over a sound, over music if given: speech low..high dB above the sound, music 0-6 dB below that; writes a FLAC at `path`."""
     voice, under = load_audio(speech.path, limit=seconds)[0], load_audio(sound.path, limit=seconds)[0]
-    n = max(len(voice) + int(rng.uniform(0.2, 1.5) * SAMPLE_RATE), min(len(under), int(3.5 * SAMPLE_RATE)))
-    start, ratio = rng.randint(0, n - len(voice)), rng.uniform(low, high)  # ratio in dB
-    rms = lambda x: float(np.sqrt(np.mean(x**2)) + 1e-5)
-    layer = lambda audio, decibels: np.tile(audio, -(-n // len(audio)))[:n] * (rms(voice) / rms(audio) * 10 ** (-decibels / 20))
-    mixed = layer(under, ratio)
+    mixed, start, ratio = lay_under(voice, under, rng, low, high)
     facts = speech.facts | {"background": sound.facts["sound"]}
     if abs(ratio) >= 2:  # where anybody would say so
         facts["louder"] = "the voice" if ratio > 0 else "the background"
     if music is not None:
-        mixed = mixed + layer(load_audio(music.path, limit=seconds)[0], ratio + rng.uniform(0, 6))
+        mixed = mixed + loop(load_audio(music.path, limit=seconds)[0], len(mixed), voice, ratio + rng.uniform(0, 6))
         facts["music"] = music.facts["instrument"]
     mixed[start : start + len(voice)] += voice
     write_clip(level(mixed, rng), path)
@@ -1302,11 +1298,13 @@ def benchmark(clips, pools, n, rng, out):
 # the small model's tokenizer and manifests
 
 
-def train_tokenizer(lines, vocab=896):
+def train_tokenizer(lines, vocab=960):
     """Byte-level BPE on the prompts and answers of `lines`, with LLaDA's special tokens.
 
-    Answers count tenfold, so that a label is one token: tokens decoded together are drawn independently.
-    What every prompt says in the same words is one token too: a small model has no positions to waste.
+    Answers count tenfold, and so do choices, so that a label is one token: tokens decoded together are drawn independently,
+    and a choice is found in its list by what it begins with.
+    What every prompt says in the same words is one token too: a small model has no positions to waste; so is a choice's
+    letter with its dot, which stands beside the choice then.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -1317,10 +1315,15 @@ def train_tokenizer(lines, vocab=896):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (text for line in lines for text in (prompt_text(line["messages"][0]["content"].replace("<audio>", "")), *[line["messages"][1]["content"]] * 10))
-    tokenizer.train_from_iterator(texts, trainer)
+
+    def texts():
+        for line in lines:
+            question, answer = (message["content"].replace("<audio>", "") for message in line["messages"][:2])
+            yield from (prompt_text(question), *[answer] * 10, *[f" {choice}" for choice in choices_in(question).values()] * 10)
+
+    tokenizer.train_from_iterator(texts(), trainer)
     fixed = [asks("", []).split("Question:")[0] + "Question:" for asks in (mmsu_prompt, mmau_prompt)]
-    tokenizer.add_tokens([AddedToken(text) for text in (SYSTEM, BEFORE_AUDIO, " <audio>.", "\n\n", *fixed)])
+    tokenizer.add_tokens([AddedToken(text) for text in (SYSTEM, BEFORE_AUDIO, " <audio>.", "\n\n", *fixed, *(f"{letter}." for letter in LETTERS))])
     return tokenizer
 
 

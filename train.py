@@ -54,7 +54,7 @@ from tqdm import tqdm
 
 from adapters import AcousticAdapter, SemanticAdapter
 from data import (
-    CANVAS, SAMPLE_RATE, SAMPLES_PER_FRAME, answer_ids, bucket, build_prompt, collate, encode_text, load_audio, log_mel, read_manifest, window_seconds,
+    CANVAS, LETTERS, SAMPLE_RATE, SAMPLES_PER_FRAME, answer_ids, bucket, build_prompt, collate, encode_text, lay_under, lettered, load_audio, log_mel, read_manifest, window_seconds,
 )  # fmt: skip
 from diffusion import corrupt, draw_t, draw_uniform, masked_nll, next_token_loss, sft_loss
 from model import PRESETS, RELEASES, Parser, UserError, assemble, build, fetch, load, load_tokenizer, pick_device, save
@@ -77,13 +77,17 @@ class Stage:
     least_t: float = 0.0  # t is drawn from (least_t, 1]
     canvas: int = CANVAS  # unit of the answer's canvas
     single: bool = False  # recordings as they were made, short questions: no strings, no mixtures
+    names: int | None = None  # that the lists of stage 0 are drawn from: looking up is learned with few
     frames: int = 0  # of the windows that stage 0's encoder learns on, 50 a second; 0: the model's own
     weight_decay: float = 0.05
     beta2: float = 0.999
+    muon: bool = False  # Muon instead of AdamW for the matrices of encoder and backbone
 
 
 ADAPTERS = ("semantic.", "acoustic.")
 READ = ("semantic.", "soft_prompts", "backbone.")
+
+LISTS = ((8, 400), (24, 250), (None, 400), (8, 300), (16, 150), (32, 150), (None, 300))  # stage 0 looks up names: of so many, steps
 
 STAGES = {  # a stage is a list of parts; only the small model's stage 0 has more than one
     # paper, Table B.2; soft prompts train with stage 1
@@ -94,12 +98,13 @@ STAGES = {  # a stage is a list of parts; only the small model's stage 0 has mor
         4: [Stage((*ADAPTERS, "lora"), lr=5e-6, batch=4, warmup=200, epochs=1, loss="vrpo")],
     },
     "tiny": {
-        0: [  # encoder on short windows and on whole ones, reading single clips, reading everything, both ways of being shown a clip
-            Stage(("encoder.",), lr=5e-4, batch=8, warmup=200, steps=15000, loss="ear", frames=250, beta2=0.98),
-            Stage(("encoder.",), lr=2e-4, batch=4, warmup=50, steps=800, loss="ear", beta2=0.98),
-            Stage(READ, lr=1.5e-3, batch=64, warmup=50, steps=350, loss="read", least_t=0.6, canvas=8, single=True, beta2=0.98),
-            Stage(READ, lr=1e-3, batch=48, warmup=50, steps=1000, loss="read", least_t=0.3, canvas=8, beta2=0.98),
-            Stage((*READ, "acoustic."), lr=7e-4, batch=32, warmup=50, steps=500, least_t=0.2, beta2=0.98),
+        0: [  # encoder on short windows and on whole ones, looking up, reading single clips, reading everything, both ways of being shown a clip
+            Stage(("encoder.",), lr=1e-3, batch=8, warmup=200, steps=7500, loss="ear", frames=250, beta2=0.98, muon=True),
+            Stage(("encoder.",), lr=4e-4, batch=4, warmup=50, steps=1000, loss="ear", beta2=0.98, muon=True),
+            *(Stage(("backbone.",), lr=2e-3, batch=32, warmup=50, steps=steps, loss="look", names=names, beta2=0.98, muon=True) for names, steps in LISTS),
+            Stage(READ, lr=1.5e-3, batch=64, warmup=50, steps=300, loss="read", least_t=0.6, canvas=8, single=True, beta2=0.98, muon=True),
+            Stage(READ, lr=1e-3, batch=48, warmup=50, steps=850, loss="read", least_t=0.3, canvas=8, beta2=0.98, muon=True),
+            Stage((*READ, "acoustic."), lr=7e-4, batch=32, warmup=50, steps=600, least_t=0.2, beta2=0.98, muon=True),
         ],
         1: [Stage(("semantic.", "soft_prompts"), lr=2e-4, batch=16, warmup=20, steps=40, beta2=0.98)],
         2: [Stage(ADAPTERS, lr=2e-4, batch=16, warmup=20, steps=120, beta2=0.98)],
@@ -141,6 +146,25 @@ def learning_rate(step, row, steps):
     if step < row.warmup:
         return row.lr * (step + 1) / row.warmup
     return row.lr * 0.5 * (1 + math.cos(math.pi * (step - row.warmup) / max(1, steps - row.warmup)))
+
+
+def make_optimizers(chosen, row):
+    """AdamW for the parameters `chosen` (name -> parameter); with row.muon Muon for the matrices of the blocks, AdamW for the rest.
+
+    Muon (Jordan et al., 2024) replaces the momentum by the nearest matrix with equal singular values, so that directions of
+    small gradient move as fast as the others; its updates are scaled to the size of AdamW's, and one learning rate serves both.
+    """
+    hidden = [p for name, p in chosen.items() if row.muon and p.dim() == 2 and ".blocks." in name]
+    rest = [p for p in chosen.values() if all(p is not h for h in hidden)]
+    # no decay on vectors: norms, biases, gains
+    groups = [
+        {"params": [p for p in rest if p.dim() > 1], "weight_decay": row.weight_decay},
+        {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizers = [torch.optim.AdamW(groups, lr=row.lr, betas=(0.9, row.beta2), fused=True)]
+    if hidden:
+        optimizers.append(torch.optim.Muon(hidden, lr=row.lr, weight_decay=row.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def generator_for(seed, epoch, example_id, stream=0):
@@ -266,6 +290,21 @@ def mask_mel(mel, generator, n_time=2, n_freq=2, time=25, freq=8):
     return mel
 
 
+def draw_list(labels, rng, tokenizer, config):
+    """A lettered list of some labels and the same again in another order, where of each pair the letter or the name is to be found -> as encode_text."""
+    names = rng.sample(labels, rng.randint(2, min(8, len(labels))))
+    lines = [(f"{letter}.", " " + name[0].upper() + name[1:]) for letter, name in zip(LETTERS, names)]
+    ids, _ = build_prompt(tokenizer, "\n" + lettered([name.strip() for _, name in lines]))
+    is_answer = [False] * len(ids)
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    for letter, name in rng.sample(lines, len(lines)):
+        letter, name, end = encode(letter), encode(name), encode("\n")
+        hide_letter = rng.random() < 0.9  # the harder half: to be matched among many names, not among eight letters
+        ids += letter + name + end
+        is_answer += [hide_letter] * len(letter) + [not hide_letter] * len(name) + [False] * len(end)
+    return {"ids": ids, "is_answer": is_answer, "audio_at": 0}
+
+
 def pair_text(example, answer, tokenizer, config):
     """What VRPO scores and the autoregressive twin learns: prompt, response and its first end mark, nothing after it (no canvas, no padding)."""
     ids, audio_at = build_prompt(tokenizer, example.question)
@@ -276,19 +315,22 @@ def pair_text(example, answer, tokenizer, config):
 class Maker:
     """Examples -> a clean micro-batch.  An example that cannot be used is left out and told of.
 
-    packer: stage 0's windows of clips.  memory: stage 0's outputs of the frozen encoder, by clip and
+    packer: stage 0's windows of clips, and names of its lists.  memory: stage 0's outputs of the frozen encoder, by clip and
     epoch; a clip found there is not read again.  augmented=False: the clip as it is (held-out loss).
     """
 
-    def __init__(self, tokenizer, config, loss, seed, packer=None, memory=None, augmented=True, canvas=CANVAS):
+    def __init__(self, tokenizer, config, loss, seed, packer=None, memory=None, augmented=True, canvas=CANVAS, names=None):
         self.tokenizer, self.config, self.loss, self.seed = tokenizer, config, loss, seed
-        self.packer, self.memory, self.augmented, self.canvas = packer, memory, augmented, canvas
+        self.packer, self.memory, self.augmented, self.canvas, self.names = packer, memory, augmented, canvas, names
 
     def item(self, example, epoch):
         """One example -> {"mel", "n_frames", "sides", "seconds"}; for stage 0's encoder a window of clips."""
         c, generator = self.config, generator_for(self.seed, epoch, example.id)
         if self.loss == "ear":
             return self.packer.pack(generator, c)
+        if self.loss == "look":
+            rows = {"text": draw_list(self.packer.names[: self.names], random.Random(generator.initial_seed()), self.tokenizer, c)}
+            return {"mel": None, "n_frames": 0, "sides": rows, "seconds": 0.0}
         if self.loss == "vrpo":
             sides = {side: pair_text(example, text, self.tokenizer, c) for side, text in (("chosen", example.answer), ("rejected", example.rejected))}
         elif c.causal:
@@ -348,6 +390,9 @@ def cost_of(example, config):
     seconds = example.duration or window_seconds(config)
     text = len(example.question) + 2 * len(example.answer) + 2 * len(example.rejected or "")
     return 55 + text // 4 + config.n_queries + round(12.5 * min(seconds, window_seconds(config)))
+
+
+LIST_COST = 64  # positions of draw_list's rows, about
 
 
 def schedule_of(n_examples, batch, seed, start=0):
@@ -515,6 +560,7 @@ class Packer:
         self.pools = {corpus: dict(values) for corpus, values in pools.items()}
         self.sounds = {corpus: values for corpus, values in self.pools.items() if not values.keys().isdisjoint(of_sound)}
         self.labels = {kind: sorted({e.facts[kind] for e in single.values() if kind in e.facts}) for kind in LABELLED}
+        self.names = list(dict.fromkeys(v for kind in LABELLED if kind != "speaker" for v in self.labels[kind] if len(v) < 20))
         self.labels |= {kind: [str(i) for i in range(PLACES)] for kind in ("place", "left")}
 
     def draw_clip(self, rng, generator, config, pools):
@@ -529,18 +575,15 @@ class Packer:
         if "words" not in facts or not self.sounds or rng.random() > OVER_SOUND:
             return voice, [(facts, 0, len(voice))]
         of_sound, sound = self.draw_clip(rng, generator, config, self.sounds)
-        n = max(len(voice) + int(rng.uniform(0.2, 1.5) * SAMPLE_RATE), min(len(sound), int(3.5 * SAMPLE_RATE)))
-        start, ratio = rng.randint(0, n - len(voice)), 10 ** (rng.uniform(-9, 6) / 20)  # as in prepare.mix
-        rms = lambda x: float(np.sqrt(np.mean(x**2)) + 1e-5)
-        audio = (np.resize(sound, n) * (ratio * rms(voice) / rms(sound))).astype(np.float32)
+        audio, start, _ = lay_under(voice, sound, rng)
         audio[start : start + len(voice)] += voice
-        return audio, [(facts, start, start + len(voice)), (of_sound, 0, n)]
+        return audio, [(facts, start, start + len(voice)), (of_sound, 0, len(audio))]
 
     def pack(self, generator, config):
-        """A window of config.n_frames -> {"mel", "clips": [(facts, first frame, last frame)], "seconds"}; a third hold one clip, as in use."""
+        """A window of config.n_frames -> {"mel", "clips": [(facts, first frame, last frame)], "seconds"}; a fifth hold one clip, as in use."""
         rng = random.Random(generator.initial_seed())
         window = config.n_frames * SAMPLES_PER_FRAME
-        alone, audio, at = rng.random() < 0.34, np.zeros(window, np.float32), int(rng.random() * 0.3 * SAMPLE_RATE)
+        alone, audio, at = rng.random() < 0.2, np.zeros(window, np.float32), int(rng.random() * 0.3 * SAMPLE_RATE)
         stop = int(rng.uniform(0.3, 1.0) * window)
         clips, n = [], 0
         while True:
@@ -612,6 +655,20 @@ def ear(context, made):
     return losses.detach()
 
 
+def look(context, made):
+    """The backbone learns to look up the letter of a name, and the name of a letter, in a list; there is no audio."""
+    model, side = context.model, side_of(made["batch"])
+    predict = lambda noisy, where: model(noisy, side["valid"], where)
+    with context.autocast():
+        if model.config.causal:
+            losses = next_token_loss(predict, side["ids"], side["is_answer"])
+        else:
+            noisy = side["ids"].masked_fill(side["is_answer"], model.config.mask_id)
+            losses = masked_nll(predict, side["ids"], noisy, side["is_answer"]) / side["is_answer"].sum(1)
+    losses.sum().backward()
+    return losses.detach()
+
+
 NAMING_WEIGHT, HEAR_AGAIN = 0.2, 2  # a clip is augmented and encoded anew every other epoch
 
 
@@ -642,7 +699,7 @@ def read(context, made):
     return losses.detach()
 
 
-LOSSES = {"sft": sft, "vrpo": vrpo, "ear": ear, "read": read}
+LOSSES = {"sft": sft, "vrpo": vrpo, "ear": ear, "look": look, "read": read}
 
 
 @torch.no_grad()
@@ -852,12 +909,7 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
     if heads is not None and row.loss in ("ear", "read"):
         heads.to(device)
         chosen |= {f"heads.{n}": p for n, p in heads.named_parameters()}
-    # no decay on vectors: norms, biases, gains
-    groups = [
-        {"params": [p for p in chosen.values() if p.dim() > 1], "weight_decay": row.weight_decay},
-        {"params": [p for p in chosen.values() if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=row.lr, betas=(0.9, row.beta2), fused=True)
+    optimizers = make_optimizers(chosen, row)
     reference = tuple(p.detach().clone() for p in chosen.values()) if row.loss == "vrpo" else ()
     step, seen, bad_steps, hours = 0, set(), 0, 0.0
     torch.manual_seed(o.seed + world.rank)  # dropout: all other randomness has generators of its own
@@ -865,7 +917,8 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
         step, hours = state["step"], state["hours"]
         for name, p in chosen.items():
             p.data.copy_(state["trained"][name])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         reference = tuple(r.to(device) for r in state["reference"])
         if world.size == len(state["random"]):
             torch.set_rng_state(state["random"][world.rank])
@@ -880,9 +933,9 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
     memory = memory if row.loss == "read" else None
     context = Context(model, stage, o.seed, row, autocast, tuple(chosen.values()), reference, heads, memory)
     window = dataclasses.replace(config, n_frames=row.frames or config.n_frames)
-    maker = Maker(tokenizer, window, row.loss, o.seed, packer, memory, canvas=row.canvas)
+    maker = Maker(tokenizer, window, row.loss, o.seed, packer, memory, canvas=row.canvas, names=row.names)
     meeting = DistributedDataParallel(Meeting(chosen.values())) if world.size > 1 else None
-    costs = [cost_of(e, config) for e in examples]
+    costs = [LIST_COST if row.loss == "look" else cost_of(e, config) for e in examples]
     stop = steps if o.stop_after is None else min(steps, step + o.stop_after)
     data = MicroBatches(examples, costs, maker, row, world, o.tokens, o.seed, step, stop)
     loader = torch.utils.data.DataLoader(
@@ -903,7 +956,7 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
             try:
                 write_state({
                     "step": at, "part": part, "stage": stage, "hours": hours, "skipped": sorted(seen), "reference": list(reference),
-                    "trained": {n: p.detach() for n, p in chosen.items()}, "optimizer": optimizer.state_dict(),
+                    "trained": {n: p.detach() for n, p in chosen.items()}, "optimizers": [o.state_dict() for o in optimizers],
                     "random": random_states, "random_cuda": random_cuda,
                 }, out, part, at)  # fmt: skip
             except UserError as e:
@@ -938,7 +991,7 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
                 if count > o.skip_limit * max(len(examples), 1 / o.skip_limit):
                     raise UserError(f"{count} of {len(examples)} examples cannot be used, more than {o.skip_limit:.0%}: see {out}/skipped.jsonl")
             lr = learning_rate(step, row, steps)
-            for group in optimizer.param_groups:
+            for group in (g for optimizer in optimizers for g in optimizer.param_groups):
                 group["lr"] = lr
             for p in chosen.values():  # a rank without examples, a head without a label: zeros meet too
                 if p.grad is None:
@@ -949,7 +1002,8 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
                 p.grad.mul_(world.size / max(n, 1))
             norm = nn.utils.clip_grad_norm_(chosen.values(), 1.0)
             if n and not n_bad and norm.isfinite():
-                optimizer.step()
+                for optimizer in optimizers:
+                    optimizer.step()
                 bad_steps = 0
                 mean = total / n if mean is None else mean + (total / n - mean) * max(0.02, 1 / (step + 1))
             elif n:
@@ -958,7 +1012,8 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
                 if bad_steps >= MAX_BAD_STEPS:
                     places = [examples[i].where or str(i) for i in sorted(ids)[:20]]
                     raise UserError(f"loss or gradient not finite {MAX_BAD_STEPS} steps in a row; the last step's examples: {', '.join(places)}")
-            optimizer.zero_grad(set_to_none=True)
+            for p in chosen.values():
+                p.grad = None
             step, hours = step + 1, hours + heard / 3600
             if log is not None:
                 log.write(part=part, step=step, loss=total / n if n and not n_bad else None, lr=lr, norm=norm.item() if norm.isfinite() else None, n=int(n), hours=hours,
@@ -1128,7 +1183,7 @@ def run(args):
                 heads[1].load_state_dict(state["heads"])
         for part in range(first, len(parts)):
             row = parts[part]
-            if row.loss == "read" and parts[part - 1].loss == "ear" and not (state and state["step"]):
+            if row.loss == "read" and parts[part - 1].loss != "read" and not (state and state["step"]):
                 match_loudness(model, examples, Maker(tokenizer, model.config, "sft", args.seed, augmented=False))
             chosen = [e for e in examples if not row.single or is_single(e) and len(e.question) + len(e.answer) < 80]
             chosen = [e if e.id == i else dataclasses.replace(e, id=i) for i, e in enumerate(chosen)]

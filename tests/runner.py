@@ -20,7 +20,8 @@ from conftest import SMALL
 
 # the stages of `tiny` in their order and kinds, a few steps of a few examples
 SMALL_STAGES = {
-    0: [train.Stage(("encoder.",), 1e-3, 4, 2, steps=20, loss="ear", frames=60), train.Stage(train.READ, 1e-3, 6, 2, steps=20, loss="read", canvas=8),
+    0: [train.Stage(("encoder.",), 1e-3, 4, 2, steps=20, loss="ear", frames=60, muon=True),
+        train.Stage(("backbone.",), 1e-3, 6, 2, steps=20, loss="look", muon=True), train.Stage(train.READ, 1e-3, 6, 2, steps=20, loss="read", canvas=8),
         train.Stage((*train.READ, "acoustic."), 1e-3, 4, 2, steps=20, least_t=0.2)],
     1: [train.Stage(("semantic.", "soft_prompts"), 1e-3, 7, 2, steps=20)],
     2: [train.Stage(train.ADAPTERS, 1e-3, 7, 2, steps=20)],

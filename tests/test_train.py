@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -23,8 +24,8 @@ from decode import ask
 from model import PRESETS, build, load
 from runner import SMALL_STAGES, install
 from train import (
-    STAGES, Maker, MicroBatches, Options, Packer, Stage, World, augment, cost_of, generator_for, learning_rate, list_states, main,
-    mask_mel, read_state, schedule_of, trainable, write_state,
+    STAGES, Maker, MicroBatches, Options, Packer, Stage, World, augment, cost_of, draw_list, generator_for, learning_rate, list_states, main,
+    make_optimizers, mask_mel, read_state, schedule_of, trainable, write_state,
 )  # fmt: skip
 
 RUNNER = os.path.join(os.path.dirname(__file__), "runner.py")
@@ -112,29 +113,53 @@ def test_gradients_and_optimizer_state_are_the_named_parts(one, toured, tmp_path
     model, _ = load(f"{one}/stage{stage}", "cpu")
     named = {n for n, _ in model.named_parameters() if any(n.startswith(part) or (part == "lora_" and part in n) for part in TRAINED[stage])}
     assert set(state["trained"]) == named == set(trainable(model, SMALL_STAGES[stage][0].trains))
-    assert len(state["optimizer"]["state"]) == len(named)
-    shapes = sorted(tuple(s["exp_avg"].shape) for s in state["optimizer"]["state"].values())
+    (optimizer,) = state["optimizers"]
+    assert len(optimizer["state"]) == len(named)
+    shapes = sorted(tuple(s["exp_avg"].shape) for s in optimizer["state"].values())
     assert shapes == sorted(tuple(state["trained"][n].shape) for n in named)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == named
 
 
 def test_two_processes_train_like_one(one, toured, tmp_path_factory):
-    """The same losses and weights after 20 steps of every part of every stage, to 1e-5, under torchrun and gloo."""
+    """The same losses and weights after 20 steps of every part of every stage, to 1e-5, under torchrun and gloo.
+
+    But for single weights whose gradient is nearly zero, such as a rare token's embedding or an entry of LoRA's A while B
+    is small: AdamW makes whole steps of its rounding, and that differs from run to run.
+    """
     folder = tmp_path_factory.mktemp("two")
     run([arguments(toured, folder, stage, *(["--init", f"{one}/stage{stage - 1}"] if stage else [])) for stage in range(5)], folder, processes=2)
     for stage in range(5):
         a, b = losses(f"{one}/stage{stage}"), losses(f"{folder}/stage{stage}")
-        assert len(a) == (60 if stage == 0 else 20)
+        assert len(a) == (80 if stage == 0 else 20)
         assert np.allclose(a, b, rtol=1e-4, atol=1e-5), f"stage {stage}"
         theirs = weights(folder / f"stage{stage}")
         for name, value in weights(f"{one}/stage{stage}").items():
             if name.endswith("key.bias"):  # its true gradient is zero: Adam makes steps of the rounding
                 continue
             apart = (value - theirs[name]).abs()
-            if stage == 0:  # single weights among the others have a gradient of nearly zero: a rare token's embedding
-                assert (apart > 1e-5).double().mean() < 5e-3, f"{name} {apart.max()}"
-            else:
-                assert apart.max() < 1e-5, f"stage {stage}: {name} {apart.max()}"
+            few = (apart > 1e-5).double().mean()
+            assert few < (2e-2 if stage == 0 else 1e-3), f"stage {stage}: {name} {few:.4f} {apart.max()}"
+
+
+def test_muon_takes_the_matrices_of_the_blocks(config):
+    """Each parameter has one optimizer; Muon's first step is the nearest orthogonal matrix, about as long as AdamW's."""
+    model = build(config, seed=0)
+    row = Stage(("encoder.", "backbone."), 1e-3, 4, 2, muon=True)
+    chosen = trainable(model, row.trains)
+    adamw, muon = make_optimizers(chosen, row)
+    held = {o: [id(p) for group in o.param_groups for p in group["params"]] for o in (adamw, muon)}
+    assert sorted(held[adamw] + held[muon]) == sorted(map(id, chosen.values()))
+    assert set(held[muon]) == {id(p) for n, p in chosen.items() if ".blocks." in n and p.dim() == 2}
+    assert all(p.dim() > 1 for group in adamw.param_groups if group["weight_decay"] for p in group["params"])
+    (name, p), *_ = [(n, p) for n, p in chosen.items() if id(p) in held[muon]]
+    for q in chosen.values():
+        q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    before, (u, _, v) = p.detach().clone(), torch.linalg.svd(p.grad, full_matrices=False)
+    muon.step()
+    step = before * (1 - row.lr * row.weight_decay) - p.detach()
+    assert torch.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.95, name  # five Newton-Schulz steps in bf16
+    assert 0.1 * row.lr < step.pow(2).mean().sqrt() < 0.3 * row.lr  # 0.2 is what AdamW's updates are taken to have
+    assert len(make_optimizers(chosen, dataclasses.replace(row, muon=False))) == 1
 
 
 def test_paper_values_are_the_defaults():
@@ -251,6 +276,51 @@ def test_heads_name_a_clip_by_its_mean_and_by_stretches(toured):
             wanted = {kind: torch.tensor(heads.labels[kind].index(value)) for kind, value in facts.items()}
             naming.append(sum(torch.nn.functional.cross_entropy(heads.on_frames[k](x.mean(0)), v, label_smoothing=0.1) for k, v in wanted.items()))
     assert torch.allclose(losses, torch.stack([sum(naming) / len(naming), torch.tensor(0.0)]), atol=1e-5)
+
+
+def test_lists_hide_a_letter_or_its_name(tokenizer, config):
+    """Every pair comes twice: to be read in the question, and with one half to be found in the answer."""
+    labels = ["rain", "baby cry", "dog", "cat", "sea waves", "bell", "gong", "drum", "horn"]
+    sizes, halves = set(), [0, 0]
+    for n in range(100):
+        item = draw_list(labels, random.Random(n), tokenizer, config)
+        text = lambda kept: tokenizer.decode([i for i, a in zip(item["ids"], item["is_answer"]) if kept(a)], skip_special_tokens=False)
+        question, answer = text(lambda a: True).split("<|start_header_id|>assistant<|end_header_id|>")
+        listed, again = (re.findall(r"([A-H])\. (.+?)(?:\n|<|$)", part) for part in (question.split("<audio>.")[1], answer))
+        assert sorted(listed) == sorted(again) and [letter for letter, _ in listed] == list("ABCDEFGH"[: len(listed)])
+        assert len({name for _, name in listed}) == len(listed) and {name.lower() for _, name in listed} <= set(labels)
+        shown, sought = text(lambda a: not a).split("<|end_header_id|>")[-1], text(lambda a: a)
+        assert question.startswith(text(lambda a: not a)[: len(question)])  # the list itself is whole
+        for letter, name in again:
+            found = f"{letter}." in sought
+            assert (f"{letter}." in shown) != found and (name in shown) == found and (name in sought) != found
+            halves[found] += 1
+        sizes.add(len(listed))
+    assert sizes == set(range(2, 9)) and 0.85 < halves[1] / sum(halves) < 0.95
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_looking_up_is_cross_entropy_of_what_is_hidden(toured, config, tokenizer, causal):
+    """Against a softmax over all positions, row by row without padding; no gradient outside the backbone."""
+    model = build(dataclasses.replace(config, causal=causal), seed=0).eval()
+    examples = read_manifest(f"{toured}/stage0.jsonl", 0)
+    packer = Packer(examples)
+    made = Maker(tokenizer, model.config, "look", 0, packer, names=4)(examples[:5], 0)
+    assert made["seconds"] == 0 and "mel" not in made["batch"]
+    chosen = trainable(model, ("backbone.",))
+    context = train.Context(model, 0, 0, Stage(("backbone.",), 1e-3, 5, 1, loss="look"), contextlib.nullcontext, tuple(chosen.values()))
+    losses, side = train.look(context, made), train.side_of(made["batch"])
+    names = {name[0].upper() + name[1:] for name in packer.names[:4]}
+    for row in range(5):
+        n = int(side["valid"][row].sum())
+        ids, hidden = side["ids"][row, :n], side["is_answer"][row, :n]
+        given = ids if causal else ids.masked_fill(hidden, config.mask_id)
+        everywhere = torch.ones(1, n, dtype=torch.bool)
+        log_p = model(given[None], everywhere, everywhere).log_softmax(-1)
+        at = hidden.nonzero()[:, 0]
+        assert abs(losses[row] + log_p[at - int(causal), ids[at]].mean()) < 1e-5
+        assert set(re.findall(r"[A-D]\. (.+?)(?:\n|<)", tokenizer.decode(ids.tolist(), skip_special_tokens=False))) <= names
+    assert all(p.grad is not None for n, p in chosen.items() if ".blocks." in n)
 
 
 def test_matched_adapters_speak_as_loud_as_words(toured, config, tokenizer):
