@@ -18,9 +18,9 @@ number of processes changes nothing but the speed.
 
 Stage 0 exists for the small model alone.  The paper freezes Whisper and LLaDA, and at this size
 there is nothing pretrained to freeze, so stage 0 makes it, in parts: the encoder learns to name what
-is heard, and in what order (label heads); the backbone learns to read through the frozen encoder,
-single recordings first; last it meets both ways of being shown a clip.  From stage 1 on the same
-parts are frozen as in the paper.
+is heard, and in what order (label heads); the backbone learns to look things up in lettered lists,
+then to read through the frozen encoder, single recordings first; last it meets both ways of being
+shown a clip.  From stage 1 on the same parts are frozen as in the paper.
 """
 
 import argparse
@@ -87,7 +87,7 @@ class Stage:
 ADAPTERS = ("semantic.", "acoustic.")
 READ = ("semantic.", "soft_prompts", "backbone.")
 
-LISTS = ((8, 400), (24, 250), (None, 400), (8, 300), (16, 150), (32, 150), (None, 300))  # stage 0 looks up names: of so many, steps
+LISTS = ((8, 400), (24, 250), (None, 400), (8, 300), (16, 150), (32, 150), (None, 300))  # looking up: among so many names (None: all), for so many steps
 
 STAGES = {  # a stage is a list of parts; only the small model's stage 0 has more than one
     # paper, Table B.2; soft prompts train with stage 1
@@ -103,8 +103,8 @@ STAGES = {  # a stage is a list of parts; only the small model's stage 0 has mor
             Stage(("encoder.",), lr=4e-4, batch=4, warmup=50, steps=1000, loss="ear", beta2=0.98, muon=True),
             *(Stage(("backbone.",), lr=2e-3, batch=32, warmup=50, steps=steps, loss="look", names=names, beta2=0.98, muon=True) for names, steps in LISTS),
             Stage(READ, lr=1.5e-3, batch=64, warmup=50, steps=300, loss="read", least_t=0.6, canvas=8, single=True, beta2=0.98, muon=True),
-            Stage(READ, lr=1e-3, batch=48, warmup=50, steps=850, loss="read", least_t=0.3, canvas=8, beta2=0.98, muon=True),
-            Stage((*READ, "acoustic."), lr=7e-4, batch=32, warmup=50, steps=600, least_t=0.2, beta2=0.98, muon=True),
+            Stage(READ, lr=1e-3, batch=48, warmup=50, steps=800, loss="read", least_t=0.3, canvas=8, beta2=0.98, muon=True),
+            Stage((*READ, "acoustic."), lr=7e-4, batch=32, warmup=50, steps=550, least_t=0.2, beta2=0.98, muon=True),
         ],
         1: [Stage(("semantic.", "soft_prompts"), lr=2e-4, batch=16, warmup=20, steps=40, beta2=0.98)],
         2: [Stage(ADAPTERS, lr=2e-4, batch=16, warmup=20, steps=120, beta2=0.98)],
