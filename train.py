@@ -154,16 +154,16 @@ def make_optimizers(chosen, row):
     Muon (Jordan et al., 2024) replaces the momentum by the nearest matrix with equal singular values, so that directions of
     small gradient move as fast as the others; its updates are scaled to the size of AdamW's, and one learning rate serves both.
     """
-    hidden = [p for name, p in chosen.items() if row.muon and p.dim() == 2 and ".blocks." in name]
-    rest = [p for p in chosen.values() if all(p is not h for h in hidden)]
+    by_muon = {name for name, p in chosen.items() if row.muon and p.dim() == 2 and ".blocks." in name}
+    rest = [p for name, p in chosen.items() if name not in by_muon]
     # no decay on vectors: norms, biases, gains
     groups = [
         {"params": [p for p in rest if p.dim() > 1], "weight_decay": row.weight_decay},
         {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
     ]
     optimizers = [torch.optim.AdamW(groups, lr=row.lr, betas=(0.9, row.beta2), fused=True)]
-    if hidden:
-        optimizers.append(torch.optim.Muon(hidden, lr=row.lr, weight_decay=row.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    if by_muon:
+        optimizers.append(torch.optim.Muon([chosen[name] for name in sorted(by_muon)], lr=row.lr, weight_decay=row.weight_decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
