@@ -130,16 +130,15 @@ def test_two_processes_train_like_one(one, toured, tmp_path_factory):
     run([arguments(toured, folder, stage, *(["--init", f"{one}/stage{stage - 1}"] if stage else [])) for stage in range(5)], folder, processes=2)
     for stage in range(5):
         a, b = losses(f"{one}/stage{stage}"), losses(f"{folder}/stage{stage}")
-        assert len(a) == (80 if stage == 0 else 20)
+        assert len(a) == (100 if stage == 0 else 20)
         assert np.allclose(a, b, rtol=1e-4, atol=1e-5), f"stage {stage}"
         theirs = weights(folder / f"stage{stage}")
         for name, value in weights(f"{one}/stage{stage}").items():
             if name.endswith("key.bias"):  # its true gradient is zero: Adam makes steps of the rounding
                 continue
             apart = (value - theirs[name]).abs()
-            few = (apart > 1e-5).double().mean() < (5e-3 if stage == 0 else 1e-3)
-            alike = stage == 0 and apart.norm() < 1e-3 * value.norm()  # of Muon's matrices: twenty steps are a tenth of the whole
-            assert few or alike, f"stage {stage}: {name} {apart.max()} {apart.norm() / value.norm()}"
+            few = (apart > 1e-5).double().mean()
+            assert few < (5e-3 if stage == 0 else 1e-3), f"stage {stage}: {name} {few:.4f} {apart.max()}"
 
 
 def test_muon_takes_the_matrices_of_the_blocks(config):
@@ -374,11 +373,11 @@ def test_ten_and_ten_steps_are_twenty_with_two_processes(one, toured, tmp_path):
 def test_stage_0_resumes_in_the_part_it_was_in(toured, one, tmp_path):
     out = str(tmp_path)
     assert main(arguments(toured, out, 0, "--max-steps", "3", "--stop-after", "2")) == 0
-    for _ in range(7):
+    for _ in range(9):
         assert main(arguments(toured, out, 0, "--max-steps", "3", "--stop-after", "2", "--resume")) == 0
     assert main(arguments(toured, out, 0, "--max-steps", "3", "--resume")) == 0
     with open(f"{out}/stage0/log.jsonl") as f:
-        assert [(e["part"], e["step"]) for e in map(json.loads, f) if "loss" in e] == [(p, s) for p in range(4) for s in (1, 2, 3)]
+        assert [(e["part"], e["step"]) for e in map(json.loads, f) if "loss" in e] == [(p, s) for p in range(5) for s in (1, 2, 3)]
 
 
 def test_stage_0_keeps_its_heads_between_parts(toured, tmp_path, monkeypatch):
