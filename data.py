@@ -301,6 +301,10 @@ def mmau_prompt(question, choices):
 LETTERS = "ABCDEFGHIJ"  # of multiple choice
 
 
+def capital(text):
+    return text[:1].upper() + text[1:]
+
+
 def lettered(choices):
     return "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
 

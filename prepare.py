@@ -45,8 +45,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tqdm import tqdm
 
 from data import (
-    ASR_QUESTION, BEFORE_AUDIO, LETTERS, SAMPLE_RATE, SYSTEM, build_prompt, encode_text, lay_under, lettered, load_audio, loop, mmau_prompt, mmsu_prompt, parse_example, prompt_text,
-    read_entries, read_manifest,
+    ASR_QUESTION, BEFORE_AUDIO, LETTERS, SAMPLE_RATE, SYSTEM, build_prompt, capital, encode_text, lay_under, lettered, load_audio, loop,
+    mmau_prompt, mmsu_prompt, parse_example, prompt_text, read_entries, read_manifest,
 )  # fmt: skip
 from model import PRESETS, SPECIAL_TOKENS, Parser, UserError, load_tokenizer
 
@@ -494,10 +494,6 @@ TASKS = {
     "layer": Task("layer", ("Is this speech or a sound?", "Do you hear speech or a sound?", "Speech or sound?")),
 }  # fmt: skip
 IN_A_SENTENCE = (" Answer in a full sentence.", " Answer in a sentence.", " Say it in a full sentence.")
-
-
-def capital(text):
-    return text[:1].upper() + text[1:]
 
 
 def derived(facts):

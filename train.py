@@ -54,7 +54,8 @@ from tqdm import tqdm
 
 from adapters import AcousticAdapter, SemanticAdapter
 from data import (
-    CANVAS, LETTERS, SAMPLE_RATE, SAMPLES_PER_FRAME, answer_ids, bucket, build_prompt, collate, encode_text, lay_under, lettered, load_audio, log_mel, read_manifest, window_seconds,
+    CANVAS, LETTERS, SAMPLE_RATE, SAMPLES_PER_FRAME, answer_ids, bucket, build_prompt, capital, collate, encode_text, lay_under, lettered,
+    load_audio, log_mel, read_manifest, window_seconds,
 )  # fmt: skip
 from diffusion import corrupt, draw_t, draw_uniform, masked_nll, next_token_loss, sft_loss
 from model import PRESETS, RELEASES, Parser, UserError, assemble, build, fetch, load, load_tokenizer, pick_device, save
@@ -292,13 +293,13 @@ def mask_mel(mel, generator, n_time=2, n_freq=2, time=25, freq=8):
 
 def draw_list(labels, rng, tokenizer, config):
     """A lettered list of some labels and the same again in another order, where of each pair the letter or the name is to be found -> as encode_text."""
-    names = rng.sample(labels, rng.randint(2, min(8, len(labels))))
-    lines = [(f"{letter}.", " " + name[0].upper() + name[1:]) for letter, name in zip(LETTERS, names)]
-    ids, _ = build_prompt(tokenizer, "\n" + lettered([name.strip() for _, name in lines]))
+    names = [capital(name) for name in rng.sample(labels, rng.randint(2, min(8, len(labels))))]
+    pairs = list(zip(LETTERS, names))
+    ids, _ = build_prompt(tokenizer, "\n" + lettered(names))
     is_answer = [False] * len(ids)
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
-    for letter, name in rng.sample(lines, len(lines)):
-        letter, name, end = encode(letter), encode(name), encode("\n")
+    for letter, name in rng.sample(pairs, len(pairs)):
+        letter, name, end = encode(f"{letter}."), encode(f" {name}"), encode("\n")
         hide_letter = rng.random() < 0.9  # the harder half: to be matched among many names, not among eight letters
         ids += letter + name + end
         is_answer += [hide_letter] * len(letter) + [not hide_letter] * len(name) + [False] * len(end)
@@ -324,7 +325,7 @@ class Maker:
         self.packer, self.memory, self.augmented, self.canvas, self.names = packer, memory, augmented, canvas, names
 
     def item(self, example, epoch):
-        """One example -> {"mel", "n_frames", "sides", "seconds"}; for stage 0's encoder a window of clips."""
+        """One example -> {"mel", "n_frames", "sides", "seconds"}; for stage 0's encoder a window of clips, for looking up a list, whatever the example."""
         c, generator = self.config, generator_for(self.seed, epoch, example.id)
         if self.loss == "ear":
             return self.packer.pack(generator, c)
@@ -560,7 +561,7 @@ class Packer:
         self.pools = {corpus: dict(values) for corpus, values in pools.items()}
         self.sounds = {corpus: values for corpus, values in self.pools.items() if not values.keys().isdisjoint(of_sound)}
         self.labels = {kind: sorted({e.facts[kind] for e in single.values() if kind in e.facts}) for kind in LABELLED}
-        self.names = list(dict.fromkeys(v for kind in LABELLED if kind != "speaker" for v in self.labels[kind] if len(v) < 20))
+        self.names = list(dict.fromkeys(v for kind in LABELLED if kind != "speaker" for v in self.labels[kind] if len(v) < 20))  # no sentences
         self.labels |= {kind: [str(i) for i in range(PLACES)] for kind in ("place", "left")}
 
     def draw_clip(self, rng, generator, config, pools):
@@ -956,7 +957,7 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
             try:
                 write_state({
                     "step": at, "part": part, "stage": stage, "hours": hours, "skipped": sorted(seen), "reference": list(reference),
-                    "trained": {n: p.detach() for n, p in chosen.items()}, "optimizers": [o.state_dict() for o in optimizers],
+                    "trained": {n: p.detach() for n, p in chosen.items()}, "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "random": random_states, "random_cuda": random_cuda,
                 }, out, part, at)  # fmt: skip
             except UserError as e:

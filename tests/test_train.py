@@ -137,8 +137,8 @@ def test_two_processes_train_like_one(one, toured, tmp_path_factory):
             if name.endswith("key.bias"):  # its true gradient is zero: Adam makes steps of the rounding
                 continue
             apart = (value - theirs[name]).abs()
-            few = (apart > 1e-5).double().mean()
-            assert few < (5e-3 if stage == 0 else 1e-3), f"stage {stage}: {name} {few:.4f} {apart.max()}"
+            share = 5e-3 if stage == 0 else 1e-3 if "lora_A" in name else 0.0
+            assert apart.max() < 1e-5 or (apart > 1e-5).double().mean() < share, f"stage {stage}: {name} {apart.max()}"
 
 
 def test_muon_takes_the_matrices_of_the_blocks(config):
@@ -320,7 +320,7 @@ def test_looking_up_is_cross_entropy_of_what_is_hidden(toured, config, tokenizer
         at = hidden.nonzero()[:, 0]
         assert abs(losses[row] + log_p[at - int(causal), ids[at]].mean()) < 1e-5
         assert set(re.findall(r"[A-D]\. (.+?)(?:\n|<)", tokenizer.decode(ids.tolist(), skip_special_tokens=False))) <= names
-    assert all(p.grad is not None for n, p in chosen.items() if ".blocks." in n)
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == set(chosen)
 
 
 def test_matched_adapters_speak_as_loud_as_words(toured, config, tokenizer):
