@@ -225,6 +225,14 @@ def loop(sound, n, voice, decibels):
     return np.tile(sound, -(-n // len(sound)))[:n] * (rms(voice) / rms(sound) * 10 ** (-decibels / 20))
 
 
+def loudest(audio, n):
+    """The n samples in a row of most energy: a bark may stand anywhere in its clip."""
+    n = min(len(audio), n)
+    energy = np.cumsum(np.concatenate([[0.0], audio.astype(np.float64) ** 2]))
+    start = int(np.argmax(energy[n:] - energy[: len(energy) - n]))
+    return audio[start : start + n]
+
+
 def lay_under(voice, sound, rng, low=-6.0, high=9.0):
     """The sound to be heard behind a voice that is low..high dB louder -> samples (n,), where among them the voice starts, dB."""
     n = max(len(voice) + int(rng.uniform(0.2, 1.5) * SAMPLE_RATE), min(len(sound), int(3.5 * SAMPLE_RATE)))

@@ -45,7 +45,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tqdm import tqdm
 
 from data import (
-    ASR_QUESTION, BEFORE_AUDIO, LETTERS, SAMPLE_RATE, SYSTEM, build_prompt, capital, encode_text, lay_under, lettered, load_audio, loop,
+    ASR_QUESTION, BEFORE_AUDIO, LETTERS, SAMPLE_RATE, SYSTEM, build_prompt, capital, encode_text, lay_under, lettered, load_audio, loop, loudest,
     mmau_prompt, mmsu_prompt, parse_example, prompt_text, read_entries, read_manifest,
 )  # fmt: skip
 from model import PRESETS, SPECIAL_TOKENS, Parser, UserError, load_tokenizer
@@ -773,11 +773,8 @@ def sequence(sounds, rng, path):
     """Sounds one after the other, a second or two of each; writes a FLAC at `path`."""
     parts = []
     for clip in sounds:
-        audio = load_audio(clip.path)[0]
-        n = min(len(audio), int(rng.uniform(1.0, 2.5) * SAMPLE_RATE))
-        energy = np.cumsum(np.concatenate([[0.0], audio.astype(np.float64) ** 2]))
-        loudest = int(np.argmax(energy[n:] - energy[:-n]))  # a bark may stand anywhere in its clip
-        parts += [level(audio[loudest : loudest + n], rng), np.zeros(int(rng.uniform(0.05, 0.4) * SAMPLE_RATE), np.float32)]
+        part = loudest(load_audio(clip.path)[0], int(rng.uniform(1.0, 2.5) * SAMPLE_RATE))
+        parts += [level(part, rng), np.zeros(int(rng.uniform(0.05, 0.4) * SAMPLE_RATE), np.float32)]
     write_clip(np.concatenate(parts), path)
     names = [c.facts["sound"] for c in sounds]
     return Clip(path, "sequences", {"first_sound": names[0], "last_sound": names[-1], "sound_count": DIGITS[len(names)]})

@@ -55,7 +55,7 @@ from tqdm import tqdm
 from adapters import AcousticAdapter, SemanticAdapter
 from data import (
     CANVAS, LETTERS, SAMPLE_RATE, SAMPLES_PER_FRAME, answer_ids, bucket, build_prompt, capital, collate, encode_text, lay_under, lettered,
-    load_audio, log_mel, read_manifest, window_seconds,
+    load_audio, log_mel, loudest, read_manifest, window_seconds,
 )  # fmt: skip
 from diffusion import corrupt, draw_t, draw_uniform, masked_nll, next_token_loss, sft_loss
 from model import PRESETS, RELEASES, Parser, UserError, assemble, build, fetch, load, load_tokenizer, pick_device, save
@@ -79,6 +79,7 @@ class Stage:
     canvas: int = CANVAS  # unit of the answer's canvas
     single: bool = False  # recordings as they were made, short questions: no strings, no mixtures
     names: int | None = None  # that the lists of stage 0 are drawn from: looking up is learned with few
+    bare: bool = False  # lists with no question before them
     frames: int = 0  # of the windows that stage 0's encoder learns on, 50 a second; 0: the model's own
     weight_decay: float = 0.05
     beta2: float = 0.999
@@ -88,7 +89,7 @@ class Stage:
 ADAPTERS = ("semantic.", "acoustic.")
 READ = ("semantic.", "soft_prompts", "backbone.")
 
-LISTS = ((8, 400), (24, 250), (None, 400), (8, 300), (16, 150), (32, 150), (None, 300))  # looking up: among so many names (None: all), for so many steps
+LISTS = ((8, 400), (24, 250), (None, 400), (8, 300), (16, 150), (32, 150), (None, 300))  # looking up in bare lists: among so many names (None: all), for so many steps
 
 STAGES = {  # a stage is a list of parts; only the small model's stage 0 has more than one
     # paper, Table B.2; soft prompts train with stage 1
@@ -101,8 +102,9 @@ STAGES = {  # a stage is a list of parts; only the small model's stage 0 has mor
     "tiny": {
         0: [  # encoder on short windows and on whole ones, looking up, reading single clips, reading everything, both ways of being shown a clip
             Stage(("encoder.",), lr=1e-3, batch=8, warmup=200, steps=7500, loss="ear", frames=250, beta2=0.98, muon=True),
-            Stage(("encoder.",), lr=4e-4, batch=4, warmup=50, steps=1000, loss="ear", beta2=0.98, muon=True),
-            *(Stage(("backbone.",), lr=2e-3, batch=32, warmup=50, steps=steps, loss="look", names=names, beta2=0.98, muon=True) for names, steps in LISTS),
+            Stage(("encoder.",), lr=4e-4, batch=4, warmup=50, steps=1500, loss="ear", beta2=0.98, muon=True),
+            *(Stage(("backbone.",), lr=2e-3, batch=32, warmup=50, steps=steps, loss="look", names=names, bare=True, beta2=0.98, muon=True) for names, steps in LISTS),
+            Stage(("backbone.",), lr=1e-3, batch=32, warmup=50, steps=400, loss="look", beta2=0.98, muon=True),
             Stage(READ, lr=1.5e-3, batch=64, warmup=50, steps=300, loss="read", least_t=0.6, canvas=8, single=True, beta2=0.98, muon=True),
             Stage(READ, lr=1e-3, batch=48, warmup=50, steps=800, loss="read", least_t=0.3, canvas=8, beta2=0.98, muon=True),
             Stage((*READ, "acoustic."), lr=7e-4, batch=32, warmup=50, steps=550, least_t=0.2, beta2=0.98, muon=True),
@@ -291,15 +293,23 @@ def mask_mel(mel, generator, n_time=2, n_freq=2, time=25, freq=8):
     return mel
 
 
-def draw_list(labels, rng, tokenizer, config):
-    """A lettered list of some labels and the same again in another order, where of each pair the letter or the name is to be found -> as encode_text."""
+LISTS_BESIDE = 0.25  # what is learned about lists is soon forgotten among recordings: with so many of these comes a list
+LISTED = re.compile(r"(?:\n[A-J]\. .+)+")  # the choices in a question
+BARE = (("", ""),)  # a question that is nothing but its choices
+
+
+def draw_list(labels, prompts, rng, tokenizer):
+    """A question's choices, and the same again in another order, where of each pair the letter or the name is to be found -> as encode_text.
+
+    labels: names to draw the choices from.  prompts: (before, after) the choices, to draw from.
+    """
     names = [capital(name) for name in rng.sample(labels, rng.randint(2, min(8, len(labels))))]
-    pairs = list(zip(LETTERS, names))
-    ids, _ = build_prompt(tokenizer, "\n" + lettered(names))
-    is_answer = [False] * len(ids)
+    before, after = rng.choice(prompts)
+    ids, _ = build_prompt(tokenizer, before + "\n" + lettered(names) + after)
+    pairs, is_answer = list(zip(LETTERS, names)), [False] * len(ids)
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
     for letter, name in rng.sample(pairs, len(pairs)):
-        letter, name, end = encode(f"{letter}."), encode(f" {name}"), encode("\n")
+        letter, name, end = encode(f"{letter}."), encode(f" {name}"), encode(".") + encode("\n")
         hide_letter = rng.random() < 0.9  # the harder half: to be matched among many names, not among eight letters
         ids += letter + name + end
         is_answer += [hide_letter] * len(letter) + [not hide_letter] * len(name) + [False] * len(end)
@@ -320,9 +330,13 @@ class Maker:
     epoch; a clip found there is not read again.  augmented=False: the clip as it is (held-out loss).
     """
 
-    def __init__(self, tokenizer, config, loss, seed, packer=None, memory=None, augmented=True, canvas=CANVAS, names=None):
+    def __init__(self, tokenizer, config, loss, seed, packer=None, memory=None, augmented=True, canvas=CANVAS, names=None, bare=False):
         self.tokenizer, self.config, self.loss, self.seed = tokenizer, config, loss, seed
-        self.packer, self.memory, self.augmented, self.canvas, self.names = packer, memory, augmented, canvas, names
+        self.packer, self.memory, self.augmented, self.canvas, self.names, self.bare = packer, memory, augmented, canvas, names, bare
+
+    def list(self, generator):
+        names, prompts = self.packer.names[: self.names], BARE if self.bare else self.packer.prompts
+        return draw_list(names, prompts, random.Random(generator.initial_seed()), self.tokenizer)
 
     def item(self, example, epoch):
         """One example -> {"mel", "n_frames", "sides", "seconds"}; for stage 0's encoder a window of clips, for looking up a list, whatever the example."""
@@ -330,14 +344,15 @@ class Maker:
         if self.loss == "ear":
             return self.packer.pack(generator, c)
         if self.loss == "look":
-            rows = {"text": draw_list(self.packer.names[: self.names], random.Random(generator.initial_seed()), self.tokenizer, c)}
-            return {"mel": None, "n_frames": 0, "sides": rows, "seconds": 0.0}
+            return {"mel": None, "n_frames": 0, "sides": {"text": self.list(generator)}, "seconds": 0.0}
         if self.loss == "vrpo":
             sides = {side: pair_text(example, text, self.tokenizer, c) for side, text in (("chosen", example.answer), ("rejected", example.rejected))}
         elif c.causal:
             sides = {"text": pair_text(example, example.answer, self.tokenizer, c)}
         else:
             sides = {"text": encode_text(example, self.tokenizer, c, generator, self.canvas)}
+        if self.loss == "read" and torch.rand(1, generator=generator) < LISTS_BESIDE:
+            sides["list"] = self.list(generator)
         key = (example.audio, epoch // HEAR_AGAIN)
         if self.memory is not None:
             if key in self.memory:
@@ -370,8 +385,8 @@ class Maker:
             batch["clips"] = [i["clips"] for i in items]
         else:
             batch["n_frames"] = torch.tensor([i["n_frames"] for i in items])
-            for side in items[0]["sides"]:
-                batch |= {f"{side}.{k}": v for k, v in collate([i["sides"][side] for i in items], self.config).items()}
+            for side in sorted({side for i in items for side in i["sides"]}):
+                batch |= {f"{side}.{k}": v for k, v in collate([i["sides"][side] for i in items if side in i["sides"]], self.config).items()}
         if self.memory is not None:
             batch |= {"keys": [i["key"] for i in items], "is_new": [i["mel"] is not None for i in items], "facts": [i["facts"] for i in items]}
         return made | {"batch": batch}
@@ -537,7 +552,7 @@ def vrpo(context, made):
 # stage 0: the stand-ins for Whisper and LLaDA
 
 
-OVER_SOUND = 0.3  # share of speech that is packed over a sound
+STRINGS, OVER_SOUND = 0.4, 0.5  # share of windows that hold a string of words or of short sounds; share of all other speech that is packed over a sound
 STRETCHES, STRETCH = 2, 4  # of every clip so many stretches of so many frames (a semantic token's worth) name it as well
 EVEN = ("emotion", "sound", "instrument", "words", "sex")  # what clips of a corpus are drawn evenly by
 LABELLED = ("words", "sound", "instrument", "emotion", "intensity", "sex", "speaker")
@@ -555,19 +570,27 @@ class Packer:
     def __init__(self, examples):
         single = {e.audio: e for e in examples if is_single(e)}
         pools = defaultdict(lambda: defaultdict(list))  # corpus -> value -> clips
-        of_sound = {e.facts[kind] for e in single.values() for kind in ("sound", "instrument") if kind in e.facts}
         for e in single.values():
             pools[e.dataset][next(e.facts[k] for k in (*EVEN, *e.facts) if k in e.facts)].append(e)
-        self.pools = {corpus: dict(values) for corpus, values in pools.items()}
-        self.sounds = {corpus: values for corpus, values in self.pools.items() if not values.keys().isdisjoint(of_sound)}
+        pools = [dict(pools[corpus]) for corpus in sorted(pools)]
+        tells = lambda pool, *kinds: any(kind in e.facts for clips in pool.values() for e in clips for kind in kinds)
+        words = [pool for pool in pools if all(e.facts.get("words") == v and " " not in v for v in pool for e in pool[v])]
+        together = defaultdict(list)  # one corpus among the others, or windows would be half words
+        for word, clips in (item for pool in words for item in pool.items()):
+            together[word] += clips
+        self.strings = words + [pool for pool in pools if tells(pool, "sound")]
+        self.pools = [pool for pool in pools if pool not in words] + ([dict(together)] if words else [])
+        self.pools += [pool for pool in self.pools if tells(pool, "emotion")]  # twice as often: the hardest to hear
+        self.sounds = [pool for pool in self.pools if tells(pool, "sound", "instrument")]
         self.labels = {kind: sorted({e.facts[kind] for e in single.values() if kind in e.facts}) for kind in LABELLED}
         self.names = list(dict.fromkeys(v for kind in LABELLED if kind != "speaker" for v in self.labels[kind] if len(v) < 20))  # no sentences
         self.labels |= {kind: [str(i) for i in range(PLACES)] for kind in ("place", "left")}
+        self.prompts = sorted({tuple(parts) for e in examples if len(parts := LISTED.split(e.question)) == 2} | set(BARE))
 
     def draw_clip(self, rng, generator, config, pools):
         """A corpus, then a word, sound or feeling of it, then a clip: rare classes as often as common ones.  -> facts, audio."""
-        corpus = pools[rng.choice(sorted(pools))]
-        example = rng.choice(corpus[rng.choice(sorted(corpus))])
+        pool = rng.choice(pools)
+        example = rng.choice(pool[rng.choice(sorted(pool))])
         return example.facts, augment(clip_of(example, config), config, generator)
 
     def draw(self, rng, generator, config):
@@ -581,14 +604,27 @@ class Packer:
         return audio, [(facts, start, start + len(voice)), (of_sound, 0, len(audio))]
 
     def pack(self, generator, config):
-        """A window of config.n_frames -> {"mel", "clips": [(facts, first frame, last frame)], "seconds"}; a fifth hold one clip, as in use."""
+        """A window of config.n_frames -> {"mel", "clips": [(facts, first frame, last frame)], "seconds"}.
+
+        Some hold a string of one corpus' words or sounds, some a single clip, as in use; the rest whatever fits.
+        """
         rng = random.Random(generator.initial_seed())
         window = config.n_frames * SAMPLES_PER_FRAME
-        alone, audio, at = rng.random() < 0.2, np.zeros(window, np.float32), int(rng.random() * 0.3 * SAMPLE_RATE)
-        stop = int(rng.uniform(0.3, 1.0) * window)
+        string = rng.choice(self.strings) if self.strings and rng.random() < STRINGS else None
+        if string:
+            most, stop, gap = rng.randint(1, PLACES), window, 0.4
+        else:
+            most, stop, gap = 1 if rng.random() < 0.25 else window, int(rng.uniform(0.3, 1.0) * window), 0.6
+        audio, at = np.zeros(window, np.float32), int(rng.random() * 0.3 * SAMPLE_RATE)
         clips, n = [], 0
-        while True:
-            clip, layers = self.draw(rng, generator, config)
+        while n < most and at <= stop:
+            if string:
+                facts, clip = self.draw_clip(rng, generator, config, [string])
+                if "sound" in facts:
+                    clip = loudest(clip, int(rng.uniform(1.0, 2.5) * SAMPLE_RATE))
+                layers = [(facts, 0, len(clip))]
+            else:
+                clip, layers = self.draw(rng, generator, config)
             if at + len(clip) > window:
                 if clips:
                     break
@@ -598,9 +634,7 @@ class Packer:
                 first = min((at + start) // SAMPLES_PER_FRAME, config.n_frames - 1)
                 last = min((at + end) // SAMPLES_PER_FRAME, config.n_frames)
                 clips.append((n, facts, first, max(last, first + 1)))
-            n, at = n + 1, at + len(clip) + int(rng.uniform(0.02, 0.6) * SAMPLE_RATE)
-            if alone or at > stop:
-                break
+            n, at = n + 1, at + len(clip) + int(rng.uniform(0.02, gap) * SAMPLE_RATE)
         counted = lambda i: {"place": str(min(i, PLACES - 1)), "left": str(min(n - 1 - i, PLACES - 1))}
         clips = [(facts | counted(i), first, last) for i, facts, first, last in clips]
         if rng.random() < 0.5:
@@ -656,9 +690,9 @@ def ear(context, made):
     return losses.detach()
 
 
-def look(context, made):
-    """The backbone learns to look up the letter of a name, and the name of a letter, in a list; there is no audio."""
-    model, side = context.model, side_of(made["batch"])
+def look(context, made, name="text"):
+    """The backbone learns to look up the letter of a name, and the name of a letter, in a list; there is no audio.  name: of the batch's side."""
+    model, side = context.model, side_of(made["batch"], name)
     predict = lambda noisy, where: model(noisy, side["valid"], where)
     with context.autocast():
         if model.config.causal:
@@ -674,7 +708,7 @@ NAMING_WEIGHT, HEAR_AGAIN = 0.2, 2  # a clip is augmented and encoded anew every
 
 
 def read(context, made):
-    """The backbone learns to read semantic tokens; the tokens learn to name their clip."""
+    """The backbone learns to read semantic tokens; the tokens learn to name their clip; lists beside them keep looking up in mind."""
     model, batch, memory = context.model, made["batch"], context.memory
     if "mel" in batch:
         new = [i for i, is_new in enumerate(batch["is_new"]) if is_new]
@@ -697,6 +731,8 @@ def read(context, made):
         pooled = tokens.sum(1) / is_token.sum(1, keepdim=True)  # (B, D)
         naming = context.heads.name(context.heads.on_tokens, pooled, batch["facts"], list(range(len(found))), len(found))
     backward(losses + NAMING_WEIGHT * naming)
+    if "list.ids" in batch:
+        look(context, made, "list")
     return losses.detach()
 
 
@@ -934,7 +970,7 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
     memory = memory if row.loss == "read" else None
     context = Context(model, stage, o.seed, row, autocast, tuple(chosen.values()), reference, heads, memory)
     window = dataclasses.replace(config, n_frames=row.frames or config.n_frames)
-    maker = Maker(tokenizer, window, row.loss, o.seed, packer, memory, canvas=row.canvas, names=row.names)
+    maker = Maker(tokenizer, window, row.loss, o.seed, packer, memory, canvas=row.canvas, names=row.names, bare=row.bare)
     meeting = DistributedDataParallel(Meeting(chosen.values())) if world.size > 1 else None
     costs = [LIST_COST if row.loss == "look" else cost_of(e, config) for e in examples]
     stop = steps if o.stop_after is None else min(steps, step + o.stop_after)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from data import (
     ASR_QUESTION, CANVAS, answer_ids, answer_text, bucket, build_prompt, canvas_length, collate, encode_text, load_audio,
-    log_mel, prompt_text, read_manifest, window_seconds,
+    log_mel, loudest, prompt_text, read_manifest, window_seconds,
 )  # fmt: skip
 from model import PRESETS, SPECIAL_TOKENS, UserError
 
@@ -84,6 +84,15 @@ def test_streamed_wav_without_a_size_is_read(tmp_path):
     data[at + 4 : at + 8] = data[4:8] = b"\xff\xff\xff\xff"
     path.write_bytes(data)
     assert len(load_audio(str(path))[0]) == 8000
+
+
+@pytest.mark.parametrize("n", [1, 7, 99, 100, 300])
+def test_the_loudest_stretch(n):
+    """Against every stretch there is; of a clip that is too short all."""
+    audio = np.random.default_rng(n).standard_normal(100).astype(np.float32)
+    found = loudest(audio, n)
+    sums = [(audio[i : i + n] ** 2).sum() for i in range(max(100 - n, 0) + 1)]
+    assert len(found) == min(n, 100) and np.isclose((found**2).sum(), max(sums))
 
 
 def test_mel_is_whispers_clip_by_clip():

@@ -19,9 +19,10 @@ import pytest
 import torch
 
 import train
-from data import read_manifest
+from data import lettered, mmau_prompt, mmsu_prompt, read_manifest
 from decode import ask
 from model import PRESETS, build, load
+from prepare import choices_in
 from runner import SMALL_STAGES, install
 from train import (
     STAGES, Maker, MicroBatches, Options, Packer, Stage, World, augment, cost_of, draw_list, generator_for, learning_rate, list_states, main,
@@ -241,8 +242,8 @@ def test_augment_and_mask_stay_in_bounds():
 
 def test_packs_hold_what_they_say(toured):
     """A window's clips follow each other, each over frames of its own; a sound under speech is of its speech's place and reaches around it."""
-    packer, counts, covered = Packer(read_manifest(f"{toured}/stage0.jsonl", 0)), [], 0
-    for seed in range(40):
+    packer, counts, covered, strings = Packer(read_manifest(f"{toured}/stage0.jsonl", 0)), [], 0, 0
+    for seed in range(120):
         made = packer.pack(torch.Generator().manual_seed(seed), PRESETS["tiny"])
         assert made["mel"].shape == (80, 1000) and made["clips"]
         assert all(0 <= i < j <= 500 for _, i, j in made["clips"])
@@ -256,7 +257,10 @@ def test_packs_hold_what_they_say(toured):
             for (speech, i, j), (sound, first, last) in (same for same in in_place if len(same) == 2):
                 assert "words" in speech and sound.keys() & {"sound", "instrument"} and first <= i < j <= last
                 covered += 1
-    assert min(counts) == 1 and max(counts) > 4 and covered > 5
+        in_words = all(" " not in facts.get("words", " ") for facts, *_ in made["clips"])
+        strings += in_words and counts[-1] > 2
+        assert counts[-1] <= 6 or not in_words
+    assert min(counts) == 1 and max(counts) > 4 and covered > 5 and strings > 20
 
 
 def test_heads_name_a_clip_by_its_mean_and_by_stretches(toured):
@@ -281,12 +285,14 @@ def test_heads_name_a_clip_by_its_mean_and_by_stretches(toured):
 def test_lists_hide_a_letter_or_its_name(tokenizer, config):
     """Every pair comes twice: to be read in the question, and with one half to be found in the answer."""
     labels = ["rain", "baby cry", "dog", "cat", "sea waves", "bell", "gong", "drum", "horn"]
-    sizes, halves = set(), [0, 0]
+    prompts = [("", ""), ("Choose.\n", ""), ("What?\n\nChoices:", "\nAnswer:")]
+    sizes, halves, seen = set(), [0, 0], set()
     for n in range(100):
-        item = draw_list(labels, random.Random(n), tokenizer, config)
+        item = draw_list(labels, prompts, random.Random(n), tokenizer)
         text = lambda kept: tokenizer.decode([i for i, a in zip(item["ids"], item["is_answer"]) if kept(a)], skip_special_tokens=False)
         question, answer = text(lambda a: True).split("<|start_header_id|>assistant<|end_header_id|>")
-        listed, again = (re.findall(r"([A-H])\. (.+?)(?:\n|<|$)", part) for part in (question.split("<audio>.")[1], answer))
+        listed, again = (re.findall(r"([A-H])\. (.+?)\.?(?:\n|<|$)", part) for part in (question.split("<audio>.")[1], answer))
+        seen.add(tuple(train.LISTED.split(question.split("<audio>. ")[1].split("<|eot_id|>")[0])))
         assert sorted(listed) == sorted(again) and [letter for letter, _ in listed] == list("ABCDEFGH"[: len(listed)])
         assert len({name for _, name in listed}) == len(listed) and {name.lower() for _, name in listed} <= set(labels)
         shown, sought = text(lambda a: not a).split("<|end_header_id|>")[-1], text(lambda a: a)
@@ -296,7 +302,18 @@ def test_lists_hide_a_letter_or_its_name(tokenizer, config):
             assert (f"{letter}." in shown) != found and (name in shown) == found and (name in sought) != found
             halves[found] += 1
         sizes.add(len(listed))
-    assert sizes == set(range(2, 9)) and 0.85 < halves[1] / sum(halves) < 0.95
+    assert sizes == set(range(2, 9)) and 0.85 < halves[1] / sum(halves) < 0.95 and seen == set(prompts)
+
+
+def test_lists_come_in_the_prompts_of_the_manifest(toured):
+    """Each choice question of the manifest, without its choices, once; beside them the bare list."""
+    examples = read_manifest(f"{toured}/stage0.jsonl", 0)
+    asked = {(e.question, *choices_in(e.question).values()) for e in examples if choices_in(e.question)}
+    prompts = Packer(examples).prompts
+    assert len(prompts) == len(set(prompts)) > 20 and ("", "") in prompts
+    assert {before + "\n" + lettered(choices) + after for before, after in prompts for _, *choices in asked} >= {question for question, *_ in asked}
+    for prompt in (mmsu_prompt, mmau_prompt):
+        assert any(prompt("|", []).split("|")[0] in before for before, _ in prompts)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -305,7 +322,7 @@ def test_looking_up_is_cross_entropy_of_what_is_hidden(toured, config, tokenizer
     model = build(dataclasses.replace(config, causal=causal), seed=0).eval()
     examples = read_manifest(f"{toured}/stage0.jsonl", 0)
     packer = Packer(examples)
-    made = Maker(tokenizer, model.config, "look", 0, packer, names=4)(examples[:5], 0)
+    made = Maker(tokenizer, model.config, "look", 0, packer, names=4, bare=True)(examples[:5], 0)
     assert made["seconds"] == 0 and "mel" not in made["batch"]
     chosen = trainable(model, ("backbone.",))
     context = train.Context(model, 0, 0, Stage(("backbone.",), 1e-3, 5, 1, loss="look"), contextlib.nullcontext, tuple(chosen.values()))
@@ -319,8 +336,31 @@ def test_looking_up_is_cross_entropy_of_what_is_hidden(toured, config, tokenizer
         log_p = model(given[None], everywhere, everywhere).log_softmax(-1)
         at = hidden.nonzero()[:, 0]
         assert abs(losses[row] + log_p[at - int(causal), ids[at]].mean()) < 1e-5
-        assert set(re.findall(r"[A-D]\. (.+?)(?:\n|<)", tokenizer.decode(ids.tolist(), skip_special_tokens=False))) <= names
+        assert set(re.findall(r"[A-D]\. (.+?)\.?(?:\n|<)", tokenizer.decode(ids.tolist(), skip_special_tokens=False))) <= names
     assert {n for n, p in model.named_parameters() if p.grad is not None} == set(chosen)
+
+
+def test_lists_beside_recordings_add_their_own_gradient(toured, config, tokenizer, monkeypatch):
+    """Reading with lists beside it: the losses of reading alone, the gradients of reading and of looking up."""
+    model = build(config, seed=0).eval()
+    examples = read_manifest(f"{toured}/stage0.jsonl", 0)
+    packer = Packer(examples)
+    chosen, heads = trainable(model, train.READ), train.Heads(packer, config)
+
+    def gradients(loss, share):
+        monkeypatch.setattr(train, "LISTS_BESIDE", share)
+        memory = {} if loss == "read" else None
+        context = train.Context(model, 0, 0, Stage(train.READ, 1e-3, 5, 1, loss=loss), contextlib.nullcontext, tuple(chosen.values()), (), heads, memory)
+        made = Maker(tokenizer, config, loss, 0, packer, memory)(examples[:5], 0) | {"step": 1}
+        model.zero_grad()
+        losses = train.LOSSES[loss](context, made)
+        assert ("list.ids" in made["batch"]) == (loss == "read" and share > 0)
+        return losses, {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in chosen.items()}
+
+    (alone, read), (_, look), (beside, both) = gradients("read", 0.0), gradients("look", 0.0), gradients("read", 1.0)
+    assert torch.equal(alone, beside)
+    assert all(torch.allclose(both[n], read[n] + look[n], atol=1e-5) for n in chosen)
+    assert not torch.allclose(both["backbone.wte.weight"], read["backbone.wte.weight"], atol=1e-3)
 
 
 def test_matched_adapters_speak_as_loud_as_words(toured, config, tokenizer):
