@@ -78,8 +78,8 @@ class Stage:
     least_t: float = 0.0  # t is drawn from (least_t, 1]
     canvas: int = CANVAS  # unit of the answer's canvas
     single: bool = False  # recordings as they were made, short questions: no strings, no mixtures
-    names: int | None = None  # that the lists of stage 0 are drawn from: looking up is learned with few
-    bare: bool = False  # lists with no question before them
+    names: int | None = None  # that the lists of stage 0 are drawn from, bare ones: looking up is learned with few; None: all, in any prompt
+    lists: float = 0.0  # with this share of the examples comes a list: what is learned about them is soon forgotten among recordings
     frames: int = 0  # of the windows that stage 0's encoder learns on, 50 a second; 0: the model's own
     weight_decay: float = 0.05
     beta2: float = 0.999
@@ -89,7 +89,7 @@ class Stage:
 ADAPTERS = ("semantic.", "acoustic.")
 READ = ("semantic.", "soft_prompts", "backbone.")
 
-LISTS = ((8, 400), (24, 250), (None, 400), (8, 300), (16, 150), (32, 150), (None, 300))  # looking up in bare lists: among so many names (None: all), for so many steps
+LISTS = ((8, 600), (16, 150), (32, 150), (None, 500))  # looking up: among so many names, for so many steps
 
 STAGES = {  # a stage is a list of parts; only the small model's stage 0 has more than one
     # paper, Table B.2; soft prompts train with stage 1
@@ -103,11 +103,10 @@ STAGES = {  # a stage is a list of parts; only the small model's stage 0 has mor
         0: [  # encoder on short windows and on whole ones, looking up, reading single clips, reading everything, both ways of being shown a clip
             Stage(("encoder.",), lr=1e-3, batch=8, warmup=200, steps=7500, loss="ear", frames=250, beta2=0.98, muon=True),
             Stage(("encoder.",), lr=4e-4, batch=4, warmup=50, steps=1500, loss="ear", beta2=0.98, muon=True),
-            *(Stage(("backbone.",), lr=2e-3, batch=32, warmup=50, steps=steps, loss="look", names=names, bare=True, beta2=0.98, muon=True) for names, steps in LISTS),
-            Stage(("backbone.",), lr=1e-3, batch=32, warmup=50, steps=400, loss="look", beta2=0.98, muon=True),
-            Stage(READ, lr=1.5e-3, batch=64, warmup=50, steps=300, loss="read", least_t=0.6, canvas=8, single=True, beta2=0.98, muon=True),
-            Stage(READ, lr=1e-3, batch=48, warmup=50, steps=800, loss="read", least_t=0.3, canvas=8, beta2=0.98, muon=True),
-            Stage((*READ, "acoustic."), lr=7e-4, batch=32, warmup=50, steps=550, least_t=0.2, beta2=0.98, muon=True),
+            *(Stage(("backbone.",), lr=2e-3, batch=32, warmup=50, steps=steps, loss="look", names=names, beta2=0.98, muon=True) for names, steps in LISTS),
+            Stage(READ, lr=1.5e-3, batch=64, warmup=50, steps=300, loss="read", least_t=0.6, canvas=8, single=True, lists=0.25, beta2=0.98, muon=True),
+            Stage(READ, lr=1e-3, batch=48, warmup=50, steps=800, loss="read", least_t=0.3, canvas=8, lists=0.25, beta2=0.98, muon=True),
+            Stage((*READ, "acoustic."), lr=7e-4, batch=32, warmup=50, steps=550, least_t=0.2, lists=0.25, beta2=0.98, muon=True),
         ],
         1: [Stage(("semantic.", "soft_prompts"), lr=2e-4, batch=16, warmup=20, steps=40, beta2=0.98)],
         2: [Stage(ADAPTERS, lr=2e-4, batch=16, warmup=20, steps=120, beta2=0.98)],
@@ -293,7 +292,6 @@ def mask_mel(mel, generator, n_time=2, n_freq=2, time=25, freq=8):
     return mel
 
 
-LISTS_BESIDE = 0.25  # what is learned about lists is soon forgotten among recordings: with so many of these comes a list
 LISTED = re.compile(r"(?:\n[A-J]\. .+)+")  # the choices in a question
 BARE = (("", ""),)  # a question that is nothing but its choices
 
@@ -330,13 +328,13 @@ class Maker:
     epoch; a clip found there is not read again.  augmented=False: the clip as it is (held-out loss).
     """
 
-    def __init__(self, tokenizer, config, loss, seed, packer=None, memory=None, augmented=True, canvas=CANVAS, names=None, bare=False):
+    def __init__(self, tokenizer, config, loss, seed, packer=None, memory=None, augmented=True, canvas=CANVAS, names=None, lists=0.0):
         self.tokenizer, self.config, self.loss, self.seed = tokenizer, config, loss, seed
-        self.packer, self.memory, self.augmented, self.canvas, self.names, self.bare = packer, memory, augmented, canvas, names, bare
+        self.packer, self.memory, self.augmented, self.canvas, self.names, self.lists = packer, memory, augmented, canvas, names, lists
 
     def list(self, generator):
-        names, prompts = self.packer.names[: self.names], BARE if self.bare else self.packer.prompts
-        return draw_list(names, prompts, random.Random(generator.initial_seed()), self.tokenizer)
+        prompts = BARE if self.names else self.packer.prompts
+        return draw_list(self.packer.names[: self.names], prompts, random.Random(generator.initial_seed()), self.tokenizer)
 
     def item(self, example, epoch):
         """One example -> {"mel", "n_frames", "sides", "seconds"}; for stage 0's encoder a window of clips, for looking up a list, whatever the example."""
@@ -351,7 +349,7 @@ class Maker:
             sides = {"text": pair_text(example, example.answer, self.tokenizer, c)}
         else:
             sides = {"text": encode_text(example, self.tokenizer, c, generator, self.canvas)}
-        if self.loss == "read" and torch.rand(1, generator=generator) < LISTS_BESIDE:
+        if self.lists and torch.rand(1, generator=generator) < self.lists:
             sides["list"] = self.list(generator)
         key = (example.audio, epoch // HEAR_AGAIN)
         if self.memory is not None:
@@ -708,7 +706,7 @@ NAMING_WEIGHT, HEAR_AGAIN = 0.2, 2  # a clip is augmented and encoded anew every
 
 
 def read(context, made):
-    """The backbone learns to read semantic tokens; the tokens learn to name their clip; lists beside them keep looking up in mind."""
+    """The backbone learns to read semantic tokens; the tokens learn to name their clip."""
     model, batch, memory = context.model, made["batch"], context.memory
     if "mel" in batch:
         new = [i for i, is_new in enumerate(batch["is_new"]) if is_new]
@@ -731,12 +729,18 @@ def read(context, made):
         pooled = tokens.sum(1) / is_token.sum(1, keepdim=True)  # (B, D)
         naming = context.heads.name(context.heads.on_tokens, pooled, batch["facts"], list(range(len(found))), len(found))
     backward(losses + NAMING_WEIGHT * naming)
-    if "list.ids" in batch:
-        look(context, made, "list")
     return losses.detach()
 
 
 LOSSES = {"sft": sft, "vrpo": vrpo, "ear": ear, "look": look, "read": read}
+
+
+def learn(context, made):
+    """The row's loss and, where lists come with the examples, its gradient and theirs."""
+    losses = LOSSES[context.row.loss](context, made)
+    if "list.ids" in made["batch"]:
+        look(context, made, "list")
+    return losses
 
 
 @torch.no_grad()
@@ -970,7 +974,7 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
     memory = memory if row.loss == "read" else None
     context = Context(model, stage, o.seed, row, autocast, tuple(chosen.values()), reference, heads, memory)
     window = dataclasses.replace(config, n_frames=row.frames or config.n_frames)
-    maker = Maker(tokenizer, window, row.loss, o.seed, packer, memory, canvas=row.canvas, names=row.names, bare=row.bare)
+    maker = Maker(tokenizer, window, row.loss, o.seed, packer, memory, canvas=row.canvas, names=row.names, lists=row.lists)
     meeting = DistributedDataParallel(Meeting(chosen.values())) if world.size > 1 else None
     costs = [LIST_COST if row.loss == "look" else cost_of(e, config) for e in examples]
     stop = steps if o.stop_after is None else min(steps, step + o.stop_after)
@@ -1010,7 +1014,7 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
             skipped += made["skipped"]
             if made["batch"] is not None:
                 made["batch"] = to_device(made["batch"], device)
-                losses.append(LOSSES[row.loss](context, made))
+                losses.append(learn(context, made))
                 made_ids += made["ids"]
                 seconds += made["seconds"]
             if not made["last"]:

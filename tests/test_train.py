@@ -322,7 +322,7 @@ def test_looking_up_is_cross_entropy_of_what_is_hidden(toured, config, tokenizer
     model = build(dataclasses.replace(config, causal=causal), seed=0).eval()
     examples = read_manifest(f"{toured}/stage0.jsonl", 0)
     packer = Packer(examples)
-    made = Maker(tokenizer, model.config, "look", 0, packer, names=4, bare=True)(examples[:5], 0)
+    made = Maker(tokenizer, model.config, "look", 0, packer, names=4)(examples[:5], 0)
     assert made["seconds"] == 0 and "mel" not in made["batch"]
     chosen = trainable(model, ("backbone.",))
     context = train.Context(model, 0, 0, Stage(("backbone.",), 1e-3, 5, 1, loss="look"), contextlib.nullcontext, tuple(chosen.values()))
@@ -340,27 +340,26 @@ def test_looking_up_is_cross_entropy_of_what_is_hidden(toured, config, tokenizer
     assert {n for n, p in model.named_parameters() if p.grad is not None} == set(chosen)
 
 
-def test_lists_beside_recordings_add_their_own_gradient(toured, config, tokenizer, monkeypatch):
-    """Reading with lists beside it: the losses of reading alone, the gradients of reading and of looking up."""
+@pytest.mark.parametrize("loss", ["read", "sft"])
+def test_lists_beside_recordings_add_their_own_gradient(toured, config, tokenizer, loss):
+    """With lists beside them: the losses of the examples alone, the gradients of both."""
     model = build(config, seed=0).eval()
     examples = read_manifest(f"{toured}/stage0.jsonl", 0)
     packer = Packer(examples)
     chosen, heads = trainable(model, train.READ), train.Heads(packer, config)
 
     def gradients(loss, share):
-        monkeypatch.setattr(train, "LISTS_BESIDE", share)
-        memory = {} if loss == "read" else None
-        context = train.Context(model, 0, 0, Stage(train.READ, 1e-3, 5, 1, loss=loss), contextlib.nullcontext, tuple(chosen.values()), (), heads, memory)
-        made = Maker(tokenizer, config, loss, 0, packer, memory)(examples[:5], 0) | {"step": 1}
+        memory, row = {} if loss == "read" else None, Stage(train.READ, 1e-3, 5, 1, loss=loss, lists=share)
+        context = train.Context(model, 0, 0, row, contextlib.nullcontext, tuple(chosen.values()), (), heads, memory)
+        made = Maker(tokenizer, config, loss, 0, packer, memory, augmented=False, lists=share)(examples[:5], 0) | {"step": 1}
+        assert ("list.ids" in made["batch"]) == (share > 0)
         model.zero_grad()
-        losses = train.LOSSES[loss](context, made)
-        assert ("list.ids" in made["batch"]) == (loss == "read" and share > 0)
-        return losses, {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in chosen.items()}
+        return train.learn(context, made), {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in chosen.items()}
 
-    (alone, read), (_, look), (beside, both) = gradients("read", 0.0), gradients("look", 0.0), gradients("read", 1.0)
+    (alone, one), (_, look), (beside, both) = gradients(loss, 0.0), gradients("look", 0.0), gradients(loss, 1.0)
     assert torch.equal(alone, beside)
-    assert all(torch.allclose(both[n], read[n] + look[n], atol=1e-5) for n in chosen)
-    assert not torch.allclose(both["backbone.wte.weight"], read["backbone.wte.weight"], atol=1e-3)
+    assert all(torch.allclose(both[n], one[n] + look[n], atol=1e-5) for n in chosen)
+    assert not torch.allclose(both["backbone.wte.weight"], one["backbone.wte.weight"], atol=1e-3)
 
 
 def test_matched_adapters_speak_as_loud_as_words(toured, config, tokenizer):
