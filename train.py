@@ -89,7 +89,7 @@ class Stage:
 ADAPTERS = ("semantic.", "acoustic.")
 READ = ("semantic.", "soft_prompts", "backbone.")
 
-LISTS = ((8, 600), (16, 150), (32, 150), (None, 500))  # looking up: among so many names, for so many steps
+LISTS = ((8, 400), (24, 250), (79, 400), (8, 300), (16, 150), (32, 150), (79, 300))  # looking up in bare lists: among so many names, for so many steps
 
 STAGES = {  # a stage is a list of parts; only the small model's stage 0 has more than one
     # paper, Table B.2; soft prompts train with stage 1
@@ -104,8 +104,9 @@ STAGES = {  # a stage is a list of parts; only the small model's stage 0 has mor
             Stage(("encoder.",), lr=1e-3, batch=8, warmup=200, steps=7500, loss="ear", frames=250, beta2=0.98, muon=True),
             Stage(("encoder.",), lr=4e-4, batch=4, warmup=50, steps=1500, loss="ear", beta2=0.98, muon=True),
             *(Stage(("backbone.",), lr=2e-3, batch=32, warmup=50, steps=steps, loss="look", names=names, beta2=0.98, muon=True) for names, steps in LISTS),
+            Stage(("backbone.",), lr=1e-3, batch=32, warmup=50, steps=400, loss="look", beta2=0.98, muon=True),
             Stage(READ, lr=1.5e-3, batch=64, warmup=50, steps=300, loss="read", least_t=0.6, canvas=8, single=True, lists=0.25, beta2=0.98, muon=True),
-            Stage(READ, lr=1e-3, batch=48, warmup=50, steps=800, loss="read", least_t=0.3, canvas=8, lists=0.25, beta2=0.98, muon=True),
+            Stage(READ, lr=1e-3, batch=48, warmup=50, steps=1000, loss="read", least_t=0.3, canvas=8, lists=0.25, beta2=0.98, muon=True),
             Stage((*READ, "acoustic."), lr=7e-4, batch=32, warmup=50, steps=550, least_t=0.2, lists=0.25, beta2=0.98, muon=True),
         ],
         1: [Stage(("semantic.", "soft_prompts"), lr=2e-4, batch=16, warmup=20, steps=40, beta2=0.98)],
