@@ -219,18 +219,18 @@ def is_cut_wav(path):
     return at > 0 and 0 < size < 1 << 31 and at + 8 + size > os.path.getsize(path)
 
 
-def loop(sound, n, voice, decibels):
-    """A sound repeated or cut to n samples, so loud that `voice` is so many decibels above it."""
-    rms = lambda x: float(np.sqrt(np.mean(x**2)) + 1e-5)
-    return np.tile(sound, -(-n // len(sound)))[:n] * (rms(voice) / rms(sound) * 10 ** (-decibels / 20))
-
-
 def loudest(audio, n):
     """The n samples in a row of most energy: a bark may stand anywhere in its clip."""
     n = min(len(audio), n)
     energy = np.cumsum(np.concatenate([[0.0], audio.astype(np.float64) ** 2]))
     start = int(np.argmax(energy[n:] - energy[: len(energy) - n]))
     return audio[start : start + n]
+
+
+def loop(sound, n, voice, decibels):
+    """A sound repeated or cut to n samples, so loud that `voice` is so many decibels above it."""
+    rms = lambda x: float(np.sqrt(np.mean(x**2)) + 1e-5)
+    return np.tile(sound, -(-n // len(sound)))[:n] * (rms(voice) / rms(sound) * 10 ** (-decibels / 20))
 
 
 def lay_under(voice, sound, rng, low=-6.0, high=9.0):
