@@ -89,7 +89,7 @@ class Stage:
 ADAPTERS = ("semantic.", "acoustic.")
 READ = ("semantic.", "soft_prompts", "backbone.")
 
-LISTS = ((8, 400), (24, 250), (79, 400), (8, 300), (16, 150), (32, 150), (79, 300))  # looking up in bare lists: among so many names, for so many steps
+LISTS = ((8, 400), (24, 250), (79, 400), (8, 300), (16, 150), (32, 150), (79, 300))  # looking up in bare lists: among so many names (79: all of the tour's), for so many steps
 
 STAGES = {  # a stage is a list of parts; only the small model's stage 0 has more than one
     # paper, Table B.2; soft prompts train with stage 1
@@ -333,7 +333,7 @@ class Maker:
         self.tokenizer, self.config, self.loss, self.seed = tokenizer, config, loss, seed
         self.packer, self.memory, self.augmented, self.canvas, self.names, self.lists = packer, memory, augmented, canvas, names, lists
 
-    def list(self, generator):
+    def one_list(self, generator):
         prompts = BARE if self.names else self.packer.prompts
         return draw_list(self.packer.names[: self.names], prompts, random.Random(generator.initial_seed()), self.tokenizer)
 
@@ -343,7 +343,7 @@ class Maker:
         if self.loss == "ear":
             return self.packer.pack(generator, c)
         if self.loss == "look":
-            return {"mel": None, "n_frames": 0, "sides": {"text": self.list(generator)}, "seconds": 0.0}
+            return {"mel": None, "n_frames": 0, "sides": {"text": self.one_list(generator)}, "seconds": 0.0}
         if self.loss == "vrpo":
             sides = {side: pair_text(example, text, self.tokenizer, c) for side, text in (("chosen", example.answer), ("rejected", example.rejected))}
         elif c.causal:
@@ -351,7 +351,7 @@ class Maker:
         else:
             sides = {"text": encode_text(example, self.tokenizer, c, generator, self.canvas)}
         if self.lists and torch.rand(1, generator=generator) < self.lists:
-            sides["list"] = self.list(generator)
+            sides["list"] = self.one_list(generator)
         key = (example.audio, epoch // HEAR_AGAIN)
         if self.memory is not None:
             if key in self.memory:
