@@ -615,8 +615,8 @@ def plot(paths):
         for (objective, way), points in sorted(transcripts.items(), reverse=True):
             points.sort()
             axis.plot([calls for calls, *_ in points], [wer for _, wer, *_ in points], "o-", label=f"{objective}, {way}")
-            for calls, wer, rtf, how in points:
-                axis.annotate(how, (calls, wer), fontsize=7)
+            for n, (calls, wer, rtf, how) in enumerate(points):
+                axis.annotate(how, (calls, wer), (3, 4 + 9 * (n % 3)), textcoords="offset points", fontsize=7)  # neighbours at heights of their own
                 print(f"| {objective} | {how} | {wer:.1%} | {calls:.2f} | {rtf:.4f} |")
         axis.set(title="transcripts", xlabel="network calls an answer", ylabel="word error rate")
         axis.legend()
