@@ -605,7 +605,7 @@ def plot(paths):
                 values = [100 * v for v in shares[objective, stage]]
                 axis.plot([stage] * len(values), [v / 100 for v in values], "o", color=line.get_color(), alpha=0.5)
                 print(f"| {objective} | {stage} | {len(values)} | {100 * mean:.1f} % ({min(values):.1f} - {max(values):.1f}) |")
-        axis.set(title="multiple choice; a dot a seed", xlabel="after stage", ylabel="right", xticks=sorted({stage for _, stage in shares}))
+        axis.set(title="multiple choice; a dot a seed", xlabel="after stage", ylabel="right", xticks=sorted({stage for _, stage in shares}), ylim=(0, 1))
         axis.legend()
         save_figure(fig, "accuracy.png", 120)
     if transcripts:
@@ -618,7 +618,7 @@ def plot(paths):
             for n, (calls, wer, rtf, how) in enumerate(points):
                 axis.annotate(how, (calls, wer), (3, 4 + 9 * (n % 3)), textcoords="offset points", fontsize=7)  # neighbours at heights of their own
                 print(f"| {objective} | {how} | {wer:.1%} | {calls:.2f} | {rtf:.4f} |")
-        axis.set(title="transcripts", xlabel="network calls an answer", ylabel="word error rate")
+        axis.set(title="transcripts", xlabel="network calls an answer", ylabel="word error rate", ylim=(0, 1.3 * max(wer for points in transcripts.values() for _, wer, *_ in points) or 1))
         axis.legend()
         save_figure(fig, "transcripts.png", 120)
 
