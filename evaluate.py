@@ -618,7 +618,8 @@ def plot(paths):
             for n, (calls, wer, rtf, how) in enumerate(points):
                 axis.annotate(how, (calls, wer), (3, 4 + 9 * (n % 3)), textcoords="offset points", fontsize=7)  # neighbours at heights of their own
                 print(f"| {objective} | {how} | {wer:.1%} | {calls:.2f} | {rtf:.4f} |")
-        axis.set(title="transcripts", xlabel="network calls an answer", ylabel="word error rate", ylim=(0, 1.3 * max(wer for points in transcripts.values() for _, wer, *_ in points) or 1))
+        most = max(wer for points in transcripts.values() for _, wer, *_ in points)
+        axis.set(title="transcripts", xlabel="network calls an answer", ylabel="word error rate", ylim=(0, 1.3 * most or 1))
         axis.legend()
         save_figure(fig, "transcripts.png", 120)
 

@@ -89,7 +89,8 @@ class Stage:
 ADAPTERS = ("semantic.", "acoustic.")
 READ = ("semantic.", "soft_prompts", "backbone.")
 
-LISTS = ((8, 400), (24, 250), (79, 400), (8, 300), (16, 150), (32, 150), (79, 300))  # looking up in bare lists: among so many names (79: all of the tour's), for so many steps
+# looking up in bare lists: among so many names (79: all of the tour's), for so many steps
+LISTS = ((8, 400), (24, 250), (79, 400), (8, 300), (16, 150), (32, 150), (79, 300))
 
 STAGES = {  # a stage is a list of parts; only the small model's stage 0 has more than one
     # paper, Table B.2; soft prompts train with stage 1
@@ -334,6 +335,7 @@ class Maker:
         self.packer, self.memory, self.augmented, self.canvas, self.names, self.lists = packer, memory, augmented, canvas, names, lists
 
     def one_list(self, generator):
+        """Bare among few names, in any prompt among all."""
         prompts = BARE if self.names else self.packer.prompts
         return draw_list(self.packer.names[: self.names], prompts, random.Random(generator.initial_seed()), self.tokenizer)
 
@@ -551,7 +553,8 @@ def vrpo(context, made):
 # stage 0: the stand-ins for Whisper and LLaDA
 
 
-STRINGS, OVER_SOUND = 0.4, 0.5  # share of windows that hold a string of words or of short sounds; share of all other speech that is packed over a sound
+STRINGS = 0.4  # share of windows that hold a string of words or of short sounds
+OVER_SOUND = 0.5  # share of all other speech that is packed over a sound
 STRETCHES, STRETCH = 2, 4  # of every clip so many stretches of so many frames (a semantic token's worth) name it as well
 EVEN = ("emotion", "sound", "instrument", "words", "sex")  # what clips of a corpus are drawn evenly by
 LABELLED = ("words", "sound", "instrument", "emotion", "intensity", "sex", "speaker")
