@@ -14,6 +14,7 @@ The batch that leaves `collate` is clean.  Noise is added in the training step (
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -307,6 +308,7 @@ def mmau_prompt(question, choices):
 
 
 LETTERS = "ABCDEFGHIJ"  # of multiple choice
+LISTED = re.compile(rf"(?:\n[{LETTERS}]\. .+)+")  # what `lettered` wrote, within a question
 
 
 def capital(text):

@@ -54,7 +54,7 @@ from tqdm import tqdm
 
 from adapters import AcousticAdapter, SemanticAdapter
 from data import (
-    CANVAS, LETTERS, SAMPLE_RATE, SAMPLES_PER_FRAME, answer_ids, bucket, build_prompt, capital, collate, encode_text, lay_under, lettered,
+    CANVAS, LETTERS, LISTED, SAMPLE_RATE, SAMPLES_PER_FRAME, answer_ids, bucket, build_prompt, capital, collate, encode_text, lay_under, lettered,
     load_audio, log_mel, loudest, read_manifest, window_seconds,
 )  # fmt: skip
 from diffusion import corrupt, draw_t, draw_uniform, masked_nll, next_token_loss, sft_loss
@@ -294,7 +294,6 @@ def mask_mel(mel, generator, n_time=2, n_freq=2, time=25, freq=8):
     return mel
 
 
-LISTED = re.compile(r"(?:\n[A-J]\. .+)+")  # the choices in a question
 BARE = (("", ""),)  # a question that is nothing but its choices
 
 
@@ -574,14 +573,16 @@ class Packer:
         pools = defaultdict(lambda: defaultdict(list))  # corpus -> value -> clips
         for e in single.values():
             pools[e.dataset][next(e.facts[k] for k in (*EVEN, *e.facts) if k in e.facts)].append(e)
-        pools = [dict(pools[corpus]) for corpus in sorted(pools)]
         tells = lambda pool, *kinds: any(kind in e.facts for clips in pool.values() for e in clips for kind in kinds)
-        words = [pool for pool in pools if all(e.facts.get("words") == v and " " not in v for v in pool for e in pool[v])]
+        words, others = [], []
+        for corpus in sorted(pools):
+            of_words = all(e.facts.get("words") == v and " " not in v for v, clips in pools[corpus].items() for e in clips)
+            (words if of_words else others).append(dict(pools[corpus]))
         together = defaultdict(list)  # one corpus among the others, or windows would be half words
         for word, clips in (item for pool in words for item in pool.items()):
             together[word] += clips
-        self.strings = words + [pool for pool in pools if tells(pool, "sound")]
-        self.pools = [pool for pool in pools if pool not in words] + ([dict(together)] if words else [])
+        self.strings = words + [pool for pool in others if tells(pool, "sound")]
+        self.pools = others + ([dict(together)] if words else [])
         self.pools += [pool for pool in self.pools if tells(pool, "emotion")]  # twice as often: the hardest to hear
         self.sounds = [pool for pool in self.pools if tells(pool, "sound", "instrument")]
         self.labels = {kind: sorted({e.facts[kind] for e in single.values() if kind in e.facts}) for kind in LABELLED}
@@ -616,7 +617,7 @@ class Packer:
         if string:
             most, stop, gap = rng.randint(1, PLACES), window, 0.4
         else:
-            most, stop, gap = 1 if rng.random() < 0.25 else window, int(rng.uniform(0.3, 1.0) * window), 0.6
+            most, stop, gap = 1 if rng.random() < 0.25 else math.inf, int(rng.uniform(0.3, 1.0) * window), 0.6
         audio, at = np.zeros(window, np.float32), int(rng.random() * 0.3 * SAMPLE_RATE)
         clips, n = [], 0
         while n < most and at <= stop:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import train
-from data import lettered, mmau_prompt, mmsu_prompt, read_manifest
+from data import LISTED, lettered, mmau_prompt, mmsu_prompt, read_manifest
 from decode import ask
 from model import PRESETS, build, load
 from prepare import choices_in
@@ -291,8 +291,9 @@ def test_lists_hide_a_letter_or_its_name(tokenizer, config):
         item = draw_list(labels, prompts, random.Random(n), tokenizer)
         text = lambda kept: tokenizer.decode([i for i, a in zip(item["ids"], item["is_answer"]) if kept(a)], skip_special_tokens=False)
         question, answer = text(lambda a: True).split("<|start_header_id|>assistant<|end_header_id|>")
-        listed, again = (re.findall(r"([A-H])\. (.+?)\.?(?:\n|<|$)", part) for part in (question.split("<audio>.")[1], answer))
-        seen.add(tuple(train.LISTED.split(question.split("<audio>. ")[1].split("<|eot_id|>")[0])))
+        listed = re.findall(r"([A-H])\. (.+?)(?:\n|<|$)", question.split("<audio>.")[1])
+        again = re.findall(r"([A-H])\. (.+)\.\n", answer)
+        seen.add(tuple(LISTED.split(question.split("<audio>. ")[1].split("<|eot_id|>")[0])))
         assert sorted(listed) == sorted(again) and [letter for letter, _ in listed] == list("ABCDEFGH"[: len(listed)])
         assert len({name for _, name in listed}) == len(listed) and {name.lower() for _, name in listed} <= set(labels)
         shown, sought = text(lambda a: not a).split("<|end_header_id|>")[-1], text(lambda a: a)
