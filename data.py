@@ -241,6 +241,11 @@ def lay_under(voice, sound, rng, low=-6.0, high=9.0):
     return loop(sound, n, voice, decibels), start, decibels
 
 
+def louder(decibels):
+    """The fact that a voice so many decibels above a sound tells; none where few would say so."""
+    return {"louder": "the voice" if decibels > 0 else "the background"} if abs(decibels) >= 2 else {}
+
+
 def window_seconds(config):
     return config.n_frames * SAMPLES_PER_FRAME / SAMPLE_RATE
 

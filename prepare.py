@@ -45,7 +45,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tqdm import tqdm
 
 from data import (
-    ASR_QUESTION, BEFORE_AUDIO, LETTERS, SAMPLE_RATE, SYSTEM, build_prompt, capital, encode_text, lay_under, lettered, load_audio, loop, loudest,
+    ASR_QUESTION, BEFORE_AUDIO, LETTERS, SAMPLE_RATE, SYSTEM, build_prompt, capital, encode_text, lay_under, lettered, load_audio, loop, louder, loudest,
     mmau_prompt, mmsu_prompt, parse_example, prompt_text, read_entries, read_manifest,
 )  # fmt: skip
 from model import PRESETS, SPECIAL_TOKENS, Parser, UserError, load_tokenizer
@@ -622,7 +622,7 @@ def choice_line(clip, rng, out, pools):
     if style == "mmsu":
         question, answer = mmsu_prompt(question, choices), f"{letter} {text}"
     elif style == "mmau":
-        question, answer = mmau_prompt(question, choices), text
+        question, answer = mmau_prompt(question, choices), f"{letter} {text}"
     elif style == "letter":
         question, answer = f"{question}\n{listed}\nAnswer with the letter.", letter
     elif style == "both":
@@ -784,9 +784,7 @@ def mix(speech, sound, rng, path, music=None, low=-6.0, high=9.0, seconds=8.0):
     """Speech over a sound, over music if given: speech low..high dB above the sound, music 0-6 dB below that; writes a FLAC at `path`."""
     voice, under = load_audio(speech.path, limit=seconds)[0], load_audio(sound.path, limit=seconds)[0]
     mixed, start, ratio = lay_under(voice, under, rng, low, high)
-    facts = speech.facts | {"background": sound.facts["sound"]}
-    if abs(ratio) >= 2:  # where anybody would say so
-        facts["louder"] = "the voice" if ratio > 0 else "the background"
+    facts = speech.facts | {"background": sound.facts["sound"]} | louder(ratio)
     if music is not None:
         mixed = mixed + loop(load_audio(music.path, limit=seconds)[0], len(mixed), voice, ratio + rng.uniform(0, 6))
         facts["music"] = music.facts["instrument"]
@@ -1291,11 +1289,11 @@ def benchmark(clips, pools, n, rng, out):
 # the small model's tokenizer and manifests
 
 
-def train_tokenizer(lines, vocab=960):
+def train_tokenizer(lines, vocab=1000):
     """Byte-level BPE on the prompts and answers of `lines`, with LLaDA's special tokens.
 
-    Answers count tenfold, and so do choices, so that a label is one token: tokens decoded together are drawn independently,
-    and a choice is found in its list by what it begins with.
+    Answers count tenfold, and so do choices, so that a label is one token, within a sentence too: tokens decoded together are
+    drawn independently, and a choice is found in its list by what it begins with.
     What every prompt says in the same words is one token too: a small model has no positions to waste; so is a choice's
     letter with its dot, which stands beside the choice then.
     """
@@ -1312,7 +1310,8 @@ def train_tokenizer(lines, vocab=960):
     def texts():
         for line in lines:
             question, answer = (message["content"].replace("<audio>", "") for message in line["messages"][:2])
-            yield from (prompt_text(question), *[answer] * 10, *[f" {choice}" for choice in choices_in(question).values()] * 10)
+            choices = [f" {choice}" for choice in choices_in(question).values()]
+            yield from (prompt_text(question), *[answer] * 10, *[text for choice in choices for text in (choice, choice.lower())] * 10)
 
     tokenizer.train_from_iterator(texts(), trainer)
     fixed = [asks("", []).split("Question:")[0] + "Question:" for asks in (mmsu_prompt, mmau_prompt)]
@@ -1400,7 +1399,7 @@ def tour(audio, out, seed=0, n_strings=4000):
 
     stages = {
         1: lambda r: chain(ask(everything, r, here, ["asr"]), about(singles(0.4, r), r, ["asr"])),
-        0: lambda r: chain(ask(train, r, here), ask(everything, r, here), ask(everything, r, here, ["asr"]), ask(everything, r, here, ["background"], repeat=2),
+        0: lambda r: chain(ask(train, r, here), ask(everything, r, here), ask(everything, r, here, ["asr"], repeat=3), ask(everything, r, here, ["background"], repeat=2),
                            about(singles(1, r), r), choices(singles(0.6, r), r), choices(paired[::3], r)),
         2: lambda r: chain(ask(everything, r, here, repeat=2), about(singles(1, r), r), twentieth(r)),
         3: lambda r: chain(ask(everything, r, here), about(singles(0.6, r), r), choices(singles(1, r), r), choices(paired, r), twentieth(r)),

@@ -6,6 +6,7 @@
     python train.py --stage 2 --model tiny             # both adapters on audio questions
     python train.py --stage 3 --model tiny             # both adapters and LoRA
     python train.py --stage 4 --model tiny             # the same parts by preference (vrpo.py)
+    python train.py --stage 0 --model tiny --init assets/tiny --out mine   # on from trained weights, with recordings of one's own
     torchrun --nproc_per_node=8 train.py --stage 1     # diffa2, eight GPUs; add --nnodes for more
     python train.py --stage 1 --resume                 # goes on where a stopped run was, to the bit
     python train.py --plot out/tiny/stage1 out/b       # the logged curves of runs, curves.png
@@ -52,10 +53,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from adapters import AcousticAdapter, SemanticAdapter
+from adapters import AcousticAdapter, SemanticAdapter, merge_lora
 from data import (
     CANVAS, LETTERS, LISTED, SAMPLE_RATE, SAMPLES_PER_FRAME, answer_ids, bucket, build_prompt, capital, collate, encode_text, lay_under, lettered,
-    load_audio, log_mel, loudest, read_manifest, window_seconds,
+    load_audio, log_mel, louder, loudest, read_manifest, window_seconds,
 )  # fmt: skip
 from diffusion import corrupt, draw_t, draw_uniform, masked_nll, next_token_loss, sft_loss
 from model import PRESETS, RELEASES, Parser, UserError, assemble, build, fetch, load, load_tokenizer, pick_device, save
@@ -83,6 +84,7 @@ class Stage:
     frames: int = 0  # of the windows that stage 0's encoder learns on, 50 a second; 0: the model's own
     weight_decay: float = 0.05
     beta2: float = 0.999
+    fresh: bool = False  # for a fresh backbone alone: left out where stage 0 goes on from trained weights
     muon: bool = False  # Muon instead of AdamW for the matrices of encoder and backbone
 
 
@@ -104,11 +106,11 @@ STAGES = {  # a stage is a list of parts; only the small model's stage 0 has mor
         0: [  # encoder on short windows and on whole ones, looking up, reading single clips, reading everything, both ways of being shown a clip
             Stage(("encoder.",), lr=1e-3, batch=8, warmup=200, steps=7500, loss="ear", frames=250, beta2=0.98, muon=True),
             Stage(("encoder.",), lr=4e-4, batch=4, warmup=50, steps=1500, loss="ear", beta2=0.98, muon=True),
-            *(Stage(("backbone.",), lr=2e-3, batch=32, warmup=50, steps=steps, loss="look", names=names, beta2=0.98, muon=True) for names, steps in LISTS),
-            Stage(("backbone.",), lr=1e-3, batch=32, warmup=50, steps=400, loss="look", beta2=0.98, muon=True),
-            Stage(READ, lr=1.5e-3, batch=64, warmup=50, steps=300, loss="read", least_t=0.6, canvas=8, single=True, lists=0.25, beta2=0.98, muon=True),
-            Stage(READ, lr=1e-3, batch=48, warmup=50, steps=1000, loss="read", least_t=0.3, canvas=8, lists=0.25, beta2=0.98, muon=True),
-            Stage((*READ, "acoustic."), lr=7e-4, batch=32, warmup=50, steps=550, least_t=0.2, lists=0.25, beta2=0.98, muon=True),
+            *(Stage(("backbone.",), lr=2e-3, batch=32, warmup=50, steps=steps, loss="look", names=names, fresh=True, beta2=0.98, muon=True) for names, steps in LISTS),
+            Stage(("backbone.",), lr=1e-3, batch=32, warmup=50, steps=400, loss="look", fresh=True, beta2=0.98, muon=True),
+            Stage(READ, lr=1.5e-3, batch=64, warmup=50, steps=300, loss="read", least_t=0.6, canvas=8, single=True, lists=0.25, fresh=True, beta2=0.98, muon=True),
+            Stage(READ, lr=1e-3, batch=48, warmup=50, steps=1600, loss="read", least_t=0.3, canvas=8, lists=0.25, beta2=0.98, muon=True),
+            Stage((*READ, "acoustic."), lr=7e-4, batch=32, warmup=50, steps=800, least_t=0.2, lists=0.25, beta2=0.98, muon=True),
         ],
         1: [Stage(("semantic.", "soft_prompts"), lr=2e-4, batch=16, warmup=20, steps=40, beta2=0.98)],
         2: [Stage(ADAPTERS, lr=2e-4, batch=16, warmup=20, steps=120, beta2=0.98)],
@@ -269,11 +271,12 @@ def clip_of(example, config):
     return load_audio(example.audio, example.offset, example.duration, window_seconds(config))[0]
 
 
-def augment(audio, config, generator):
-    """Another speed (0.9-1.1), level, a moment of silence in front, a little noise: the recordings are few."""
+def augment(audio, config, generator, facts):
+    """Another speed (0.9-1.1; 0.75-1.25 of a sound alone), level, a moment of silence in front, a little noise: the recordings are few."""
     u = torch.rand(6, generator=generator).tolist()
+    spread = 0.25 if facts.keys() & {"sound", "instrument"} else 0.1  # a voice's sex and feeling are in its pitch
     if u[0] < 0.5:
-        audio = soxr.resample(audio, SAMPLE_RATE, SAMPLE_RATE * (0.9 + 0.2 * u[1]), quality="QQ")
+        audio = soxr.resample(audio, SAMPLE_RATE, SAMPLE_RATE * (1 + spread * (2 * u[1] - 1)), quality="QQ")
     audio = audio * 10 ** ((u[2] - 0.5) * 0.8)
     if u[3] < 0.5:
         audio = np.pad(audio, (int(u[3] * 0.6 * SAMPLE_RATE), 0))
@@ -284,8 +287,10 @@ def augment(audio, config, generator):
 
 
 def mask_mel(mel, generator, n_time=2, n_freq=2, time=25, freq=8):
-    """SpecAugment: blanks out bands of time and of frequency with the clip's mean."""
-    mel, fill = mel.clone(), mel.mean()
+    """Another microphone: treble up or down by 6 dB, bass the other way; then SpecAugment: blanks out bands of time and of frequency with the mean."""
+    tilt = 0.15 * (2 * torch.rand((), generator=generator) - 1)  # Whisper's log-mel has four decades in 1
+    mel = mel + tilt * torch.linspace(-1, 1, len(mel))[:, None]
+    fill = mel.mean()
     for n, most, axis in ((n_time, time, 1), (n_freq, freq, 0)):
         for _ in range(n):
             width = int(torch.randint(most, (1,), generator=generator))
@@ -361,7 +366,7 @@ class Maker:
             generator = generator_for(self.seed, key[1], zlib.crc32(example.audio.encode()))
         audio = clip_of(example, c)
         if self.augmented:
-            audio = augment(audio, c, generator)
+            audio = augment(audio, c, generator, example.facts)
         mel, n_frames = log_mel(audio, c)
         if self.augmented:
             mel = mask_mel(mel, generator)
@@ -552,7 +557,7 @@ def vrpo(context, made):
 # stage 0: the stand-ins for Whisper and LLaDA
 
 
-STRINGS = 0.4  # share of windows that hold a string of words or of short sounds
+STRINGS = 0.45  # share of windows that hold a string of words or of short sounds
 OVER_SOUND = 0.5  # share of all other speech that is packed over a sound
 STRETCHES, STRETCH = 2, 4  # of every clip so many stretches of so many frames (a semantic token's worth) name it as well
 EVEN = ("emotion", "sound", "instrument", "words", "sex")  # what clips of a corpus are drawn evenly by
@@ -565,6 +570,14 @@ def is_single(example):
     return bool(example.facts) and "strings" not in example.dataset and not example.facts.keys() & {"background", "first_sound"}
 
 
+def merged(pools):
+    """Pools of several corpora (value -> clips) as one."""
+    together = defaultdict(list)
+    for value, clips in (item for pool in pools for item in pool.items()):
+        together[value] += clips
+    return dict(together)
+
+
 class Packer:
     """Windows filled with single clips: one clip in ten seconds would leave the encoder idle nine tenths of its time."""
 
@@ -573,20 +586,22 @@ class Packer:
         pools = defaultdict(lambda: defaultdict(list))  # corpus -> value -> clips
         for e in single.values():
             pools[e.dataset][next(e.facts[k] for k in (*EVEN, *e.facts) if k in e.facts)].append(e)
-        tells = lambda pool, *kinds: any(kind in e.facts for clips in pool.values() for e in clips for kind in kinds)
-        words, others = [], []
-        for corpus in sorted(pools):
-            of_words = all(e.facts.get("words") == v and " " not in v for v, clips in pools[corpus].items() for e in clips)
-            (words if of_words else others).append(dict(pools[corpus]))
-        together = defaultdict(list)  # one corpus among the others, or windows would be half words
-        for word, clips in (item for pool in words for item in pool.items()):
-            together[word] += clips
-        self.strings = words + [pool for pool in others if tells(pool, "sound")]
-        self.pools = others + ([dict(together)] if words else [])
-        self.pools += [pool for pool in self.pools if tells(pool, "emotion")]  # twice as often: the hardest to hear
-        self.sounds = [pool for pool in self.pools if tells(pool, "sound", "instrument")]
+        of_kind = defaultdict(list)  # what tells a corpus' clips apart -> corpora
+        for corpus, pool in sorted(pools.items()):
+            clips = [(value, e) for value, some in pool.items() for e in some]
+            if all(e.facts.get("words") == value and " " not in value for value, e in clips):
+                of_kind["words"].append(pool)
+            else:
+                kind = next((kind for kind in EVEN if kind in clips[0][1].facts), "words")
+                of_kind[corpus if kind == "words" else kind].append(pool)  # sentences are no strings of words
+        self.pools = {kind: merged(some) for kind, some in of_kind.items()}  # or windows would be half words
+        self.strings = of_kind["words"] + of_kind["sound"]
+        self.sounds = [self.pools[kind] for kind in ("sound", "sound", "sound", "instrument") if kind in self.pools]  # sounds are what is asked for
+        hardest = [self.pools[kind] for kind in ("emotion", "emotion", "sound", "instrument") if kind in self.pools]
+        self.draws = [*self.pools.values(), *hardest]  # what is hard to hear oftener
         self.labels = {kind: sorted({e.facts[kind] for e in single.values() if kind in e.facts}) for kind in LABELLED}
         self.names = list(dict.fromkeys(v for kind in LABELLED if kind != "speaker" for v in self.labels[kind] if len(v) < 20))  # no sentences
+        self.labels["louder"] = ["the background", "the voice"]
         self.labels |= {kind: [str(i) for i in range(PLACES)] for kind in ("place", "left")}
         self.prompts = sorted({tuple(parts) for e in examples if len(parts := LISTED.split(e.question)) == 2} | set(BARE))
 
@@ -594,17 +609,17 @@ class Packer:
         """A corpus, then a word, sound or feeling of it, then a clip: rare classes as often as common ones.  -> facts, audio."""
         pool = rng.choice(pools)
         example = rng.choice(pool[rng.choice(sorted(pool))])
-        return example.facts, augment(clip_of(example, config), config, generator)
+        return example.facts, augment(clip_of(example, config), config, generator, example.facts)
 
     def draw(self, rng, generator, config):
         """A clip, or now and then speech over a sound -> audio, [(facts, first sample, last sample)]."""
-        facts, voice = self.draw_clip(rng, generator, config, self.pools)
+        facts, voice = self.draw_clip(rng, generator, config, self.draws)
         if "words" not in facts or not self.sounds or rng.random() > OVER_SOUND:
             return voice, [(facts, 0, len(voice))]
         of_sound, sound = self.draw_clip(rng, generator, config, self.sounds)
-        audio, start, _ = lay_under(voice, sound, rng)
+        audio, start, decibels = lay_under(voice, sound, rng)
         audio[start : start + len(voice)] += voice
-        return audio, [(facts, start, start + len(voice)), (of_sound, 0, len(audio))]
+        return audio, [(facts | louder(decibels), start, start + len(voice)), (of_sound, 0, len(audio))]
 
     def pack(self, generator, config):
         """A window of config.n_frames -> {"mel", "clips": [(facts, first frame, last frame)], "seconds"}.
@@ -613,7 +628,8 @@ class Packer:
         """
         rng = random.Random(generator.initial_seed())
         window = config.n_frames * SAMPLES_PER_FRAME
-        string = rng.choice(self.strings) if self.strings and rng.random() < STRINGS else None
+        often = [math.sqrt(sum(map(len, pool.values()))) for pool in self.strings]  # more recordings, more to tell apart
+        string = rng.choices(self.strings, often)[0] if self.strings and rng.random() < STRINGS else None
         if string:
             most, stop, gap = rng.randint(1, PLACES), window, 0.4
         else:
@@ -658,7 +674,7 @@ class Heads(nn.Module):
         super().__init__()
         self.labels = {kind: values for kind, values in packer.labels.items() if len(values) > 1}
         self.on_frames = nn.ModuleDict({kind: nn.Linear(config.audio_width, len(v)) for kind, v in self.labels.items()})
-        self.on_tokens = nn.ModuleDict({kind: nn.Linear(config.width, len(v)) for kind, v in self.labels.items() if kind in LABELLED})
+        self.on_tokens = nn.ModuleDict({kind: nn.Linear(config.width, len(v)) for kind, v in self.labels.items() if kind in (*LABELLED, "louder")})
 
     def name(self, heads, x, facts, row_of, B):
         """Cross-entropy of naming every fact of what x (N, d) stands for, averaged within each of the B rows."""
@@ -893,6 +909,7 @@ class Options:
     dropout: bool = True
     skip_limit: float = 0.01
     tensorboard: bool = False
+    init: str | None = None  # stage 0: the folder it goes on from
 
 
 MAX_BAD_STEPS = 10
@@ -1003,7 +1020,7 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
                 write_state({
                     "step": at, "part": part, "stage": stage, "hours": hours, "skipped": sorted(seen), "reference": list(reference),
                     "trained": {n: p.detach() for n, p in chosen.items()}, "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                    "random": random_states, "random_cuda": random_cuda,
+                    "random": random_states, "random_cuda": random_cuda, "init": o.init,
                 }, out, part, at)  # fmt: skip
             except UserError as e:
                 failed = str(e)
@@ -1083,14 +1100,14 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
     return step == steps
 
 
-def finish(world, model, tokenizer, out, stage, part, heads=None):
+def finish(world, model, tokenizer, out, stage, part, heads=None, init=None):
     """The trained model as out/model.safetensors; then a mark that says that this part is done, with stage 0's heads for the next."""
     failed = None
     if world.rank == 0:
         try:
             model.stage = stage
             save(model, tokenizer, out, dtype=torch.float32)
-            write_state({"step": 0, "part": part + 1, "heads": heads[1].state_dict() if heads else {}}, out, part + 1, 0)
+            write_state({"step": 0, "part": part + 1, "heads": heads[1].state_dict() if heads else {}, "init": init}, out, part + 1, 0)
             for path in list_states(out)[:-1]:
                 os.remove(path)
         except UserError as e:
@@ -1152,8 +1169,8 @@ TWIN = {"diffusion": "", "ar": "-ar"}  # objective -> what its folder is called 
 
 
 def start_from(args, stage, name, device):
-    """The model a stage begins with, and its tokenizer."""
-    if stage == 0:
+    """The model a stage begins with, and its tokenizer.  Stage 0 begins with a fresh one, or goes on with --init's in the manifests' vocabulary."""
+    if stage == 0 and not args.init:
         tokenizer = load_tokenizer(os.path.dirname(args.data) or ".")
         config = dataclasses.replace(PRESETS[name].with_tokenizer(tokenizer), causal=args.objective == "ar")
         return build(config, device, seed=args.seed), tokenizer
@@ -1169,11 +1186,29 @@ def start_from(args, stage, name, device):
         return model, tokenizer
     init = args.init or f"out/{name}{TWIN[args.objective]}/stage{stage - 1}"
     if not os.path.exists(os.path.join(init, "model.safetensors")):
-        raise UserError(f"{init}: no checkpoint to start from; `python train.py --stage {stage - 1} --model {name}` makes it")
+        raise UserError(f"{init}: no checkpoint to start from" + (f"; `python train.py --stage {stage - 1} --model {name}` makes it" if stage else ""))
     model, tokenizer = load(init, device, None if name in RELEASES else torch.float32)
     if model.config.causal != (args.objective == "ar"):
         raise UserError(f"{init}: a backbone of the other kind; --objective {'ar' if model.config.causal else 'diffusion'} goes with it")
-    return model, tokenizer
+    if stage:
+        return model, tokenizer
+    new = load_tokenizer(os.path.dirname(args.data) or ".")
+    return change_vocabulary(merge_lora(model), tokenizer, new), new
+
+
+@torch.no_grad()
+def change_vocabulary(model, old, new):
+    """The model (no LoRA) with the vocabulary of another tokenizer: a token of both keeps its rows, a new one gets the mean of its pieces'."""
+    pieces = []
+    for i in range(new.get_vocab_size()):
+        same = old.token_to_id(new.id_to_token(i))
+        pieces.append(old.encode(new.decode([i], skip_special_tokens=False), add_special_tokens=False).ids if same is None else [same])
+    state = model.state_dict()
+    for name in ("backbone.wte.weight", "backbone.ff_out.weight"):
+        state[name] = torch.stack([state[name][ids].mean(0) for ids in pieces])
+    changed = build(model.config.with_tokenizer(new), model.backbone.wte.weight.device)
+    changed.load_state_dict(state)
+    return changed
 
 
 def run(args):
@@ -1200,13 +1235,14 @@ def run(args):
         os.makedirs(out, exist_ok=True)
     except OSError as e:
         raise UserError(f"{out}: cannot be written ({e.strerror})") from None
-    options = Options(
-        args.seed, args.max_steps, args.stop_after, args.tokens, args.workers, args.save_every, args.held_out_every, args.precision,
-        args.recompute, args.compile, not args.no_dropout, args.skip_limit, args.tensorboard,
-    )  # fmt: skip
     with join_world(args.device) as world:
         state = read_state(states[-1]) if states else None
         parts, first = STAGES[name][stage], state["part"] if state else 0
+        args.init = args.init or (state or {}).get("init")
+        options = Options(
+            args.seed, args.max_steps, args.stop_after, args.tokens, args.workers, args.save_every, args.held_out_every, args.precision,
+            args.recompute, args.compile, not args.no_dropout, args.skip_limit, args.tensorboard, args.init,
+        )  # fmt: skip
         if first == len(parts):
             if world.rank == 0:
                 print(f"{out}: finished already")
@@ -1229,7 +1265,9 @@ def run(args):
                 heads[1].load_state_dict(state["heads"])
         for part in range(first, len(parts)):
             row = parts[part]
-            if row.loss == "read" and parts[part - 1].loss != "read" and not (state and state["step"]):
+            if args.init and row.fresh:
+                continue
+            if not args.init and row.loss == "read" and parts[part - 1].loss != "read" and not (state and state["step"]):
                 match_loudness(model, examples, Maker(tokenizer, model.config, "sft", args.seed, augmented=False))
             chosen = [e for e in examples if not row.single or is_single(e) and len(e.question) + len(e.answer) < 80]
             chosen = [e if e.id == i else dataclasses.replace(e, id=i) for i, e in enumerate(chosen)]
@@ -1238,7 +1276,7 @@ def run(args):
                 if world.rank == 0:
                     print(f"{out}: stopped and saved; --resume goes on")
                 return 0
-            finish(world, model, tokenizer, out, stage, part, heads)
+            finish(world, model, tokenizer, out, stage, part, heads, args.init)
         if world.rank == 0:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             print(f"{out}: written; peak memory {peak:.0f} MiB")
@@ -1252,7 +1290,7 @@ def main(argv=None):
     parser.add_argument("--objective", choices=sorted(TWIN), default="diffusion", help="ar: the same model with a causal mask and next-token loss, for comparison")
     parser.add_argument("--data", help="manifest (default: data/stageN.jsonl)")
     parser.add_argument("--held-out", help="manifest of held-out examples (default: held_out.jsonl beside --data, if there)")
-    parser.add_argument("--init", help="checkpoint to start from (default: out/MODEL/stage(N-1))")
+    parser.add_argument("--init", help="checkpoint to start from (default: out/MODEL/stage(N-1)); stage 0: to go on from, in the vocabulary beside --data")
     parser.add_argument("--out", help="folder to write (default: out/MODEL/stageN)")
     parser.add_argument("--llada", help="diffa1, diffa2, stage 1: folder of LLaDA-8B-Instruct, instead of the hub's")
     parser.add_argument("--whisper", help="diffa1, diffa2, stage 1: the encoder's file, instead of the hub's")

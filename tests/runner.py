@@ -21,9 +21,9 @@ from conftest import SMALL
 # the stages of `tiny` in their order and kinds, a few steps of a few examples
 SMALL_STAGES = {
     0: [train.Stage(("encoder.",), 1e-3, 4, 2, steps=20, loss="ear", frames=60),
-        train.Stage(("backbone.",), 1e-3, 6, 2, steps=20, loss="look", names=4),
+        train.Stage(("backbone.",), 1e-3, 6, 2, steps=20, loss="look", names=4, fresh=True),
         # Muon rounds to bf16, and makes directions that are all rounding as long as the others: at a larger rate no two runs are alike
-        train.Stage(("backbone.",), 1e-6, 6, 2, steps=20, loss="look", muon=True), train.Stage(train.READ, 1e-3, 6, 2, steps=20, loss="read", canvas=8, lists=0.5),
+        train.Stage(("backbone.",), 1e-6, 6, 2, steps=20, loss="look", fresh=True, muon=True), train.Stage(train.READ, 1e-3, 6, 2, steps=20, loss="read", canvas=8, lists=0.5),
         train.Stage((*train.READ, "acoustic."), 1e-3, 4, 2, steps=20, least_t=0.2)],
     1: [train.Stage(("semantic.", "soft_prompts"), 1e-3, 7, 2, steps=20)],
     2: [train.Stage(train.ADAPTERS, 1e-3, 7, 2, steps=20)],

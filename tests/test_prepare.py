@@ -243,6 +243,7 @@ def test_tokenizer_speaks_the_prompt(toured, tokenizer):
     assert t.decode(ids, skip_special_tokens=False) == prompt_text("What emotion?")
     assert t.get_vocab_size() <= 976
     assert t.encode("A. Rain\nB. Seven", add_special_tokens=False).tokens == ["A.", "ĠRain", "Ċ", "B.", "ĠSeven"]
+    assert t.encode("I hear rain.", add_special_tokens=False).tokens[-2:] == ["Ġrain", "."]
 
 
 def test_show_prints_what_the_model_sees(toured, capsys):

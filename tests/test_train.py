@@ -1,5 +1,6 @@
 """Training: what trains and what must not, many processes against one, resuming, being killed, bad data, bad numbers."""
 
+import argparse
 import contextlib
 import dataclasses
 import itertools
@@ -232,17 +233,32 @@ def test_augment_and_mask_stay_in_bounds():
     clip = rng.uniform(-0.5, 0.5, 158000).astype(np.float32)
     for seed in range(30):
         g = torch.Generator().manual_seed(seed)
-        out = augment(clip, c, g)
+        out = augment(clip, c, g, {"sound": "rain"})
         assert out.dtype == np.float32 and 0 < len(out) <= 160000 and np.isfinite(out).all()
         mel = torch.randn(80, 1000, generator=g)
         masked = mask_mel(mel, g)
-        changed = (masked != mel).float().mean().item()
-        assert masked.shape == mel.shape and changed < 0.6 and torch.equal(masked[masked != mel].unique(), mel.mean()[None]) == (changed > 0)
+        tilts = masked - mel  # of what is not blanked out a ramp from bass to treble, one and the same at all times
+        tilt = tilts[-1].median()
+        kept = (tilts - tilt * torch.linspace(-1, 1, 80)[:, None]).abs() < 1e-5
+        assert masked.shape == mel.shape and kept.float().mean() > 0.4 and 0 < tilt.abs() <= 0.15
+        assert torch.allclose(masked[~kept], (mel + tilt * torch.linspace(-1, 1, 80)[:, None]).mean(), atol=1e-4)
+
+
+def test_sounds_are_played_faster_than_voices():
+    """Speed by the length of what comes out: 0.9 to 1.1 of a voice, 0.75 to 1.25 of a sound."""
+    clip = np.ones(16000, np.float32)
+    for facts, least, most in (({"words": "one"}, 0.9, 1.1), ({"sound": "rain"}, 0.75, 1.25)):
+        lengths = []
+        for seed in range(200):
+            u = torch.rand(6, generator=(g := torch.Generator().manual_seed(seed)))
+            lengths.append(len(augment(clip, PRESETS["tiny"], g.manual_seed(seed), facts)) - (int(u[3] * 0.6 * 16000) if u[3] < 0.5 else 0))
+        speeds = np.array(lengths) / 16000
+        assert least - 1e-3 < speeds.min() < least + 0.03 and most - 0.03 < speeds.max() < most + 1e-3 and (speeds == 1).mean() > 0.4
 
 
 def test_packs_hold_what_they_say(toured):
     """A window's clips follow each other, each over frames of its own; a sound under speech is of its speech's place and reaches around it."""
-    packer, counts, covered, strings = Packer(read_manifest(f"{toured}/stage0.jsonl", 0)), [], 0, 0
+    packer, counts, louder, covered, strings = Packer(read_manifest(f"{toured}/stage0.jsonl", 0)), [], set(), 0, 0
     for seed in range(120):
         made = packer.pack(torch.Generator().manual_seed(seed), PRESETS["tiny"])
         assert made["mel"].shape == (80, 1000) and made["clips"]
@@ -257,10 +273,23 @@ def test_packs_hold_what_they_say(toured):
             for (speech, i, j), (sound, first, last) in (same for same in in_place if len(same) == 2):
                 assert "words" in speech and sound.keys() & {"sound", "instrument"} and first <= i < j <= last
                 covered += 1
+                louder.add(speech.get("louder"))
+            assert not any("louder" in facts for same in in_place for facts, *_ in same if len(same) == 1)
         in_words = all(" " not in facts.get("words", " ") for facts, *_ in made["clips"])
         strings += in_words and counts[-1] > 2
         assert counts[-1] <= 6 or not in_words
-    assert min(counts) == 1 and max(counts) > 4 and covered > 5 and strings > 20
+    assert min(counts) == 1 and max(counts) > 4 and covered > 5 and strings > 20 and louder >= {"the voice", "the background"}
+
+
+def test_strings_are_of_words_and_sounds(toured):
+    """A corpus of sentences is drawn from, but makes no strings; all corpora of instruments are one pool."""
+    examples = read_manifest(f"{toured}/stage0.jsonl", 0)
+    other = [dataclasses.replace(examples[0], audio=f"{n}.wav", dataset=d, facts=f) for n, (d, f) in enumerate((
+        ("read", {"words": "a man said", "sex": "male"}), ("samples", {"instrument": "gong"}), ("others", {"instrument": "gong"})))]  # fmt: skip
+    before, after = Packer(examples), Packer(examples + other)
+    assert [sorted(pool) for pool in after.strings] == [sorted(pool) for pool in before.strings] and before.strings
+    assert sum(after.pools["read"].values(), []) == other[:1] and all(e in after.pools["instrument"]["gong"] for e in other[1:])
+    assert len(after.draws) == len(before.draws) + 1 + 2 * ("instrument" not in before.pools)
 
 
 def test_heads_name_a_clip_by_its_mean_and_by_stretches(toured):
@@ -430,6 +459,43 @@ def test_stage_0_keeps_its_heads_between_parts(toured, tmp_path, monkeypatch):
     assert main(arguments(toured, tmp_path, 0, "--max-steps", "2", "--resume")) == 0
     after = read_state(list_states(f"{tmp_path}/stage0")[-1])["heads"]
     assert heads and heads.keys() == after.keys() and all(torch.equal(heads[n], after[n]) for n in heads)
+
+
+def test_stage_0_goes_on_from_trained_weights(one, toured, tmp_path):
+    """With --init it begins with those weights, LoRA folded in, and leaves out what a fresh backbone needs, also when resumed without being told again."""
+    before, tokenizer = load(f"{one}/stage3", "cpu", torch.float32)
+    model, _ = train.start_from(argparse.Namespace(init=f"{one}/stage3", objective="diffusion", data=f"{toured}/stage0.jsonl"), 0, "small", "cpu")
+    ids, everywhere = torch.arange(40).reshape(2, 20), torch.ones(2, 20, dtype=torch.bool)
+    logits = [m.eval()(ids, everywhere, everywhere) for m in (before, model)]
+    assert torch.allclose(*logits, atol=1e-5) and not any("lora_" in n for n, _ in model.named_parameters())
+    fresh = build(before.config, "cpu", seed=42).eval()(ids, everywhere, everywhere)
+    assert (fresh - logits[0]).abs().max() > 1e-2
+    assert main(arguments(toured, tmp_path, 0, "--init", f"{one}/stage3", "--max-steps", "2", "--stop-after", "1")) == 0
+    assert main(arguments(toured, tmp_path, 0, "--max-steps", "2", "--resume")) == 0
+    with open(f"{tmp_path}/stage0/log.jsonl") as f:
+        steps = [(e["part"], e["step"]) for e in map(json.loads, f) if "loss" in e]
+    assert steps == [(part, step) for part, row in enumerate(STAGES["small"][0]) if not row.fresh for step in (1, 2)] and len(steps) == 6
+    assert load(f"{tmp_path}/stage0", "cpu")[1].to_str() == tokenizer.to_str()
+
+
+def test_change_vocabulary_keeps_what_tokens_mean(tokenizer, config):
+    """Tokens of both have the same logits under their new ids; a new one has the mean rows of its pieces; what the old one had alone is gone."""
+    from prepare import train_tokenizer
+
+    line = {"messages": [{"content": "<audio>What emotion?"}, {"content": "She is flabbergasted."}]}
+    new = train_tokenizer([line] * 5, 500)
+    old = build(config.with_tokenizer(tokenizer), "cpu", seed=1).eval()
+    model = train.change_vocabulary(old, tokenizer, new).eval()
+    assert model.config == config.with_tokenizer(new)
+    both = sorted(set(new.get_vocab()) & set(tokenizer.get_vocab()))
+    ids = [torch.tensor([t.token_to_id(token) for token in both]) for t in (tokenizer, new)]
+    logits = [m(i[:60][None], torch.ones(1, 60, dtype=torch.bool), torch.ones(1, 60, dtype=torch.bool))[:, i] for m, i in zip((old, model), ids)]
+    assert len(both) > 250 and torch.equal(*logits)
+    token = new.token_to_id("Ġflabbergasted")
+    pieces = tokenizer.encode(" flabbergasted", add_special_tokens=False).ids
+    assert len(pieces) > 1 and "Ġflabbergasted" not in tokenizer.get_vocab()
+    for a, b in ((old.backbone.wte, model.backbone.wte), (old.backbone.ff_out, model.backbone.ff_out)):
+        assert torch.equal(b.weight[token], a.weight[pieces].mean(0))
 
 
 @pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
