@@ -818,7 +818,7 @@ def write_state(state, out, part, step):
 def list_states(out):
     """Checkpoints in `out`, oldest first."""
     names = [n for n in os.listdir(out) if re.fullmatch(r"state-\d+-\d{7}\.pt", n)] if os.path.isdir(out) else []
-    return [os.path.join(out, n) for n in sorted(names)]
+    return [os.path.join(out, n) for n in sorted(names, key=lambda n: [int(number) for number in re.findall(r"\d+", n)])]
 
 
 def read_state(path):

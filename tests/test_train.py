@@ -584,6 +584,10 @@ def test_the_last_two_are_kept(tmp_path):
     for step in (5, 10, 15, 100):
         write_state({"step": step}, str(tmp_path), 0, step)
     assert [read_state(p)["step"] for p in list_states(str(tmp_path))] == [15, 100]
+    for part in (2, 9, 10, 12):  # by number: "10" sorts before "9"
+        write_state({"step": 0, "part": part}, str(tmp_path), part, 0)
+        assert read_state(list_states(str(tmp_path))[-1])["part"] == part
+    assert [read_state(p)["part"] for p in list_states(str(tmp_path))] == [10, 12]
 
 
 # ---------------------------------------------------------------------------------------------
