@@ -1433,7 +1433,7 @@ def demo(out):
         t = np.arange(400) / SAMPLE_RATE
         ticks[start : start + 400] += np.exp(-t * 400) * np.sin(2 * np.pi * (2400 if i % 2 else 1800) * t)
     ticks += 0.002 * rng.standard_normal(n)
-    soundfile.write(os.path.join(out, "clock.wav"), 0.5 * ticks, SAMPLE_RATE)
+    soundfile.write(os.path.join(out, "clock.wav"), 0.2 * ticks, SAMPLE_RATE)
 
 
 DEMOS = [("seven", "seven", "en-us+m3"), ("digits", "four, nine, two", "en-us+f2")]
