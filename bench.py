@@ -646,13 +646,15 @@ def decode_plot(path, results, points):
         bottom += height
     for i, (dtype, _) in enumerate(names):
         axes[0].plot([results[dtype]["bound"]] * 2, [i - 0.45, i + 0.45], "k--", linewidth=1, label=None if i else "reading every weight once")
-    axes[0].set(title="where the time of a call goes", xlabel="seconds", xscale="symlog")
+    axes[0].set(title="where the time of a call goes", xlabel="seconds")
     axes[0].legend(fontsize=7)
     for kind in sorted({(p[0], p[1]) for p in points}):
         some = sorted((p[2], p[3], p[4], p[5]) for p in points if (p[0], p[1]) == kind)
         x, y, low, high = map(np.array, zip(*some))
         axes[1].errorbar(x, 100 * y, 100 * np.array([y - low, high - y]), fmt="o-", markersize=4, linewidth=1, capsize=2, label=", ".join(kind))
     axes[1].set(title="small model: right answers against network calls", xlabel="network calls an answer", ylabel="% right", xscale="log")
+    axes[1].set_xticks([1, 2, 4, 8, 16], labels=["1", "2", "4", "8", "16"])
+    axes[1].minorticks_off()
     if points:
         axes[1].legend(fontsize=6)
     train.save_figure(fig, path, 110)

@@ -771,6 +771,7 @@ def test_cost_counts_what_a_row_holds(toured, config):
         (["--stage", "7"], "invalid choice"),
         (["--stage", "0"], "no stage 0 for diffa2"),
         (["--stage", "1", "--model", "tiny", "--init", "nowhere"], "no checkpoint to start from"),
+        (["--stage", "0", "--model", "tiny", "--init", "nowhere"], "nowhere: no checkpoint to start from\n"),
         (["--stage", "1", "--model", "tiny", "--device", "warp9"], "warp9"),
         (["--stage", "1", "--max-steps", "0"], "at least 1"),
         (["--model", "tiny"], "give a stage"),
