@@ -583,19 +583,17 @@ class Packer:
 
     def __init__(self, examples):
         single = {e.audio: e for e in examples if is_single(e)}
-        pools = defaultdict(lambda: defaultdict(list))  # corpus -> value -> clips
+        pools = defaultdict(lambda: defaultdict(list))  # corpus, kind of fact -> value -> clips
         for e in single.values():
-            pools[e.dataset][next(e.facts[k] for k in (*EVEN, *e.facts) if k in e.facts)].append(e)
-        of_kind = defaultdict(list)  # what tells a corpus' clips apart -> corpora
-        for corpus, pool in sorted(pools.items()):
-            clips = [(value, e) for value, some in pool.items() for e in some]
-            if all(e.facts.get("words") == value and " " not in value for value, e in clips):
-                of_kind["words"].append(pool)
-            else:
-                kind = next((kind for kind in EVEN if kind in clips[0][1].facts), "words")
-                of_kind[corpus if kind == "words" else kind].append(pool)  # sentences are no strings of words
+            kind = next(kind for kind in (*EVEN, *e.facts) if kind in e.facts)
+            pools[e.dataset, kind][e.facts[kind]].append(e)
+        of_kind = defaultdict(list)  # kind -> pools of several corpora
+        for (corpus, kind), pool in sorted(pools.items()):
+            alone = kind not in EVEN or kind == "words" and any(" " in words for words in pool)  # sentences are no strings of words
+            of_kind[corpus if alone else kind].append(pool)
         self.pools = {kind: merged(some) for kind, some in of_kind.items()}  # or windows would be half words
         self.strings = of_kind["words"] + of_kind["sound"]
+        self.often = [math.sqrt(sum(map(len, pool.values()))) for pool in self.strings]  # more recordings, more to tell apart
         self.sounds = [self.pools[kind] for kind in ("sound", "sound", "sound", "instrument") if kind in self.pools]  # sounds are what is asked for
         hardest = [self.pools[kind] for kind in ("emotion", "emotion", "sound", "instrument") if kind in self.pools]
         self.draws = [*self.pools.values(), *hardest]  # what is hard to hear oftener
@@ -628,8 +626,7 @@ class Packer:
         """
         rng = random.Random(generator.initial_seed())
         window = config.n_frames * SAMPLES_PER_FRAME
-        often = [math.sqrt(sum(map(len, pool.values()))) for pool in self.strings]  # more recordings, more to tell apart
-        string = rng.choices(self.strings, often)[0] if self.strings and rng.random() < STRINGS else None
+        string = rng.choices(self.strings, self.often)[0] if self.strings and rng.random() < STRINGS else None
         if string:
             most, stop, gap = rng.randint(1, PLACES), window, 0.4
         else:
