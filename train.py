@@ -302,10 +302,11 @@ def mask_mel(mel, generator, n_time=2, n_freq=2, time=25, freq=8):
 BARE = (("", ""),)  # a question that is nothing but its choices
 
 
-def draw_list(labels, prompts, rng, tokenizer):
+def draw_list(labels, prompts, rng, tokenizer, causal=False):
     """A question's choices, and the same again in another order, where of each pair the letter or the name is to be found -> as encode_text.
 
     labels: names to draw the choices from.  prompts: (before, after) the choices, to draw from.
+    causal: what is to be found comes after what it is found by, for who cannot look ahead.
     """
     names = [capital(name) for name in rng.sample(labels, rng.randint(2, min(8, len(labels))))]
     before, after = rng.choice(prompts)
@@ -315,8 +316,10 @@ def draw_list(labels, prompts, rng, tokenizer):
     for letter, name in rng.sample(pairs, len(pairs)):
         letter, name, end = encode(f"{letter}."), encode(f" {name}"), encode(".") + encode("\n")
         hide_letter = rng.random() < 0.9  # the harder half: to be matched among many names, not among eight letters
-        ids += letter + name + end
-        is_answer += [hide_letter] * len(letter) + [not hide_letter] * len(name) + [False] * len(end)
+        pair = [(letter, hide_letter), (name, not hide_letter)]
+        for part, is_hidden in sorted(pair, key=lambda p: p[1]) if causal else pair:
+            ids, is_answer = ids + part, is_answer + [is_hidden] * len(part)
+        ids, is_answer = ids + end, is_answer + [False] * len(end)
     return {"ids": ids, "is_answer": is_answer, "audio_at": 0}
 
 
@@ -341,7 +344,7 @@ class Maker:
     def one_list(self, generator):
         """Bare among few names, in any prompt among all."""
         prompts = BARE if self.names else self.packer.prompts
-        return draw_list(self.packer.names[: self.names], prompts, random.Random(generator.initial_seed()), self.tokenizer)
+        return draw_list(self.packer.names[: self.names], prompts, random.Random(generator.initial_seed()), self.tokenizer, self.config.causal)
 
     def item(self, example, epoch):
         """One example -> {"mel", "n_frames", "sides", "seconds"}; for stage 0's encoder a window of clips, for looking up a list, whatever the example."""

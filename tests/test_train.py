@@ -335,6 +335,26 @@ def test_lists_hide_a_letter_or_its_name(tokenizer, config):
     assert sizes == set(range(2, 9)) and 0.85 < halves[1] / sum(halves) < 0.95 and seen == set(prompts)
 
 
+def test_in_a_causal_list_what_is_found_comes_after_what_it_is_found_by(tokenizer):
+    """The same list for the twin: pair by pair the same tokens, the same of them hidden, each after the rest of its pair."""
+    swapped, newline = 0, "Ċ"  # as byte-level tokenizers spell it
+    for n in range(50):
+        lists = []
+        for causal in (False, True):
+            item = draw_list(["dog", "rain", "cow", "angry", "left"], [("Which?", "")], random.Random(n), tokenizer, causal)
+            rows = list(zip((tokenizer.id_to_token(i) for i in item["ids"]), item["is_answer"]))
+            start = max(i for i, (token, _) in enumerate(rows) if token == "<|end_header_id|>") + 2
+            lists.append((rows[:start], [list(pair) for is_end, pair in itertools.groupby(rows[start:], lambda r: r[0] == newline) if not is_end]))
+        (prompt, pairs), (same, causal) = lists
+        assert prompt == same and not any(is_hidden for _, is_hidden in prompt) and len(pairs) == len(causal) >= 2
+        for pair, turned in zip(pairs, causal):
+            assert sorted(pair) == sorted(turned) and pair[-1] == turned[-1] == (".", False)
+            hidden = [is_hidden for _, is_hidden in turned[:-1]]
+            assert hidden == sorted(hidden) and not hidden[0] and hidden[-1]
+            swapped += pair != turned
+    assert swapped > 100
+
+
 def test_lists_come_in_the_prompts_of_the_manifest(toured):
     """Each choice question of the manifest, without its choices, once; beside them the bare list."""
     examples = read_manifest(f"{toured}/stage0.jsonl", 0)
