@@ -618,11 +618,11 @@ def plot(paths):
             for n, (calls, wer, rtf, how) in enumerate(points):
                 axis.annotate(how, (calls, wer), (3, 4 + 9 * (n % 3)), textcoords="offset points", fontsize=7)  # neighbours at heights of their own
                 print(f"| {objective} | {how} | {wer:.1%} | {calls:.2f} | {rtf:.4f} |")
-        most = max(wer for points in transcripts.values() for _, wer, *_ in points)
-        axis.set(title="transcripts", xlabel="network calls an answer", ylabel="word error rate", ylim=(0, 1.3 * most or 1), xscale="log")
-        ticks = [2**k for k in range(int(math.log2(max(calls for points in transcripts.values() for calls, *_ in points))) + 2)]
+        found = [point for points in transcripts.values() for point in points]
+        ticks = [2**k for k in range(int(math.log2(max(calls for calls, *_ in found))) + 2)]
+        most = max(wer for _, wer, *_ in found)
+        axis.set(title="transcripts", xlabel="network calls an answer", ylabel="word error rate", ylim=(0, 1.3 * most or 1), xscale="log", xlim=(1, ticks[-1]))
         axis.set_xticks(ticks, ticks)
-        axis.set_xlim(1, ticks[-1])
         axis.minorticks_off()
         axis.legend()
         save_figure(fig, "transcripts.png", 120)

@@ -345,9 +345,9 @@ def test_in_a_causal_list_what_is_found_comes_after_what_it_is_found_by(tokenize
             rows = list(zip((tokenizer.id_to_token(i) for i in item["ids"]), item["is_answer"]))
             start = max(i for i, (token, _) in enumerate(rows) if token == "<|end_header_id|>") + 2
             lists.append((rows[:start], [list(pair) for is_end, pair in itertools.groupby(rows[start:], lambda r: r[0] == newline) if not is_end]))
-        (prompt, pairs), (same, causal) = lists
-        assert prompt == same and not any(is_hidden for _, is_hidden in prompt) and len(pairs) == len(causal) >= 2
-        for pair, turned in zip(pairs, causal):
+        (prompt, pairs), (same, turned_pairs) = lists
+        assert prompt == same and not any(is_hidden for _, is_hidden in prompt) and len(pairs) == len(turned_pairs) >= 2
+        for pair, turned in zip(pairs, turned_pairs):
             assert sorted(pair) == sorted(turned) and pair[-1] == turned[-1] == (".", False)
             hidden = [is_hidden for _, is_hidden in turned[:-1]]
             assert hidden == sorted(hidden) and not hidden[0] and hidden[-1]
