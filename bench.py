@@ -652,10 +652,9 @@ def decode_plot(path, results, points):
         some = sorted((p[2], p[3], p[4], p[5]) for p in points if (p[0], p[1]) == kind)
         x, y, low, high = map(np.array, zip(*some))
         axes[1].errorbar(x, 100 * y, 100 * np.array([y - low, high - y]), fmt="o-", markersize=4, linewidth=1, capsize=2, label=", ".join(kind))
-    axes[1].set(title="small model: right answers against network calls", xlabel="network calls an answer", ylabel="% right", xscale="log")
-    axes[1].set_xticks([1, 2, 4, 8, 16], labels=["1", "2", "4", "8", "16"])
-    axes[1].minorticks_off()
+    axes[1].set(title="small model: right answers against network calls", xlabel="network calls an answer", ylabel="% right")
     if points:
+        train.scale_calls(axes[1], max(p[2] for p in points))
         axes[1].legend(fontsize=6)
     train.save_figure(fig, path, 110)
 

@@ -41,7 +41,7 @@ from data import ASR_QUESTION, LETTERS, SAMPLE_RATE, load_audio, mmau_prompt, mm
 from decode import ask, check_budget, length_option
 from model import Parser, UserError, load
 from prepare import Endpoint, strict_object, write_lines, write_text
-from train import join_world, leave, new_figure, save_figure
+from train import join_world, leave, new_figure, save_figure, scale_calls
 
 
 # ---------------------------------------------------------------------------------------------
@@ -618,12 +618,10 @@ def plot(paths):
             for n, (calls, wer, rtf, how) in enumerate(points):
                 axis.annotate(how, (calls, wer), (3, 4 + 9 * (n % 3)), textcoords="offset points", fontsize=7)  # neighbours at heights of their own
                 print(f"| {objective} | {how} | {wer:.1%} | {calls:.2f} | {rtf:.4f} |")
-        found = [point for points in transcripts.values() for point in points]
-        ticks = [2**k for k in range(int(math.log2(max(calls for calls, *_ in found))) + 2)]
-        most = max(wer for _, wer, *_ in found)
-        axis.set(title="transcripts", xlabel="network calls an answer", ylabel="word error rate", ylim=(0, 1.3 * most or 1), xscale="log", xlim=(1, ticks[-1]))
-        axis.set_xticks(ticks, ticks)
-        axis.minorticks_off()
+        most_calls, most = (max(point[i] for points in transcripts.values() for point in points) for i in (0, 1))
+        axis.set(title="transcripts", xlabel="network calls an answer", ylabel="word error rate", ylim=(0, 1.3 * most or 1))
+        scale_calls(axis, most_calls)
+        axis.set_xlim(1, 2 * most_calls)  # room for the last one's label
         axis.legend()
         save_figure(fig, "transcripts.png", 120)
 

@@ -318,8 +318,10 @@ def draw_list(labels, prompts, rng, tokenizer, causal=False):
         hide_letter = rng.random() < 0.9  # the harder half: to be matched among many names, not among eight letters
         pair = [(letter, hide_letter), (name, not hide_letter)]
         for part, is_hidden in sorted(pair, key=lambda p: p[1]) if causal else pair:
-            ids, is_answer = ids + part, is_answer + [is_hidden] * len(part)
-        ids, is_answer = ids + end, is_answer + [False] * len(end)
+            ids += part
+            is_answer += [is_hidden] * len(part)
+        ids += end
+        is_answer += [False] * len(end)
     return {"ids": ids, "is_answer": is_answer, "audio_at": 0}
 
 
@@ -1126,6 +1128,14 @@ def new_figure(width, height):
     from matplotlib.figure import Figure
 
     return Figure((width, height), layout="constrained")
+
+
+def scale_calls(axis, most):
+    """A logarithmic axis of network calls, marked 1, 2, 4, ... up to `most`."""
+    ticks = [2**k for k in range(int(math.log2(most)) + 1)]
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, ticks)
+    axis.minorticks_off()
 
 
 def save_figure(fig, path, dpi):
