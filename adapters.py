@@ -60,11 +60,12 @@ class QFormerAttention(nn.Module):
         self.norm = nn.LayerNorm(d, eps=1e-12)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, context):
-        """x (B, Q, d) attends to context (B, F, d); no mask.  Returns (B, Q, d)."""
+    def forward(self, x, context, mask=None):
+        """x (B, Q, d) attends to context (B, F, d), where mask (B, 1, 1, F) is True.  Returns (B, Q, d)."""
         heads = lambda y: y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, H, length, d/H)
         q, k, v = heads(self.query(x)), heads(self.key(context)), heads(self.value(context))
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.p if self.training else 0.0)
+        dropout = self.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         y = y.transpose(1, 2).flatten(2)  # (B, Q, d)
         return self.norm(x + self.dropout(self.out(y)))
 
@@ -80,9 +81,9 @@ class QFormerLayer(nn.Module):
         self.norm = nn.LayerNorm(d, eps=1e-12)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, frames):
+    def forward(self, x, frames, mask):
         x = self.self_attention(x, x)
-        x = self.cross_attention(x, frames)
+        x = self.cross_attention(x, frames, mask)
         return self.norm(x + self.dropout(self.fc2(F.gelu(self.fc1(x)))))
 
 
@@ -102,14 +103,20 @@ class AcousticAdapter(nn.Module):
         self.norm = nn.LayerNorm(d)
         self.proj = nn.Linear(d, D)
 
-    def forward(self, taps):
-        """taps (B, n_taps, F, d): hidden states of the tapped layers.  Returns (B, n_queries, D)."""
+    def forward(self, taps, is_frame=None):
+        """taps (B, n_taps, F, d): hidden states of the tapped layers.  Returns (B, n_queries, D).
+
+        is_frame (B, F): the frames that a clip's window has, where windows differ; None: all.
+        """
         B, n_taps, n_frames, d = taps.size()
+        mask = None
+        if is_frame is not None:
+            mask = is_frame[:, None, None, :].repeat_interleave(n_taps, 0)  # (B * n_taps, 1, 1, F)
         # the taps fold into the batch: the shared Q-Former runs once instead of n_taps times
         x = self.queries.expand(B, -1, -1, -1).flatten(0, 1)  # (B * n_taps, Q, d)
         frames = taps.flatten(0, 1)  # (B * n_taps, F, d)
         for layer in self.layers:
-            x = layer(x, frames)
+            x = layer(x, frames, mask)
         x = x.unflatten(0, (B, n_taps))  # (B, n_taps, Q, d)
         mix = self.tap_logits.softmax(-1)  # (Q, n_taps)
         x = torch.einsum("qt,btqd->bqd", mix.to(x.dtype), x)
@@ -143,7 +150,9 @@ class LoRALinear(nn.Linear):
         """The plain Linear that computes the same."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         update = self.scale * self.lora_B @ self.lora_A
-        linear.weight = nn.Parameter((self.weight.to(update.dtype) + update).to(self.weight.dtype).detach(), requires_grad=False)
+        linear.weight = nn.Parameter(
+            (self.weight.to(update.dtype) + update).to(self.weight.dtype).detach(), requires_grad=False
+        )
         linear.bias = self.bias
         return linear
 
@@ -181,11 +190,17 @@ if __name__ == "__main__":
     with torch.device("meta"):
         D, ffn = 4096, 12288
         shapes = dict(q_proj=(D, D), k_proj=(D, D), v_proj=(D, D), ff_proj=(D, ffn), up_proj=(D, ffn))
-        backbone = nn.ModuleList(nn.ModuleDict({n: nn.Linear(*s, bias=False) for n, s in shapes.items()}) for _ in range(32))
+        backbone = nn.ModuleList(
+            nn.ModuleDict({n: nn.Linear(*s, bias=False) for n, s in shapes.items()}) for _ in range(32)
+        )
         frozen = count(backbone)
         rows = [
             ("semantic adapter, 1280 -> 4096", "36.4M", count(SemanticAdapter(1280, D))),
-            ("acoustic adapter, 8 taps, 64 queries", "47.9M", count(AcousticAdapter(1280, D, n_taps=8, n_heads=20))),
+            (
+                "acoustic adapter, 8 taps, 64 queries",
+                "47.9M",
+                count(AcousticAdapter(1280, D, n_taps=8, n_heads=20)),
+            ),
             ("LoRA, rank 8, 5 matrices in 32 layers", "14.7M", count(add_lora(backbone)) - frozen),
         ]
     rows.append(("trained in stages 3 and 4", "99.0M", sum(n for *_, n in rows)))

@@ -14,6 +14,7 @@ The batch that leaves `collate` is clean.  Noise is added in the training step (
 import json
 import math
 import os
+import random
 import re
 from dataclasses import dataclass, field
 
@@ -44,7 +45,9 @@ class Example:
     question: str
     answer: str
     rejected: str | None = None  # stage 4
-    facts: dict = field(default_factory=dict)  # what is known of the clip, by kind ("words", "emotion", ...): for stage 0's heads
+    facts: dict = field(
+        default_factory=dict
+    )  # what is known of the clip, by kind ("words", "emotion", ...): for stage 0's heads
     dataset: str = ""
     task: str = ""
     offset: float = 0.0  # seconds into the file
@@ -72,7 +75,7 @@ def read_manifest(path, stage=None, check=True):
 
 
 def read_entries(path):
-    """The entries of a manifest one by one -> (where, dict), JSONL line by line: memory does not grow with it."""
+    """The entries of a manifest -> (where, dict), JSONL line by line: memory does not grow with it."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such manifest")
     n = 0
@@ -113,7 +116,11 @@ def parse_example(entry, id, where, folder, stage=None, check=True):
     if "messages" in entry:
         by_role = {}
         for message in need("messages", list):
-            if not isinstance(message, dict) or message.get("role") not in ("user", "assistant") or message["role"] in by_role:
+            if (
+                not isinstance(message, dict)
+                or message.get("role") not in ("user", "assistant")
+                or message["role"] in by_role
+            ):
                 raise UserError(f"{where}: messages must be one of role user and one of role assistant")
             by_role[message["role"]] = need("content", of=message)
         if len(by_role) != 2:
@@ -131,7 +138,9 @@ def parse_example(entry, id, where, folder, stage=None, check=True):
     elif "audio_filepath" in entry:
         need("audio_id", (str, int))
         audio, rejected = need("audio_filepath"), None
-        question = entry["input"] if isinstance(entry.get("input"), str) and entry["input"].strip() else ASR_QUESTION
+        question = (
+            entry["input"] if isinstance(entry.get("input"), str) and entry["input"].strip() else ASR_QUESTION
+        )
         answer = need("transcription" if stage == 1 else "target")
         if stage == 4:
             rejected = need("rejected")
@@ -149,7 +158,8 @@ def parse_example(entry, id, where, folder, stage=None, check=True):
             raise UserError(f"{where}: no such audio file: {audio}")
     facts = need("facts", dict) if "facts" in entry else {}
     return Example(
-        id, audio, question, answer, rejected, facts, str(entry.get("dataset", "")), str(entry.get("task", "")),
+        id, audio, question, answer, rejected, facts,
+        str(entry.get("dataset", "")), str(entry.get("task", "")),
         number("offset", 0.0), number("duration", None), where,
     )  # fmt: skip
 
@@ -235,7 +245,7 @@ def loop(sound, n, voice, decibels):
 
 
 def lay_under(voice, sound, rng, low=-6.0, high=9.0):
-    """The sound to be heard behind a voice that is low..high dB louder -> samples (n,), where among them the voice starts, dB."""
+    """The sound behind a voice that is low..high dB louder -> samples (n,), where the voice starts, dB."""
     n = max(len(voice) + int(rng.uniform(0.2, 1.5) * SAMPLE_RATE), min(len(sound), int(3.5 * SAMPLE_RATE)))
     start, decibels = rng.randint(0, n - len(voice)), rng.uniform(low, high)
     return loop(sound, n, voice, decibels), start, decibels
@@ -297,17 +307,20 @@ def build_prompt(tokenizer, question, system=SYSTEM):
 
 
 def mmsu_prompt(question, choices):
-    """How MMSU asks, byte for byte (FACTS section 11)."""
+    """How MMSU asks, byte for byte."""
     return (
-        "Choose the most suitable answer from options A, B, C, and D to respond the question in next line, **you should only choose A or B or C or D.** "
-        f"Do not provide any additional explanations or content.\n\nQuestion: {question}\n\n" + lettered(choices)
+        "Choose the most suitable answer from options A, B, C, and D to respond the question in next line, "
+        "**you should only choose A or B or C or D.** "
+        f"Do not provide any additional explanations or content.\n\nQuestion: {question}\n\n"
+        + lettered(choices)
     )
 
 
 def mmau_prompt(question, choices):
-    """How MMAU and MMAR ask, byte for byte (FACTS section 11)."""
+    """How MMAU and MMAR ask, byte for byte."""
     return (
-        "You are given the audio and a multiple-choice question. Choose the best answer based only on the speech content and style.\n\n"
+        "You are given the audio and a multiple-choice question. "
+        "Choose the best answer based only on the speech content and style.\n\n"
         f"Question: {question}\n\nChoices:\n{lettered(choices)}\nAnswer:"
     )
 
@@ -340,8 +353,65 @@ def answer_text(tokenizer, ids, config):
 
 
 def canvas_length(n, extra, unit=CANVAS):
-    """The next multiple of 16 (`unit`) after n tokens, plus `extra` further ones: at least one end mark follows."""
+    """The next multiple of `unit` after n tokens, plus `extra` further ones: an end mark always follows."""
     return (n // unit + 1 + extra) * unit
+
+
+# ---------------------------------------------------------------------------------------------
+# a clip in words: what stage 0 reads in the place of audio
+
+SPOKEN = ("words", "speaker", "caption")  # facts that no acoustic token stands for
+
+
+def write_audio(facts, tokenizer, config, generator):
+    """Imitates the audio tokens of a clip by word embeddings: the facts known of it, written down.
+
+    LLaDA-8B can answer questions about a description before it hears anything, and the adapters only
+    have to learn to describe.  A small backbone learns this from text alone (stage 0) if the description
+    looks as adapters write: a semantic token is a piece of the transcript, with blanks between pieces
+    and now and then a piece twice, as CTC aligns them; an acoustic token is a mixture of facts in no
+    order; all of them louder or softer than words, under noise.
+
+    Returns ids (A, 2), weights (A, 2), both mixed as weights @ embeddings, and noise (A, width) in
+    units of the embeddings' root mean square.  The first tokens are the acoustic ones, or as many
+    empty ones as stage 1 has soft prompts.
+    """
+    rng = random.Random(int(torch.randint(1 << 62, (1,), generator=generator)))
+    blank = config.eos_id
+    pieces = tokenizer.encode(facts.get("words", ""), add_special_tokens=False).ids
+    known = []
+    for kind, value in facts.items():
+        if kind not in SPOKEN:
+            known += tokenizer.encode(" " + value, add_special_tokens=False).ids
+    rng.shuffle(known)
+    if pieces and rng.random() < 0.25:
+        tokens = [(blank, blank, 1.0)] * config.n_soft_prompts  # as stage 1 shows a clip
+    else:
+        tokens = []
+        for place in range(config.n_queries):
+            first = known[place % len(known)] if known else blank
+            tokens.append((first, rng.choice(known) if known else blank, rng.uniform(0.5, 1.0)))
+    rng.shuffle(tokens)
+    gap = rng.choice((1, 2, 3, 4))  # slow speech has more blanks
+    before = None
+    semantic = [(blank, blank, 1.0)] * rng.randint(0, 4)
+    for piece in pieces:
+        semantic += [(blank, blank, 1.0)] * rng.randint(int(piece == before), gap)
+        semantic += [(piece, piece, 1.0)] * rng.choice((1, 1, 1, 1, 2))
+        before = piece
+    semantic += [(blank, blank, 1.0)] * rng.randint(0, 4)
+    if not pieces:  # a sound makes the semantic adapter write anything
+        any_piece = rng.random() < 0.5
+        for _ in range(rng.randint(4, 40)):
+            piece = rng.randrange(config.vocab) if any_piece and rng.random() < 0.3 else blank
+            semantic.append((piece, piece, 1.0))
+    tokens += semantic or [(blank, blank, 1.0)]
+    tokens = tokens[: config.n_queries + config.n_frames // 4]
+    loudness = torch.tensor([rng.uniform(0.4, 1.4) for _ in tokens])
+    share = torch.tensor([w for _, _, w in tokens])
+    noise = rng.uniform(0.0, 0.8) * torch.randn(len(tokens), config.width, generator=generator)
+    ids = torch.tensor([[a, b] for a, b, _ in tokens])
+    return {"ids": ids, "weights": torch.stack([share, 1 - share], 1) * loudness[:, None], "noise": noise}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -359,12 +429,18 @@ def encode_text(example, tokenizer, config, generator=None, unit=CANVAS):
     extra = int(torch.randint(3, (1,), generator=generator))
     canvas = canvas_length(len(reply), extra, unit)
     if len(ids) + len(reply) > MAX_TEXT:
-        raise UserError(f"{example.where}: {len(ids) + len(reply)} tokens of text; at most {MAX_TEXT} in training")
+        raise UserError(
+            f"{example.where}: {len(ids) + len(reply)} tokens of text; at most {MAX_TEXT} in training"
+        )
     audio_tokens = config.n_queries + config.n_frames // 4
     if len(ids) + audio_tokens + canvas > config.context:
         raise UserError(f"{example.where}: text and audio do not fit the model's {config.context} positions")
     is_answer = [False] * len(ids) + [True] * canvas
-    return {"ids": ids + reply + [config.eos_id] * (canvas - len(reply)), "is_answer": is_answer, "audio_at": audio_at}
+    return {
+        "ids": ids + reply + [config.eos_id] * (canvas - len(reply)),
+        "is_answer": is_answer,
+        "audio_at": audio_at,
+    }
 
 
 def collate(items, config):
@@ -388,6 +464,15 @@ def collate(items, config):
     return batch
 
 
+def pad_written(items):
+    """Items of write_audio as one batch: ids, weights (B, A, 2), noise (B, A, width), valid (B, A)."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    batch = {k: pad([item[k] for item in items], batch_first=True) for k in ("ids", "weights", "noise")}
+    return batch | {
+        "valid": pad([torch.ones(len(item["ids"]), dtype=torch.bool) for item in items], batch_first=True)
+    }
+
+
 def bucket(ids, costs, budget):
     """ids in batches of similar cost, each at most `budget` with its padding, or one example.
 
@@ -405,7 +490,7 @@ def bucket(ids, costs, budget):
 if __name__ == "__main__":
     import sys
 
-    from model import load
+    from weights import load
 
     if len(sys.argv) < 2:
         sys.exit("usage: python data.py CLIP [QUESTION]")
@@ -415,7 +500,11 @@ if __name__ == "__main__":
     mel, n_frames = log_mel(audio, config)
     ids, audio_at = build_prompt(tokenizer, " ".join(sys.argv[2:]) or "What do you hear?")
     print(*notes, sep="\n", end="")
-    print(f"{len(audio) / SAMPLE_RATE:.2f} s at 16 kHz -> mel {tuple(mel.shape)} -> {n_frames} encoder frames")
-    print(f"-> {config.n_queries} acoustic + {max(n_frames // 4, 1)} semantic tokens, in front of token {audio_at}:\n")
+    print(
+        f"{len(audio) / SAMPLE_RATE:.2f} s at 16 kHz -> mel {tuple(mel.shape)} -> {n_frames} encoder frames"
+    )
+    print(
+        f"-> {config.n_queries} acoustic + {max(n_frames // 4, 1)} semantic tokens before token {audio_at}:\n"
+    )
     tokens = [tokenizer.id_to_token(i).replace("Ġ", "_").replace("Ċ", "\\n") for i in ids]
     print(" ".join(tokens[:audio_at]), "\n   [ audio ]\n" + " ".join(tokens[audio_at:]))

@@ -14,14 +14,15 @@ How many stay is the whole difference between the samplers:
     --threshold C all whose confidence exceeds C (Fast-dLLM)
 
 Cheaper calls: --cache prefix keeps keys and values of prompt and audio while a block is filled, --cache
-dual those of later blocks too.  Fewer: --early G takes the block as it stands once the first token
-leads by G (Prophet), --answer-length auto fits the canvas to the clip.
+dual those of later blocks too.  Fewer: --answer-length auto fits the response to the clip.
 
 Two defects of the released sampler are not here: when only the last candidate fails Eq. 8 it is
-not committed all the same, and an early stop leaves no [MASK] in later blocks.
+not kept all the same, and an early end leaves no [MASK] in later blocks.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -29,43 +30,117 @@ import sys
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from adapters import merge_lora
 from data import SAMPLE_RATE, answer_text, build_prompt, load_audio, log_mel, window_seconds
-from model import Cache, Parser, UserError, load, save
+from model import Cache, Parser, UserError
+from weights import load, save
 
 
 # ---------------------------------------------------------------------------------------------
 # how many tokens to keep
 
 
+@dataclass(frozen=True)
+class Options:
+    """How answers are decoded; the paper's settings are in Table B.4."""
+
+    answer_length: int | list | str = 32  # tokens; a list: of each row; "auto": `ask` fits it to the clip
+    block: int = 32  # tokens that are filled before the next ones are begun
+    steps: int | list | None = None  # network calls in all; a list: tokens to keep in each call of a block
+    factor: float = 1.0  # of Eq. 8
+    threshold: float | None = None  # keep what is surer
+    cache: str = "none"  # a row of CACHES
+    refresh: int | None = None  # calls after which the cache is filled anew; None: once a block
+    temperature: float = 0.0  # of sampling; 0 is greedy
+
+    @property
+    def longest(self):
+        """Tokens of the longest response; one of "auto" is a block."""
+        if self.answer_length == "auto":
+            return self.block
+        return self.answer_length if isinstance(self.answer_length, int) else max(self.answer_length)
+
+    def check(self):
+        """Raises UserError for blocks that do not tile the answer, steps that do not tile the blocks, or a
+        value out of its range.
+        """
+        length, block, steps = self.longest, self.block, self.steps
+        if length < 1 or block < 1:
+            raise UserError(f"answer length {length} and block {block} must be at least 1")
+        if length % block:
+            raise UserError(f"answer length {length} is not a multiple of block {block}")
+        if isinstance(steps, list):
+            if min(steps) < 1 or sum(steps) != block:
+                raise UserError(f"steps {steps} do not add up to the block of {block}")
+        elif steps is not None:
+            blocks = length // block
+            if steps < 1 or steps % blocks:
+                raise UserError(f"steps {steps} is not a positive multiple of the {blocks} blocks")
+            if steps > length:
+                raise UserError(f"steps {steps} exceeds the answer length {length}: some would keep nothing")
+        if not self.factor > 0:
+            raise UserError(f"factor {self.factor} must be positive")
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise UserError(f"threshold {self.threshold} must lie between 0 and 1")
+        if self.cache not in CACHES:
+            raise UserError(f"cache {self.cache!r}: choose {', '.join(CACHES)}")
+        if self.refresh is not None and self.refresh < 1:
+            raise UserError(f"refresh {self.refresh} must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature {self.temperature} must be 0 or more")
+
+
+CACHES = ("none", "prefix", "dual")
+
+
 def schedule(masks, steps):
-    """Tokens that each of `steps` steps commits: floor(masks / steps), the first few one more."""
+    """Tokens that each of `steps` steps keeps: floor(masks / steps), the first few one more."""
     return [masks // steps + (i < masks % steps) for i in range(steps)]
 
 
-def count_by_factor(confidence, factor):
-    """Eq. 8: the largest n with (n + 1)(1 - c_n) < factor, at least 1.
+# A sampling rule says how many of a block's candidates stay, (B,).  It takes their confidences (B, n),
+# sorted in descending order, -inf where there is no candidate; its option; the call's number in the block.
 
-    confidence (B, n), sorted in descending order, -inf where there is no candidate.  Returns (B,).
-    """
+
+def count_by_schedule(confidence, counts, step):
+    """LLaDA's low-confidence remasking: as many as the schedule says."""
+    return torch.full((len(confidence),), counts[step], device=confidence.device)
+
+
+def count_by_factor(confidence, factor, step=0):
+    """Eq. 8: the largest n with (n + 1)(1 - c_n) < factor, at least 1."""
     n = torch.arange(1, confidence.size(1) + 1, device=confidence.device)
     passes = (n + 1) * (1 - confidence) < factor  # (B, n)
     return (passes * n).amax(1).clamp(min=1)
 
 
-def count_by_threshold(confidence, threshold):
-    """All candidates above the threshold, at least 1.  Shapes as in count_by_factor."""
+def count_by_threshold(confidence, threshold, step=0):
+    """Fast-dLLM: all candidates above the threshold, at least 1."""
     return (confidence > threshold).sum(1).clamp(min=1)
 
 
+def rule_of(options):
+    """The sampling rule that `options` ask for, (confidence, step=) -> (B,); a new one gets its line here."""
+    if options.steps is not None:
+        counts = options.steps
+        if isinstance(counts, int):
+            counts = schedule(options.block, counts * options.block // options.longest)
+        return functools.partial(count_by_schedule, counts=counts)
+    if options.threshold is not None:
+        return functools.partial(count_by_threshold, threshold=options.threshold)
+    return functools.partial(count_by_factor, factor=options.factor)
+
+
 def most_confident(confidence, counter):
-    """Which of the block's tokens to keep.  confidence (B, n), -inf where nothing is masked;
-    counter: sorted confidences -> how many (B,).  Ties go to the lower position.  Returns (B, n) bool."""
+    """Which of the block's tokens to keep, (B, n) bool.  Ties go to the lower position.
+
+    confidence (B, n), -inf where nothing is masked; counter: sorted confidences -> how many (B,).
+    """
     ranked, order = confidence.sort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.size(1), device=order.device).expand_as(order))
+    place = torch.arange(order.size(1), device=order.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, place)
     return (rank < counter(ranked)[:, None]) & confidence.isfinite()
 
 
@@ -82,8 +157,8 @@ def choose(logits, mask_id, temperature=0.0, rows=None, generator=None):
         noise = torch.empty(logits.shape, dtype=torch.float64)
         for row in rows.unique().tolist():
             at = (rows == row).cpu()
-            g = generator[row] if isinstance(generator, (list, tuple)) else generator
-            u = torch.rand(int(at.sum()), logits.size(1), dtype=torch.float64, generator=g)
+            own = generator[row] if isinstance(generator, (list, tuple)) else generator
+            u = torch.rand(int(at.sum()), logits.size(1), dtype=torch.float64, generator=own)
             noise[at] = -torch.log(-torch.log(u.clamp(min=1e-300)))
         token = (logits.double() + temperature * noise.to(logits.device)).argmax(1)
     else:
@@ -92,40 +167,15 @@ def choose(logits, mask_id, temperature=0.0, rows=None, generator=None):
     return token, confidence
 
 
-def close_after_end(canvas, mask_id, eos_id):
-    """Once an end mark stands with no [MASK] before it, all that follows is end marks.  In place."""
-    is_open = (canvas == mask_id).cumsum(1) > 0
-    ended = ((canvas == eos_id) & ~is_open).cumsum(1) > 0
-    canvas[ended] = eos_id
+def close_after_end(response, mask_id, eos_id):
+    """Once an end mark stands with no [MASK] before it, all that follows is end marks.  (B, L), in place."""
+    is_open = (response == mask_id).cumsum(1) > 0
+    ended = ((response == eos_id) & ~is_open).cumsum(1) > 0
+    response[ended] = eos_id
 
 
 # ---------------------------------------------------------------------------------------------
 # the sampler
-
-
-def check_budget(answer_length, block, steps=None, factor=1.0, threshold=None, temperature=0.0, early=None):
-    """Raises UserError when blocks do not tile the answer or steps do not tile the blocks."""
-    if answer_length < 1 or block < 1:
-        raise UserError(f"answer length {answer_length} and block {block} must be at least 1")
-    if answer_length % block:
-        raise UserError(f"answer length {answer_length} is not a multiple of block {block}")
-    if isinstance(steps, list):
-        if min(steps) < 1 or sum(steps) != block:
-            raise UserError(f"steps {steps} do not add up to the block of {block}")
-    elif steps is not None:
-        blocks = answer_length // block
-        if steps < 1 or steps % blocks:
-            raise UserError(f"steps {steps} is not a positive multiple of the {blocks} blocks")
-        if steps > answer_length:
-            raise UserError(f"steps {steps} exceeds the answer length {answer_length}: some would commit nothing")
-    if not factor > 0:
-        raise UserError(f"factor {factor} must be positive")
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise UserError(f"threshold {threshold} must lie between 0 and 1")
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature {temperature} must be 0 or more")
-    if early is not None and not early >= 0:
-        raise UserError(f"early {early} must be 0 or more")
 
 
 def length_for(seconds, most=128):
@@ -136,124 +186,176 @@ def length_for(seconds, most=128):
     return min(most, -(-int(6 * seconds + 4) // 8) * 8)
 
 
-def lay_out(prompts, lengths, mark, audio_at, config, device):
-    """Rows of prompt and empty answer: ids (B, P + L) with `mark` where the answers go, valid (B, P + L), audio_at (B,).
+@dataclass
+class Batch:
+    """What the network reads: prompts and responses, in rows."""
 
-    Prompts are padded on the left, so that all answers stand in the same columns; shorter answers on the right.
+    ids: torch.Tensor  # (B, P + L); responses are the last L columns
+    valid: torch.Tensor | None  # (B, P + L): where there is no padding; None: everywhere
+    audio: torch.Tensor | None  # (B, A, D)
+    is_audio: torch.Tensor | None  # (B, A)
+    audio_at: torch.Tensor | None  # (B,): the text column that the audio stands in front of
+
+    @property
+    def n_audio(self):
+        return 0 if self.audio is None else self.audio.size(1)
+
+    def take(self, rows):
+        """These rows (n,) alone."""
+        if len(rows) == len(self.ids):
+            return self
+        parts = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return Batch(*(None if x is None else x[rows] for x in parts))
+
+
+def lay_out(prompts, lengths, mark, audio, is_audio, audio_at, config, device):
+    """A Batch of prompts and responses full of `mark`.
+
+    Prompts are padded on the left, so that all responses begin in one column, shorter responses on the
+    right.  Without any padding `valid` is None: attention needs no mask.
     """
-    P, L, eos = max(map(len, prompts)), max(lengths), config.eos_id
-    pads = [P - len(p) for p in prompts]
-    ids = [[eos] * n + list(p) + [mark] * k + [eos] * (L - k) for n, p, k in zip(pads, prompts, lengths)]
-    valid = [[False] * n + [True] * (P - n + k) + [False] * (L - k) for n, k in zip(pads, lengths)]
-    at = None if audio_at is None else torch.tensor([n + a for n, a in zip(pads, audio_at)], device=device)
-    return torch.tensor(ids, device=device), torch.tensor(valid, device=device), at
+    P, L = max(map(len, prompts)), max(lengths)
+    ids, valid, at = [], [], None
+    for prompt, length in zip(prompts, lengths):
+        before, after = P - len(prompt), L - length
+        ids.append([config.eos_id] * before + list(prompt) + [mark] * length + [config.eos_id] * after)
+        valid.append([False] * before + [True] * (len(prompt) + length) + [False] * after)
+    if audio_at is not None:
+        at = torch.tensor([P - len(p) + a for p, a in zip(prompts, audio_at)], device=device)
+    ids, valid = torch.tensor(ids, device=device), torch.tensor(valid, device=device)
+    if valid.all() and (audio is None or is_audio.all()):
+        valid = None
+    return Batch(ids, valid, audio, is_audio, at)
+
+
+class BlockReader:
+    """Calls the network for one block, with what a cache saves (Fast-dLLM, Wu et al. 2025).
+
+    A full pass fills the cache.  Calls after it recompute the block alone (dual) or the block and what
+    stands behind it (prefix); keys and values of all other columns stay as they were in that pass.  They
+    are approximate: every token sees every token, and those of the block have changed since.
+    """
+
+    def __init__(self, model, batch, first, options):
+        """first: the block's first column in batch.ids."""
+        self.model, self.batch, self.first, self.options = model, batch, first, options
+        self.columns = slice(first, first + options.block if options.cache == "dual" else None)
+        self.cache, self.held = None, None  # held: the rows that the cache holds
+
+    def logits(self, rows, where, step):
+        """Logits (N, vocab) of the block's N masked tokens.
+
+        rows (n,): those that are not finished, on the CPU.  where: (row (N,), column (N,)) of each token,
+        counted among these rows and from the block's first column.  step: the call's number in the block.
+        """
+        start = self.batch.n_audio + self.first  # the audio stands before every response
+        now = rows.to(where[0].device, non_blocking=True)
+        is_cached = self.options.cache != "none"
+        refresh = self.options.refresh
+        is_full = not is_cached or step == 0 or (refresh is not None and step % refresh == 0)
+        if is_full:
+            self.cache = Cache() if is_cached else None
+            self.held = rows
+            row, column = where
+            b = self.batch.take(now)
+            inputs = (b.ids, b.valid, (row, self.first + column), b.audio, b.is_audio, b.audio_at)
+            return self.model(*inputs, cache=self.cache, read_from=start)
+        if len(self.held) > len(rows):
+            self.cache.keep(torch.searchsorted(self.held, rows))
+            self.held = rows
+        ids = self.batch.ids[now][:, self.columns]
+        return self.model(ids, None, where, cache=self.cache, start=start)
 
 
 @torch.no_grad()
 def generate(
-    model, prompts, audio=None, is_audio=None, audio_at=None, answer_length=32, block=32, steps=None, factor=1.0,
-    threshold=None, cache="none", refresh=None, temperature=0.0, generator=None, on_step=None, early=None,
+    model, prompts, audio=None, is_audio=None, audio_at=None, options=Options(), generator=None, on_step=None,
+    **fields,
 ):  # fmt: skip
     """Answers a batch of prompts (paper 3.6, B.4).  Each row gets what it would get alone.
 
     prompts: B lists of token ids.  audio (B, A, D), is_audio (B, A), audio_at (list of B): as
     model.adapt and data.build_prompt give them; audio=None is text alone.
-    answer_length, block: tokens; a list of B lengths gives each row its own, at most `block`.
-    steps: fixed-step remasking (a list: tokens to keep in each call of a block); else threshold; else factor.
-    cache: "none" recomputes the whole row each call; "prefix" recomputes from the block on;
-    "dual" the block alone (Fast-dLLM, approximate); both refresh at each block, and within a
-    block every `refresh` calls.  temperature: 0 is greedy; generator: one, or a list of B.
-    early: once the first answer token's best logit leads the second by this much, the rest of its
-    block is taken as it stands (Prophet): for questions that the first token answers.
-    on_step(canvas (B, L), confidence (B, L), call): after each call.
+    options: an Options; single fields of it may be given by name.
+    generator: one, or a list of B, for temperatures above 0.
+    on_step(response (B, L), confidence (B, L), call): after each call.
     Returns answers (B, L), L the longest length, and the number of network calls each row needed (B,).
+    Raises UserError for options that do not fit together.
     """
-    c = model.config
-    device = next(model.parameters()).device
-    lengths = [answer_length] * len(prompts) if isinstance(answer_length, int) else answer_length
-    B, P, L = len(prompts), max(map(len, prompts)), max(lengths)
-    check_budget(L, block, steps, factor, threshold, temperature, early)
-    if cache not in ("none", "prefix", "dual"):
-        raise UserError(f"cache {cache!r}: choose none, prefix or dual")
-    if min(lengths) < L and (steps is not None or L > block):
+    options = dataclasses.replace(options, **fields)
+    options.check()
+    c, device, block = model.config, next(model.parameters()).device, options.block
+    B, P, L = len(prompts), max(map(len, prompts)), options.longest
+    lengths = options.answer_length if isinstance(options.answer_length, list) else [L] * B
+    if min(lengths) < L and (options.steps is not None or L > block):
         raise UserError("answers of different lengths go with factor or threshold and a single block")
-    A = 0 if audio is None else audio.size(1)
-    ids, valid, at = lay_out(prompts, lengths, c.mask_id, audio_at, c, device)
-    if valid.all() and (audio is None or is_audio.all()):
-        valid = None  # one row, or rows of one size: attention needs no mask
-    canvas = ids[:, P:]  # a view: writing to it writes ids
+    rule = rule_of(options)
+    batch = lay_out(prompts, lengths, c.mask_id, audio, is_audio, audio_at, c, device)
+    response = batch.ids[:, P:]  # a view: writing to it writes batch.ids
     confidence = torch.zeros(B, L, device=device)
     calls = torch.zeros(B, dtype=torch.long)
-    of = lambda x, rows: x if x is None or len(rows) == B else x[rows]
     for first in range(0, L, block):
-        span, store = slice(first, first + block), None
-        counts = schedule(block, steps // (L // block)) if isinstance(steps, int) else steps
+        span = slice(first, first + block)
+        reader = BlockReader(model, batch, P + first, options)
         step = 0
-        # the one place of a step that waits for the device: what is still masked (a full pass over padded rows asks for the padding, too)
-        while (masked := (canvas[:, span] == c.mask_id).cpu()).any():  # (B, block)
-            open_rows = masked.any(1).nonzero()[:, 0]  # (n,): the others have left the batch
-            row, column = masked[open_rows].nonzero(as_tuple=True)  # of each masked token, within the batch that is left
-            now, row, column = (x.to(device, non_blocking=True) for x in (open_rows, row, column))
-            if cache == "none" or step % (refresh or L + 1) == 0:
-                store, held = (None if cache == "none" else Cache()), open_rows
-                logits = model(of(ids, now), of(valid, now), (row, P + first + column), *(of(x, now) for x in (audio, is_audio, at)), cache=store,
-                               read_from=A + P + first)  # fmt: skip
-            else:
-                if len(held) > len(open_rows):
-                    store.keep(torch.searchsorted(held, open_rows))
-                    held = open_rows
-                part = slice(P + first, P + (first + block if cache == "dual" else L))
-                logits = model(of(ids, now)[:, part], None, (row, column), cache=store, start=A + part.start)
-            token, sure = choose(logits, c.mask_id, temperature, now[row], generator)
-            predicted = torch.full((len(now), block), c.mask_id, device=device).index_put((row, column), token)
-            block_confidence = torch.full(predicted.shape, float("-inf"), device=device).index_put((row, column), sure)
-            if counts is not None:
-                counter = lambda ranked: torch.full((len(ranked),), counts[step], device=device)
-            elif threshold is not None:
-                counter = lambda ranked: count_by_threshold(ranked, threshold)
-            else:
-                counter = lambda ranked: count_by_factor(ranked, factor)
-            keep = most_confident(block_confidence, counter)
-            if early is not None and first == 0:
-                best = logits.float().index_fill(1, torch.tensor([c.mask_id], device=device), float("-inf")).topk(2, dim=1).values
-                lead = torch.zeros_like(block_confidence).index_put((row, column), best[:, 0] - best[:, 1])
-                keep |= (lead[:, :1] >= early) & (predicted[:, :1] != c.mask_id) & block_confidence.isfinite()
-            canvas[now, span] = torch.where(keep, predicted, canvas[now, span])
-            confidence[now, span] = torch.where(keep, block_confidence, confidence[now, span])
-            calls[open_rows] += 1
-            close_after_end(canvas, c.mask_id, c.eos_id)
+        while True:
+            # the one place of a step that waits for the device (full passes over padded rows aside)
+            masked = (response[:, span] == c.mask_id).cpu()  # (B, block)
+            if not masked.any():
+                break
+            rows = masked.any(1).nonzero()[:, 0]  # (n,): the others have left the batch
+            where = masked[rows].nonzero(as_tuple=True)
+            row, column = (x.to(device, non_blocking=True) for x in where)
+            now = rows.to(device, non_blocking=True)
+            logits = reader.logits(rows, (row, column), step)
+            token, sure = choose(logits, c.mask_id, options.temperature, now[row], generator)
+            shape = (len(rows), block)
+            predicted = torch.full(shape, c.mask_id, device=device).index_put((row, column), token)
+            candidates = torch.full(shape, float("-inf"), device=device).index_put((row, column), sure)
+            keep = most_confident(candidates, functools.partial(rule, step=step))
+            response[now, span] = torch.where(keep, predicted, response[now, span])
+            confidence[now, span] = torch.where(keep, candidates, confidence[now, span])
+            close_after_end(response, c.mask_id, c.eos_id)
+            calls[rows] += 1
             step += 1
             if on_step is not None:
-                on_step(canvas, confidence, int(calls.max()))
-    return canvas.clone(), calls.to(device)
+                on_step(response, confidence, int(calls.max()))
+    return response.clone(), calls.to(device)
 
 
 @torch.no_grad()
-def generate_ar(model, prompts, audio=None, is_audio=None, audio_at=None, answer_length=32, temperature=0.0, generator=None):
-    """The autoregressive twin (Config.causal): one token a call, left to right, with a K/V cache.
+def generate_ar(
+    model, prompts, audio=None, is_audio=None, audio_at=None, answer_length=32, temperature=0.0,
+    generator=None,
+):  # fmt: skip
+    """The autoregressive baseline (Config.causal): one token a call, left to right, with a K/V cache.
 
-    Arguments and results as `generate`'s; a row ends at its end mark.
+    Arguments and results as `generate`'s; a row ends at its end mark.  Raises UserError for a model that
+    looks both ways.
     """
-    c = model.config
+    c, device = model.config, next(model.parameters()).device
     if not c.causal:
         raise UserError("this model looks both ways: it decodes by masked diffusion")
-    device = next(model.parameters()).device
-    B, P, A = len(prompts), max(map(len, prompts)), 0 if audio is None else audio.size(1)
-    ids, valid, at = lay_out(prompts, [answer_length] * B, c.eos_id, audio_at, c, device)
+    B, P = len(prompts), max(map(len, prompts))
+    b = lay_out(prompts, [answer_length] * B, c.eos_id, audio, is_audio, audio_at, c, device)
     cache, calls = Cache(), torch.zeros(B, dtype=torch.long, device=device)
-    is_open, every = torch.ones(B, dtype=torch.bool, device=device), torch.arange(B, device=device)
+    is_open = torch.ones(B, dtype=torch.bool, device=device)
+    every, zero = torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device)
     for i in range(answer_length):
-        if i == 0:  # the answer's columns are computed with the prompt; each is overwritten before anybody may look at it
-            logits = model(ids, valid, (every, torch.full_like(every, P - 1)), audio, is_audio, at, cache=cache)
+        last = P + i - 1  # the newest column
+        if i == 0:
+            # the response's columns are computed with the prompt, and overwritten before anyone may see them
+            logits = model(b.ids, b.valid, (every, zero + last), b.audio, b.is_audio, b.audio_at, cache=cache)
         else:
-            logits = model(ids[:, P + i - 1 : P + i], None, (every, torch.zeros_like(every)), cache=cache, start=A + P + i - 1)
+            newest = b.ids[:, last : last + 1]
+            logits = model(newest, None, (every, zero), cache=cache, start=b.n_audio + last)
         token, _ = choose(logits, c.mask_id, temperature, every, generator)
-        ids[:, P + i] = torch.where(is_open, token, c.eos_id)
+        b.ids[:, P + i] = torch.where(is_open, token, c.eos_id)
         calls += is_open
         is_open &= token != c.eos_id
         if not is_open.any():
             break
-    return ids[:, P:].clone(), calls
+    return b.ids[:, P:].clone(), calls
 
 
 # ---------------------------------------------------------------------------------------------
@@ -273,35 +375,41 @@ class Answer:
         return self.seconds / self.audio_seconds
 
 
-def ask(model, tokenizer, audios, questions, stage=None, **options):
+def ask(
+    model, tokenizer, audios, questions, stage=None, options=Options(), generator=None, on_step=None, **fields
+):  # fmt: skip
     """Answers questions[i] about audios[i] (16 kHz arrays), as one batch.  Returns a list of Answers.
 
-    options go to `generate`, or of them what `generate_ar` knows if the model is causal.
+    stage: reads the audio as that stage does; by default the model's.  options, generator, on_step, fields:
+    as of `generate`; an autoregressive model takes length, temperature and generator from them.
     answer_length="auto" gives each clip `length_for` its seconds, as one block.
     Raises UserError when prompt, audio and answer exceed the context.
     """
     c, start = model.config, time.perf_counter()
+    options = dataclasses.replace(options, **fields)
     weight = next(model.parameters())
     mels, n_frames = zip(*(log_mel(a, c) for a in audios))
     prompts, audio_at = zip(*(build_prompt(tokenizer, q) for q in questions))
-    taps, final = model.encode(torch.stack(mels).to(weight.device, weight.dtype))
+    n_frames = torch.tensor(n_frames, device=weight.device)
+    taps, final = model.encode(torch.stack(mels).to(weight.device, weight.dtype), n_frames)
     with torch.no_grad():
-        audio, is_audio = model.adapt(taps, final, torch.tensor(n_frames, device=weight.device), stage or model.stage)
-    if options.get("answer_length") == "auto":
+        audio, is_audio = model.adapt(taps, final, n_frames, stage or model.stage)
+    if options.answer_length == "auto":
         lengths = [length_for(len(a) / SAMPLE_RATE) for a in audios]
-        options |= {"answer_length": lengths, "block": max(lengths)}
-    longest = np.max(options.get("answer_length", 32))
-    total = max(map(len, prompts)) + audio.size(1) + longest
+        options = dataclasses.replace(options, answer_length=lengths, block=max(lengths))
+    total = max(map(len, prompts)) + audio.size(1) + options.longest
     if total > c.context:
-        raise UserError(f"question, audio and answer need {total} positions; the model has {c.context}: shorten the question")
+        needs = f"question, audio and answer need {total} positions; the model has {c.context}"
+        raise UserError(f"{needs}: shorten the question")
+    inputs = (prompts, audio, is_audio, audio_at)
     if c.causal:
-        known = {k: options[k] for k in ("temperature", "generator") if k in options}
-        ids, calls = generate_ar(model, prompts, audio, is_audio, audio_at, int(longest), **known)
+        ids, calls = generate_ar(model, *inputs, options.longest, options.temperature, generator)
     else:
-        ids, calls = generate(model, prompts, audio, is_audio, audio_at, **options)
+        ids, calls = generate(model, *inputs, options, generator, on_step)
     texts = [answer_text(tokenizer, row, c) for row in ids.tolist()]
     seconds = (time.perf_counter() - start) / len(audios)
-    return [Answer(t, n, seconds, len(a) / SAMPLE_RATE) for t, n, a in zip(texts, calls.tolist(), audios)]
+    clips = zip(texts, calls.tolist(), audios)
+    return [Answer(text, n, seconds, len(audio) / SAMPLE_RATE) for text, n, audio in clips]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -317,10 +425,11 @@ class Screen:
         self.tokenizer, self.config, self.stream = tokenizer, config, stream
         self.is_terminal = stream.isatty()
 
-    def draw(self, canvas, confidence, call):
+    def draw(self, response, confidence, call):
+        """response, confidence (1, L), after network call `call`; `generate`'s on_step."""
         pieces, width = [], 0
         room = shutil.get_terminal_size().columns - 8 if self.is_terminal else 10**9
-        for token, sure in zip(canvas[0].tolist(), confidence[0].tolist()):
+        for token, sure in zip(response[0].tolist(), confidence[0].tolist()):
             if token in (self.config.eos_id, self.config.eot_id):
                 continue
             masked = token == self.config.mask_id
@@ -352,20 +461,29 @@ def compile_blocks(model):
 
 
 def parse(argv):
-    parser = Parser(prog="decode.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="decode.py", description=__doc__, formatter_class=raw)
     parser.add_argument("words", nargs="*", metavar='CLIP... "QUESTION"')
     parser.add_argument("--model", help="tiny (default), diffa1, diffa2, or a checkpoint folder")
-    for part, what in (("llada", "folder of LLaDA-8B-Instruct"), ("whisper", "encoder's .pt or .safetensors"), ("diffa", "pytorch_model.bin")):
-        parser.add_argument(f"--{part}", metavar="PATH", help=f"{what}, instead of the hub's (diffa1, diffa2)")
-    parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), help="read the audio as this stage does (default: the checkpoint's)")
-    parser.add_argument("--answer-length", type=length_option, default=32, metavar="N", help="tokens (default 32); auto: from the clip's seconds, for transcripts")
-    parser.add_argument("--block", type=int, metavar="N", help="tokens (default 32, or the answer length if that is less)")
+    files = {
+        "llada": "folder of LLaDA-8B-Instruct",
+        "whisper": "encoder: .pt, .safetensors, model.bin",
+        "diffa": "pytorch_model.bin",
+    }
+    for part, what in files.items():
+        text = f"{what}, instead of the hub's (diffa1, diffa2)"
+        parser.add_argument(f"--{part}", metavar="PATH", help=text)
+    text = "read the audio as this stage does (default: the checkpoint's)"
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), help=text)
+    text = "tokens (default 32); auto: from the clip's seconds, for transcripts"
+    parser.add_argument("--answer-length", type=length_option, default=32, metavar="N", help=text)
+    text = "tokens (default 32, or the answer length if that is less)"
+    parser.add_argument("--block", type=int, metavar="N", help=text)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--steps", type=int, metavar="N", help="fixed-step remasking in N network calls")
     how.add_argument("--factor", type=float, metavar="F", help="factor-parallel decoding (default, 1)")
     how.add_argument("--threshold", type=float, metavar="C", help="keep what is surer than C")
-    parser.add_argument("--early", type=float, metavar="G", help="finish the first block once its first token's best logit leads by G (multiple choice)")
-    parser.add_argument("--cache", choices=("none", "prefix", "dual"), default="none")
+    parser.add_argument("--cache", choices=CACHES, default="none")
     parser.add_argument("--cache-refresh", type=int, metavar="K", help="refresh the cache every K calls")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -380,24 +498,35 @@ def parse(argv):
             raise UserError('give a recording and a question: python decode.py clip.wav "What do you hear?"')
         if not args.words[-1].strip():
             raise UserError("the question is empty")
-    if args.cache_refresh is not None and args.cache_refresh < 1:
-        raise UserError(f"--cache-refresh {args.cache_refresh} must be at least 1")
     if args.answer_length == "auto" and (args.block or args.steps):
         raise UserError("--answer-length auto is one block, without --steps")
     args.block = args.block or (32 if args.answer_length == "auto" else min(32, args.answer_length))
     return args
 
 
+def options_of(args):
+    """The command line's Options.  Raises UserError when they do not fit together."""
+    options = Options(
+        answer_length=args.answer_length,
+        block=args.block,
+        steps=args.steps,
+        threshold=args.threshold,
+        cache=args.cache,
+        refresh=args.cache_refresh,
+        temperature=args.temperature,
+    )
+    if args.factor is not None:
+        options = dataclasses.replace(options, factor=args.factor)
+    options.check()
+    return options
+
+
 def run(args):
     if args.model is None:
         args.model = "tiny"
-        print("decode.py: this is the shipped small model; --model diffa2 runs the released one", file=sys.stderr)
-    options = dict(answer_length=args.answer_length, block=args.block, steps=args.steps, threshold=args.threshold,
-                   cache=args.cache, refresh=args.cache_refresh, temperature=args.temperature, early=args.early)  # fmt: skip
-    if args.factor is not None:
-        options["factor"] = args.factor
-    length = args.block if args.answer_length == "auto" else args.answer_length
-    check_budget(length, args.block, args.steps, options.get("factor", 1.0), args.threshold, args.temperature, args.early)
+        note = "this is the shipped small model; --model diffa2 runs the released one"
+        print(f"decode.py: {note}", file=sys.stderr)
+    options = options_of(args)
     *paths, question = args.words or [""]
     for path in paths:
         load_audio(path, limit=0.1)  # a wrong name is told before the weights are loaded
@@ -417,11 +546,11 @@ def run(args):
     size = 1 if args.show else 16
     for i in range(0, len(clips), size):
         batch = clips[i : i + size]
-        options["generator"] = [torch.Generator().manual_seed(args.seed) for _ in batch]
+        generator = [torch.Generator().manual_seed(args.seed) for _ in batch]
         screen = Screen(tokenizer, model.config, sys.stderr if args.json else sys.stdout)
-        answers = ask(
-            model, tokenizer, batch, [question] * len(batch), args.stage, on_step=screen.draw if args.show else None, **options
-        )
+        on_step = screen.draw if args.show else None
+        questions = [question] * len(batch)
+        answers = ask(model, tokenizer, batch, questions, args.stage, options, generator, on_step)
         if args.show:
             screen.finish()
         for path, answer in zip(paths[i : i + size], answers):

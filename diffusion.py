@@ -183,7 +183,10 @@ if __name__ == "__main__":
     print("Forward: every token is hidden with probability t.\n")
     for t in (0.1, 0.4, 0.7, 1.0):
         noisy, _ = corrupt(ids, is_answer, -1, torch.tensor([t]), generator=generator)
-        print(f"  t = {t:.1f}  " + " ".join(sentence[i] if i >= 0 else "_" * len(w) for w, i in zip(sentence, noisy[0])))
+        print(
+            f"  t = {t:.1f}  "
+            + " ".join(sentence[i] if i >= 0 else "_" * len(w) for w, i in zip(sentence, noisy[0]))
+        )
 
     toy = Toy()
     x = toy.all[(toy.p - toy.p.median()).abs().argmin()]
@@ -192,12 +195,16 @@ if __name__ == "__main__":
     draws, is_answer = 2000, torch.ones(1, len(x), dtype=torch.bool)
     estimates = {
         "1/t loss (Eq. 1)": [
-            -sft_loss(toy, x[None], is_answer, toy.mask_id, generator=generator, per_token=False) for _ in range(draws)
+            -sft_loss(toy, x[None], is_answer, toy.mask_id, generator=generator, per_token=False)
+            for _ in range(draws)
         ],
         "ELBO, n=4 (Eq. 3)": [
-            elbo(toy, x[None], *draw_counts(is_answer, 4, generator), toy.mask_id).mean(0) for _ in range(draws // 4)
+            elbo(toy, x[None], *draw_counts(is_answer, 4, generator), toy.mask_id).mean(0)
+            for _ in range(draws // 4)
         ],
     }
     for name, values in estimates.items():
         values = torch.cat(values)
-        print(f"  {name:18} {values.mean():.4f} +- {values.std() / len(values) ** 0.5:.4f}   one estimate's deviation {values.std():.3f}")
+        print(
+            f"  {name:18} {values.mean():.4f} +- {values.std() / len(values) ** 0.5:.4f}   one estimate's deviation {values.std():.3f}"
+        )

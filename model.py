@@ -13,30 +13,19 @@ class with two changes (it returns the tapped layers, and its window is a settin
 batch may differ in prompt, clip and answer: padding is masked everywhere and RoPE counts valid
 tokens only, so a row's logits are the same alone and in company.
 
-Weights: `save` and `load` use one safetensors file whose header holds Config and stage.
+Weights on disk, ours and others', are weights.py's business.
 """
 
 import argparse
 import dataclasses
-import glob
-import json
-import os
-import pickle
-import sys
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from whisper.model import AudioEncoder, sinusoids
 
 from adapters import AcousticAdapter, SemanticAdapter, add_lora, count
-
-HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 class UserError(Exception):
@@ -59,6 +48,8 @@ class Config:
     audio_heads: int = 20
     audio_layers: int = 32
     taps: tuple = (3, 7, 11, 15, 19, 23, 27, 31)  # hidden states the Q-Former reads; 0 = before block 0
+    pad_to: int = 0  # clips are padded with silence to a multiple of so many frames; 0: to the whole window
+    norm_taps: bool = False  # LayerNorm without parameters on each tapped state
     # adapters
     qformer_ffn: int = 3072
     n_queries: int = 64
@@ -112,15 +103,19 @@ SPECIAL_TOKENS = {  # Config field -> its text in the tokenizer
 
 PRESETS = {
     "diffa2": Config(),
-    "diffa1": Config(n_mels=80, audio_width=768, audio_heads=12, audio_layers=12, taps=(2, 5, 8, 11), lora_rank=0),
-    # the same code with small numbers: 10 s of audio, a vocabulary set by its tokenizer
+    "diffa1": Config(
+        n_mels=80, audio_width=768, audio_heads=12, audio_layers=12, taps=(2, 5, 8, 11), lora_rank=0
+    ),
+    # the same system with small parts: Whisper tiny.en's encoder and a LLaDA of five million parameters.
+    # Short windows spare a laptop two thirds of the encoder's work; tiny.en's last state has a channel of 310
+    # beside a root mean square of 1.2, which keeps a small Q-Former from learning: hence norm_taps.
     "tiny": Config(
-        n_mels=80, n_frames=500, audio_width=192, audio_heads=4, audio_layers=4, taps=(1, 2, 3, 4), qformer_ffn=768,
-        n_queries=16, n_soft_prompts=4, vocab=640, width=256, layers=6, heads=4, ffn=384, rope_theta=10000.0, context=1024,
+        n_mels=80, n_frames=500, audio_width=384, audio_heads=6, audio_layers=4, taps=(2, 4), qformer_ffn=768,
+        pad_to=125, norm_taps=True, n_queries=16, n_soft_prompts=4,
+        vocab=2048, width=256, layers=6, heads=8, ffn=512, rope_theta=10000.0, context=1024,
         bos_id=0, eos_id=1, mask_id=2, start_header_id=3, end_header_id=4, eot_id=5,
     ),
 }  # fmt: skip
-ASSETS = {"tiny": os.path.join(HERE, "assets", "tiny")}  # presets whose weights come with the code
 
 
 # ---------------------------------------------------------------------------------------------
@@ -136,7 +131,7 @@ class Encoder(AudioEncoder):
         self.register_buffer("positional_embedding", sinusoids(c.n_frames, c.audio_width), persistent=False)
 
     def forward(self, mel, taps=()):
-        """mel (B, n_mels, 2 * n_frames) or shorter.  Returns taps (B, n_taps, n_frames, d), final (B, n_frames, d).
+        """mel (B, n_mels, 2 * n_frames) or shorter -> taps (B, n_taps, n_frames, d), final (B, n_frames, d).
 
         Tap k is transformers' hidden_states[k]: 0 the input of the first block, k the output of
         openai-whisper's blocks[k - 1].  The final output has passed ln_post, the taps have not.
@@ -144,7 +139,9 @@ class Encoder(AudioEncoder):
         x = F.gelu(self.conv1(mel))
         x = F.gelu(self.conv2(x)).transpose(1, 2)  # (B, n_frames, d)
         if x.size(1) > len(self.positional_embedding):
-            raise ValueError(f"mel of {mel.size(2)} frames; the encoder takes {2 * len(self.positional_embedding)}")
+            raise ValueError(
+                f"mel of {mel.size(2)} frames; the encoder takes {2 * len(self.positional_embedding)}"
+            )
         x = x + self.positional_embedding[: x.size(1)].to(x.dtype)
         tapped = {0: x} if 0 in taps else {}
         for k, block in enumerate(self.blocks, start=1):
@@ -218,7 +215,7 @@ class Cache:
 def attend(q, k, v, mask):
     """softmax(q k^T / sqrt(d)) v of q, k, v (B, H, T, head_dim); mask: where to look, or None."""
     if q.device.type == "cpu" and q.requires_grad:
-        # torch's fused kernel is a quarter of a training step there, its backward most of it: spelled out it is twice as fast
+        # torch's fused kernel is a quarter of a training step there; spelled out it is twice as fast
         score = q @ k.transpose(-1, -2) * q.size(-1) ** -0.5
         score = score if mask is None else score.masked_fill(~mask, float("-inf"))
         return score.softmax(-1).to(v.dtype) @ v
@@ -268,7 +265,7 @@ class LLaDA(nn.Module):
         self.ff_out = nn.Linear(c.width, c.vocab, bias=False)  # the head, not tied to wte
 
     def forward(self, x, valid, cache=None, start=None, read_from=0):
-        """x (B, T, width) embeddings, valid (B, T).  Returns hidden states after ln_f (B, T - read_from, width).
+        """x (B, T, width) embeddings, valid (B, T) -> hidden states after ln_f (B, T - read_from, width).
 
         valid=None: no padding anywhere; nothing is masked, and nobody waits for the device to say so.
         With `cache` and start=None the whole row is computed and the cache filled; with `start`,
@@ -333,10 +330,47 @@ class DIFFA2(nn.Module):
         if c.lora_rank:
             add_lora(self.backbone, c.lora_rank, c.lora_alpha, c.lora_dropout)
 
-    def encode(self, mel):
-        """mel (B, n_mels, 2 * n_frames) -> taps (B, n_taps, n_frames, d), final (B, n_frames, d).  Frozen."""
-        with torch.no_grad():
-            return self.encoder(mel, self.config.taps)
+    def windows(self, n_frames):
+        """Frames of the window that each clip is encoded in, silence at the end included.  (B,) -> (B,)."""
+        c = self.config
+        if not c.pad_to:
+            return torch.full_like(n_frames, c.n_frames)
+        return (
+            ((n_frames + c.pad_to // 5).div(c.pad_to, rounding_mode="floor") + 1)
+            .mul(c.pad_to)
+            .clamp(max=c.n_frames)
+        )
+
+    @torch.no_grad()
+    def encode(self, mel, n_frames):
+        """mel (B, n_mels, 2 * n_frames) -> taps (B, n_taps, F, d), final (B, F, d).  Frozen.
+
+        n_frames (B,): encoder frames of real audio.  F is the longest of the batch's windows; frames
+        behind a clip's own window are zero.  Clips of equal windows pass the encoder together, so a
+        clip's states do not depend on its batch.
+        """
+        c = self.config
+        windows = self.windows(n_frames)
+        sizes = [c.n_frames] if not c.pad_to else sorted(set(windows.tolist()))
+        if len(sizes) == 1:
+            return self.encoder(mel[:, :, : 2 * sizes[0]], c.taps)
+        taps = final = None
+        for size in reversed(sizes):  # the longest first: it gives the others their room
+            rows = (windows == size).nonzero()[:, 0]
+            some_taps, some_final = self.encoder(mel[rows, :, : 2 * size], c.taps)
+            if final is None:
+                final = some_final.new_zeros(len(mel), *some_final.shape[1:])
+                taps = some_taps.new_zeros(len(mel), *some_taps.shape[1:])
+            final[rows, :size], taps[rows, :, :size] = some_final, some_taps
+        return taps, final
+
+    def embed_written(self, ids, weights, noise):
+        """Audio tokens of clips that are written down (data.write_audio): mixed embeddings under noise.
+
+        ids, weights (B, A, 2), noise (B, A, D) in units of the embeddings' root mean square -> (B, A, D).
+        """
+        mixed = (self.backbone.wte(ids) * weights[..., None]).sum(2)
+        return mixed + self.backbone.wte.weight.detach().pow(2).mean().sqrt() * noise
 
     def adapt(self, taps, final, n_frames, stage):
         """The audio tokens the backbone reads: audio (B, A, D), is_audio (B, A).
@@ -348,11 +382,18 @@ class DIFFA2(nn.Module):
         if stage == 1:
             first = self.soft_prompts.to(semantic.dtype).expand(len(semantic), -1, -1)
         else:
-            first = self.acoustic(taps)
+            is_frame = None
+            if self.config.pad_to:
+                is_frame = torch.arange(taps.size(2), device=taps.device) < self.windows(n_frames)[:, None]
+            if self.config.norm_taps:
+                taps = F.layer_norm(taps, taps.shape[-1:])
+            first = self.acoustic(taps, is_frame)
         always = torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)
         return torch.cat([first, semantic], 1), torch.cat([always, is_audio], 1)
 
-    def forward(self, ids, valid, where, audio=None, is_audio=None, audio_at=None, cache=None, start=None, read_from=0):
+    def forward(
+        self, ids, valid, where, audio=None, is_audio=None, audio_at=None, cache=None, start=None, read_from=0
+    ):
         """Logits (N, vocab) at the N text positions `where` is True, in row-major order.
 
         ids, valid, where: (B, T) text, canvas included.  audio (B, A, D) and is_audio (B, A) go in
@@ -374,11 +415,13 @@ class DIFFA2(nn.Module):
             valid = None if valid is None else torch.cat([valid, is_audio], 1).gather(1, order)
             column = column + audio.size(1) * (column >= audio_at[row])
         h = self.backbone(x, valid, cache, start, read_from)
-        return self.backbone.ff_out(h[row, column - read_from])  # rows that nobody reads never meet the vocabulary
+        return self.backbone.ff_out(
+            h[row, column - read_from]
+        )  # rows that nobody reads never meet the vocabulary
 
 
 # ---------------------------------------------------------------------------------------------
-# weights
+# fresh weights, and the device they go to
 
 
 def build(config, device="cpu", lora=False, seed=None):
@@ -394,367 +437,14 @@ def build(config, device="cpu", lora=False, seed=None):
         if p.dim() == 2 and "lora" not in name:
             std = {"wte.weight": 1.0, "ff_out.weight": 0.02}.get(name, p.size(1) ** -0.5)
             if name.endswith((".attn_out.weight", ".ff_out.weight")):
-                std *= (2 * config.layers) ** -0.5  # all layers together add about as much as was there (GPT-2)
+                std *= (
+                    2 * config.layers
+                ) ** -0.5  # all layers together add about as much as was there (GPT-2)
             nn.init.normal_(p, std=std)
-    nn.init.normal_(model.soft_prompts)  # as loud as words: what is ten times quieter than a layer's output drowns in the first
+    nn.init.normal_(
+        model.soft_prompts
+    )  # as loud as words: what is ten times quieter than a layer's output drowns in the first
     return model.to(device)
-
-
-def save(model, tokenizer, folder, dtype=torch.bfloat16):
-    """Writes folder/model.safetensors (Config and stage in its header) and folder/tokenizer.json.
-
-    Of a model whose frozen parts came from the hub or from files, only what was trained is
-    written, and where the rest lies (about 200 MB instead of 20 GB).
-    Each file is written under a temporary name and renamed: a reader finds the old one or the new.
-    """
-    header = {"config": json.dumps(dataclasses.asdict(model.config)), "stage": str(model.stage)}
-    state = model.state_dict()
-    if model.base:
-        header["base"] = json.dumps(model.base)
-        state = {k: state[k] for k in trained_part(model)}
-    weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}
-    for name, write in (
-        ("tokenizer.json", lambda path: tokenizer.save(path)),
-        ("model.safetensors", lambda path: save_file(weights, path, metadata=header)),
-    ):
-        temporary = os.path.join(folder, f".{name}.tmp")
-        try:
-            os.makedirs(folder, exist_ok=True)
-            write(temporary)
-            os.replace(temporary, os.path.join(folder, name))
-        except (OSError, SafetensorError) as e:
-            raise UserError(f"{folder}: cannot be written ({getattr(e, 'strerror', None) or e})") from None
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
-
-
-def load_tokenizer(folder):
-    path = os.path.join(folder, "tokenizer.json")
-    if not os.path.exists(path):
-        raise UserError(f"{folder}: no tokenizer.json beside the weights")
-    try:
-        return Tokenizer.from_file(path)
-    except Exception as e:  # the library raises a bare Exception for every kind of bad file
-        raise UserError(f"{path}: not a tokenizer file ({e})") from None
-
-
-def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=None, diffa=None):
-    """A preset ("tiny", "diffa1", "diffa2") or a checkpoint folder -> model, tokenizer.
-
-    Strict: every key and shape is accounted for.  LoRA, if the checkpoint has it, is kept apart;
-    adapters.merge_lora(model) folds it in.  dtype: the backbone's (default fp32 on a CPU, bf16 on
-    a GPU; the released models bf16 everywhere); encoder and adapters of the released models stay
-    in fp32.  stage, llada, whisper, diffa: see `assemble`; files not given come from the hub.
-    Raises UserError with one line for anything wrong.
-    """
-    device = pick_device(device)
-    if name_or_path in RELEASES and name_or_path not in ASSETS:
-        paths = fetch(name_or_path, stage, llada, whisper, diffa)
-        return assemble(PRESETS[name_or_path], *paths, device, dtype or torch.bfloat16, stage or 4, name_or_path)
-    if llada or whisper or diffa:
-        raise UserError("--llada, --whisper and --diffa go with --model diffa1 or diffa2")
-    folder = ASSETS.get(name_or_path, name_or_path)
-    path = os.path.join(folder, "model.safetensors")
-    if not os.path.exists(path):
-        known = ", ".join(PRESETS)
-        raise UserError(f"no model {name_or_path!r}: give one of {known}, or a folder that holds model.safetensors")
-    tokenizer = load_tokenizer(folder)
-    with open_safetensors(path) as f:
-        header = f.metadata() or {}
-        weights = {k: f.get_tensor(k) for k in f.keys()}
-    if "config" not in header or "stage" not in header:
-        raise UserError(f"{path}: has no Config in its header; it was not written by this code")
-    fields = json.loads(header["config"])
-    config = Config(**{**fields, "taps": tuple(fields["taps"])})
-    if "base" in header:  # only what was trained lies here; the frozen rest where it was loaded from
-        base = json.loads(header["base"])
-        model, _ = assemble(
-            config, base["llada"], base["whisper"], None, device, dtype or torch.bfloat16, int(header["stage"]), base["name"]
-        )
-        fill(model, weights, path, device, torch.float32, expected=trained_part(model))
-        return model.eval(), tokenizer
-    with torch.device("meta"):
-        model = DIFFA2(config, lora=any("lora_A" in k for k in weights))
-    model.stage = int(header["stage"])
-    fill(model, weights, path, device, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32))
-    fix_positions(model)
-    return model.eval(), tokenizer
-
-
-def open_safetensors(path):
-    try:
-        return safe_open(path, "pt", device="cpu")
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path}: cut short or not a safetensors file ({e})") from None
-
-
-def fill(model, weights, path, device, dtype=None, expected=None):
-    """Gives a model, or the part of it named by `expected`, its weights; each key and shape is checked first.
-
-    Tensors already of the right type and device are taken as they are: what safetensors has mapped
-    from the disk stays there, and no second copy exists at any time.
-    """
-    state = model.state_dict()
-    expected = state.keys() if expected is None else expected
-    for key in expected:
-        if key not in weights:
-            raise UserError(f"{path}: {key} is missing")
-        if weights[key].shape != state[key].shape:
-            raise UserError(f"{path}: {key} has shape {tuple(weights[key].shape)}, not {tuple(state[key].shape)}")
-    for key in weights:
-        if key not in expected:
-            raise UserError(f"{path}: {key} has no place in this model")
-    model.load_state_dict({k: v.to(device, dtype) for k, v in weights.items()}, strict=len(expected) == len(state), assign=True)
-
-
-def fix_positions(model):
-    """The encoder's sinusoids are computed, not loaded."""
-    c, weight = model.config, model.encoder.conv1.weight
-    model.encoder.positional_embedding = sinusoids(c.n_frames, c.audio_width).to(weight.device, weight.dtype)
-
-
-# ---------------------------------------------------------------------------------------------
-# the authors' weights
-
-
-RELEASES = {  # preset -> where its three parts lie, and what they weigh in GB
-    "diffa2": {
-        "llada": ("GSAI-ML/LLaDA-8B-Instruct", 16.0), "whisper": ("openai/whisper-large-v3", 3.1),
-        "diffa": ("zhoujiaming777/DIFFA-2", 0.4), "memory": 20,
-    },
-    "diffa1": {
-        "llada": ("GSAI-ML/LLaDA-8B-Instruct", 16.0), "whisper": ("openai/whisper-small", 1.0),
-        "diffa": ("zhoujiaming777/DIFFA", 0.15), "memory": 17,
-    },
-}  # fmt: skip
-PATTERNS = {  # files of each repository that are needed; stage 1 of DIFFA-2 has a folder of its own
-    "llada": ["*.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json"],
-    "whisper": ["model.safetensors"],
-    "diffa": ["pytorch_model.bin"],
-}
-
-
-def fetch(name, stage=None, llada=None, whisper=None, diffa=None, adapters=True):
-    """Paths of LLaDA's folder, Whisper's file and DIFFA's file: those given, else from the hub's cache or the hub.
-
-    adapters=False: LLaDA and Whisper alone, for training from the start; the third path is None.
-    Says what it will download and what the model needs before it starts.
-    """
-    release, given, found = RELEASES[name], {"llada": llada, "whisper": whisper} | ({"diffa": diffa} if adapters else {}), {}
-    if stage == 1 and name == "diffa1":
-        raise UserError("DIFFA-1 was released after its last stage only")
-    patterns = PATTERNS | ({"diffa": ["stage1/pytorch_model.bin"]} if stage == 1 else {})
-    for part, path in given.items():
-        if path is not None:
-            if not os.path.exists(path):
-                raise UserError(f"--{part} {path}: no such file or folder")
-            found[part] = path
-            continue
-        try:
-            found[part] = snapshot_download(release[part][0], allow_patterns=patterns[part], local_files_only=True)
-            if not all(glob.glob(os.path.join(found[part], p)) for p in patterns[part]):
-                del found[part]
-        except (OSError, ValueError):  # not in the cache
-            pass
-    missing = [part for part in given if part not in found]
-    size = sum(release[part][1] for part in missing)
-    print(f"{name}: {size:.1f} GB to download, about {release['memory']} GB of memory needed", file=sys.stderr)
-    for part in missing:
-        try:
-            found[part] = snapshot_download(release[part][0], allow_patterns=patterns[part])
-        except Exception as e:  # the hub's errors, the network's, the disk's: all of them end here
-            why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-            raise UserError(f"{release[part][0]} cannot be downloaded ({why}); give --{part} instead") from None
-    for part in given:
-        if part != "llada" and os.path.isdir(found[part]):
-            found[part] = os.path.join(found[part], patterns[part][0])
-    return found["llada"], found["whisper"], found.get("diffa")
-
-
-def assemble(config, llada, whisper, diffa, device, dtype, stage, name=None):
-    """LLaDA's folder + Whisper's file + DIFFA's pytorch_model.bin -> model, tokenizer.
-
-    The module tree is built on the meta device; each tensor goes from its mapped file straight to
-    its place.  stage: what the file was trained for (1: soft prompts, no LoRA).  diffa=None leaves
-    adapters and LoRA empty (on no device) for the caller to fill.
-    """
-    check_llada(llada)
-    tokenizer = load_tokenizer(llada)
-    for field, token in SPECIAL_TOKENS.items():
-        if tokenizer.token_to_id(token) != getattr(config, field):
-            raise UserError(f"{llada}: the tokenizer has {token} at {tokenizer.token_to_id(token)}, not {getattr(config, field)}")
-    with torch.device("meta"):
-        model = DIFFA2(config, lora=stage >= 3)
-    model.stage, model.base = stage, {"name": name, "llada": os.path.abspath(llada), "whisper": os.path.abspath(whisper)}
-    load_llada(model, llada, device, dtype)
-    load_whisper(model, whisper, device, torch.float32)
-    if diffa is not None:
-        load_released(model, diffa, device)
-    return model.eval(), tokenizer
-
-
-def trained_part(model):
-    """Names of what the authors' files and our compact checkpoints hold: adapters, soft prompts, LoRA."""
-    return [k for k in model.state_dict() if k.startswith(("semantic.", "acoustic.", "soft_prompts")) or "lora_" in k]
-
-
-def check_llada(folder):
-    path = os.path.join(folder, "config.json")
-    if not os.path.isfile(path):
-        raise UserError(f"{folder}: no config.json: not a folder of LLaDA's weights")
-    try:
-        with open(path, encoding="utf-8") as f:
-            found = json.load(f)
-    except ValueError:
-        raise UserError(f"{path}: not JSON") from None
-    if found.get("model_type") != "llada":
-        raise UserError(f"{folder}: holds a model of type {found.get('model_type')!r}; this code runs LLaDA-8B")
-
-
-def load_llada(model, folder, device, dtype):
-    """LLaDA's shards into model.backbone, one at a time."""
-    index = os.path.join(folder, "model.safetensors.index.json")
-    try:
-        with open(index, encoding="utf-8") as f:
-            shards = sorted(set(json.load(f)["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as e:
-        raise UserError(f"{index}: missing or not an index of shards ({type(e).__name__})") from None
-    expected = {k for k in model.backbone.state_dict() if "lora_" not in k}
-    for shard in shards:
-        path = os.path.join(folder, shard)
-        if not os.path.isfile(path):
-            raise UserError(f"{folder}: the index names {shard}, which is not there")
-        with open_safetensors(path) as f:
-            weights = {}
-            for key in f.keys():
-                if not key.startswith("model.transformer."):
-                    raise UserError(f"{path}: {key} is not one of LLaDA's names")
-                # converted one by one: a shard never exists in two types at once
-                weights["backbone." + key.removeprefix("model.transformer.")] = f.get_tensor(key).to(device, dtype)
-        expected -= {k.removeprefix("backbone.") for k in weights}
-        fill(model, weights, path, device, dtype, expected=set(weights) & set(model.state_dict()))
-    if expected:
-        raise UserError(f"{folder}: the shards hold no {min(expected)} ({len(expected)} of {len(model.backbone.state_dict())} tensors missing)")
-
-
-WHISPER_NAMES = {  # transformers' -> openai-whisper's
-    "self_attn.q_proj": "attn.query", "self_attn.k_proj": "attn.key", "self_attn.v_proj": "attn.value",
-    "self_attn.out_proj": "attn.out", "self_attn_layer_norm": "attn_ln", "fc1": "mlp.0", "fc2": "mlp.2",
-    "final_layer_norm": "mlp_ln",
-}  # fmt: skip
-
-
-def whisper_name(key):
-    """transformers' name of an encoder tensor -> ours; None for the positions, which are computed."""
-    if key.startswith("embed_positions"):
-        return None
-    if key.startswith("layers."):
-        _, n, rest = key.split(".", 2)
-        module, leaf = rest.rsplit(".", 1)
-        return f"encoder.blocks.{n}.{WHISPER_NAMES.get(module, module)}.{leaf}"
-    return "encoder." + key.replace("layer_norm", "ln_post")
-
-
-def load_whisper(model, path, device, dtype):
-    """The encoder from openai-whisper's .pt, or from transformers' safetensors (file or folder)."""
-    if os.path.isdir(path):
-        path = os.path.join(path, "model.safetensors")
-    if path.endswith(".safetensors"):
-        with open_safetensors(path) as f:
-            keys = {k: k.removeprefix("model.").removeprefix("encoder.") for k in f.keys() if "decoder." not in k and k != "proj_out.weight"}
-            weights = {whisper_name(short): f.get_tensor(k) for k, short in keys.items()}
-    else:
-        found = open_pickle(path)
-        if not isinstance(found, dict) or "model_state_dict" not in found:
-            raise UserError(f"{path}: not one of openai-whisper's files")
-        weights = {k: v for k, v in found["model_state_dict"].items() if k.startswith("encoder.")}
-        weights.pop("encoder.positional_embedding", None)
-    weights.pop(None, None)
-    fill(model, weights, path, device, dtype, expected=[k for k in model.state_dict() if k.startswith("encoder.")])
-    fix_positions(model)
-
-
-def open_pickle(path):
-    """A .bin or .pt of tensors, mapped; anything in it that is not data is refused."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as e:
-        raise UserError(f"{path}: holds code or other objects beside tensors, and is not opened ({str(e).splitlines()[0]})") from None
-    except (RuntimeError, OSError, EOFError, ValueError) as e:
-        raise UserError(f"{path}: cut short or not a file of weights ({str(e).splitlines()[0]})") from None
-
-
-SEMANTIC_NAMES = {"conv.0": "conv1", "conv.2": "conv2", "linear_connector.0": "fc1", "linear_connector.2": "fc2", "layernorm": "norm"}
-QFORMER_NAMES = {
-    **{f"attention.self.{n}": f"self_attention.{n}" for n in ("query", "key", "value")},
-    **{f"crossattention.self.{n}": f"cross_attention.{n}" for n in ("query", "key", "value")},
-    "attention.output.dense": "self_attention.out", "attention.output.LayerNorm": "self_attention.norm",
-    "crossattention.output.dense": "cross_attention.out", "crossattention.output.LayerNorm": "cross_attention.norm",
-    "intermediate.dense": "fc1", "output.dense": "fc2", "output.LayerNorm": "norm",
-}  # fmt: skip
-
-
-def released_name(key):
-    """One of the authors' names -> ours, or None for what has no counterpart (FACTS 3, 4, 7)."""
-    module, _, leaf = key.rpartition(".")
-    if key == "trainable_prompts.weight":
-        return "soft_prompts"
-    if key.startswith("whisper_model."):
-        return whisper_name(key.removeprefix("whisper_model.").removeprefix("encoder."))
-    if key.startswith("semantic_connector."):
-        name = SEMANTIC_NAMES.get(module.removeprefix("semantic_connector."))
-        return name and f"semantic.{name}.{leaf}"
-    if key.startswith("acoustic_connector."):
-        rest = key.removeprefix("acoustic_connector.")
-        if rest == "layer_weights":
-            return "acoustic.tap_logits"
-        if rest.startswith("layer_prompts."):
-            return "acoustic.queries." + rest.removeprefix("layer_prompts.")  # one a tap; stacked by the caller
-        if rest.startswith("proj."):
-            return {"proj.0": "acoustic.norm.", "proj.1": "acoustic.proj."}[rest[:6]] + leaf if rest[:6] in ("proj.0", "proj.1") else None
-        _, _, n, part = (module.removeprefix("acoustic_connector.").split(".", 3) + [""] * 4)[:4]
-        return f"acoustic.layers.{n}.{QFORMER_NAMES[part]}.{leaf}" if part in QFORMER_NAMES else None
-    if key.startswith("llm_model."):
-        rest = key.removeprefix("llm_model.").removeprefix("base_model.model.").removeprefix("model.transformer.")
-        rest = rest.replace(".base_layer.", ".").replace(".default", "")
-        return "backbone." + (rest.removesuffix(".weight") if "lora_" in rest else rest)
-    return None
-
-
-def load_released(model, path, device=None):
-    """The authors' pytorch_model.bin into adapters, soft prompts and LoRA, strictly; fp32.
-
-    Accepts the names with and without peft's wrapping, and a full training state dict that holds
-    the frozen parts too.  A stage-1 file may lack the Q-Former, which that stage does not use, or
-    hold a random one; a file of a later stage may lack the soft prompts.
-    """
-    found = open_pickle(path)
-    if not isinstance(found, dict) or not found or not all(isinstance(v, torch.Tensor) for v in found.values()):
-        raise UserError(f"{path}: not a state dict")
-    device = device or model.backbone.wte.weight.device
-    weights, queries = {}, {}
-    for key, value in found.items():
-        name = released_name(key)
-        if name is None and "embed_positions" in key:
-            continue
-        if name is None:
-            raise UserError(f"{path}: {key} is not one of DIFFA's names")
-        if name.startswith("acoustic.queries."):
-            queries[int(name.rsplit(".", 1)[1])] = value
-        else:
-            weights[name] = value
-    if queries:
-        weights["acoustic.queries"] = torch.cat([queries[i] for i in sorted(queries)])
-    expected, optional = trained_part(model), ("acoustic.",) if model.stage == 1 else ("soft_prompts",)
-    state = model.state_dict()
-    for key in expected:
-        if key.startswith(optional) and key not in weights:
-            # nobody reads these in this stage; they only must not be left without memory
-            weights[key] = torch.zeros(state[key].shape)
-    part = set(expected) | (weights.keys() & state.keys())
-    weights = {k: v.to(state[k].dtype if k in state and k not in expected else torch.float32) for k, v in weights.items()}
-    fill(model, weights, path, device, expected=part)
 
 
 def pick_device(name=None):

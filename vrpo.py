@@ -95,7 +95,7 @@ def score(predict, ids, masks, mask_id, j=None):
 
 
 if __name__ == "__main__":
-    from diffusion import Toy, draw_t, masked_nll, corrupt
+    from diffusion import Toy, corrupt, draw_t, masked_nll
 
     # policy and reference: two toys a small step apart, as in the first steps of training
     policy, reference = Toy(length=4, vocab=3), Toy(length=4, vocab=3)
@@ -108,7 +108,12 @@ if __name__ == "__main__":
 
     def iid(predict, x, t, is_masked):
         """The 1/t estimate with independent coin flips, what stratified exact counts replace."""
-        return torch.stack([-masked_nll(predict, x, *corrupt(x, everything, 3, t[j], m)) / t[j] for j, m in enumerate(is_masked)])
+        return torch.stack(
+            [
+                -masked_nll(predict, x, *corrupt(x, everything, 3, t[j], m)) / t[j]
+                for j, m in enumerate(is_masked)
+            ]
+        )
 
     def draw_iid():
         t = [draw_t(1, g) for _ in range(n)]
@@ -129,4 +134,6 @@ if __name__ == "__main__":
         for stratified in (False, True):
             found = torch.cat([one(shared, stratified) for _ in range(300)])
             name = f"{'shared' if shared else 'independent'} masks, {'stratified exact counts' if stratified else 'independent t'}"
-            print(f"  {name:48} {found.mean():8.4f} +- {found.std() / 300**0.5:.4f}   variance {found.var():10.5f}")
+            print(
+                f"  {name:48} {found.mean():8.4f} +- {found.std() / 300**0.5:.4f}   variance {found.var():10.5f}"
+            )

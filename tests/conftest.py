@@ -11,9 +11,10 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from model import Config, build, save
-from prepare import main as prepare
-from prepare import train_tokenizer
+from model import Config, build
+from tools.prepare import main as prepare
+from tools.tour import train_tokenizer
+from weights import save
 
 SHARED_AUDIO = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "audio")
 
@@ -33,7 +34,11 @@ def shared_audio():
 @pytest.fixture(scope="session")
 def tokenizer():
     words = "zero one two three four five six seven rain dog what digit sound is this do you hear a speaker says the"
-    lines = [{"messages": [{"content": f"{a} {b}?"}, {"content": f"{b.capitalize()}."}]} for a in words.split() for b in words.split()]
+    lines = [
+        {"messages": [{"content": f"{a} {b}?"}, {"content": f"{b.capitalize()}."}], "task": "x", "facts": {}}
+        for a in words.split()
+        for b in words.split()
+    ]
     return train_tokenizer(lines, vocab=320)
 
 

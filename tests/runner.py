@@ -1,7 +1,7 @@
 """Runs train.main on a preset small enough for tests; started by test_train.py in processes of their own.
 
-    python runner.py JOBS.json          one list of arguments after the other, in every rank
-    python runner.py JOBS.json PHASES   the same, telling PHASES (a pipe) what a save is doing, slowly
+python runner.py JOBS.json          one list of arguments after the other, in every rank
+python runner.py JOBS.json PHASES   the same, telling PHASES (a pipe) what a save is doing, slowly
 """
 
 import json
@@ -13,22 +13,19 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
 
 import torch
+from conftest import SMALL
 
 import model
 import train
-from conftest import SMALL
 
 # the stages of `tiny` in their order and kinds, a few steps of a few examples
 SMALL_STAGES = {
-    0: [train.Stage(("encoder.",), 1e-3, 4, 2, steps=20, loss="ear", frames=60),
-        train.Stage(("backbone.",), 1e-3, 6, 2, steps=20, loss="look", names=4, fresh=True),
-        # Muon rounds to bf16, and makes directions that are all rounding as long as the others: at a larger rate no two runs are alike
-        train.Stage(("backbone.",), 1e-6, 6, 2, steps=20, loss="look", fresh=True, muon=True), train.Stage(train.READ, 1e-3, 6, 2, steps=20, loss="read", canvas=8, lists=0.5),
-        train.Stage((*train.READ, "acoustic."), 1e-3, 4, 2, steps=20, least_t=0.2)],
-    1: [train.Stage(("semantic.", "soft_prompts"), 1e-3, 7, 2, steps=20)],
-    2: [train.Stage(train.ADAPTERS, 1e-3, 7, 2, steps=20)],
-    3: [train.Stage((*train.ADAPTERS, "lora"), 1e-3, 7, 2, steps=20)],
-    4: [train.Stage((*train.ADAPTERS, "lora"), 1e-3, 3, 2, steps=20, loss="vrpo")],
+    # a small rate: Muon makes directions that are all rounding as long as the others, and no two runs would be alike
+    0: train.Stage(("backbone.",), 1e-5, 6, 2, steps=20, written=True, least_t=0.2, muon=True),
+    1: train.Stage(("semantic.", "soft_prompts"), 1e-3, 7, 2, steps=20, ctc=0.5),
+    2: train.Stage(train.ADAPTERS, 1e-3, 7, 2, steps=20),
+    3: train.Stage((*train.ADAPTERS, "lora"), 1e-3, 7, 2, steps=20),
+    4: train.Stage((*train.ADAPTERS, "lora"), 1e-3, 3, 2, steps=20, loss="vrpo"),
 }  # fmt: skip
 
 
@@ -75,7 +72,9 @@ def slow_saves(pipe):
         def __exit__(self, *error):
             self.file.close()
 
-    train.open = lambda path, mode="r", **kw: Halting(real_open(path, mode, **kw)) if str(path).endswith(".pt.tmp") else real_open(path, mode, **kw)
+    train.open = lambda path, mode="r", **kw: (
+        Halting(real_open(path, mode, **kw)) if str(path).endswith(".pt.tmp") else real_open(path, mode, **kw)
+    )
     os.fsync = tell("sync", os.fsync)
     os.replace = tell("rename", os.replace, lambda path, *_: str(path).endswith(".pt.tmp"))
 

@@ -11,7 +11,7 @@ from model import DIFFA2, PRESETS
 
 
 def test_parameter_counts_to_the_digit():
-    """FACTS section 1: Table B.3 recomputed, and the first generation on whisper-small."""
+    """Table B.3 recomputed, and the first generation on whisper-small (the sizes of DIFFA's own weights)."""
     with torch.device("meta"):
         two, one = DIFFA2(PRESETS["diffa2"], lora=True), DIFFA2(PRESETS["diffa1"], lora=True)
     lora = sum(p.numel() for n, p in two.named_parameters() if "lora_" in n)
@@ -29,7 +29,7 @@ def test_parameter_counts_to_the_digit():
 
 
 def reference_semantic(adapter, frames):
-    """FACTS section 3 on one clip, plainly: frames (n, d), n a multiple of 4."""
+    """The semantic adapter (paper 3.1) on one clip, plainly: frames (n, d), n a multiple of 4."""
     x = nn.functional.pad(frames.T, (1, 1))
     x = nn.functional.conv1d(x[None], adapter.conv1.weight, adapter.conv1.bias)[0]
     x = nn.functional.pad(0.5 * x * (1 + torch.erf(x / 2**0.5)), (1, 1))
@@ -37,7 +37,9 @@ def reference_semantic(adapter, frames):
     tokens = [(w * x[None, :, 4 * j : 4 * j + 3]).sum((1, 2)) + b for j in range(len(frames) // 4)]
     x = torch.stack(tokens) @ adapter.fc1.weight.T + adapter.fc1.bias
     x = x.clamp(min=0) @ adapter.fc2.weight.T + adapter.fc2.bias
-    return nn.functional.layer_norm(x.clamp(min=0), x.shape[-1:], adapter.norm.weight, adapter.norm.bias, 1e-5)
+    return nn.functional.layer_norm(
+        x.clamp(min=0), x.shape[-1:], adapter.norm.weight, adapter.norm.bias, 1e-5
+    )
 
 
 def test_semantic_adapter_each_clip_as_if_alone():
@@ -49,7 +51,9 @@ def test_semantic_adapter_each_clip_as_if_alone():
     assert is_audio.sum(1).tolist() == [10, 5, 1, 7]
     for row, n in enumerate(n_frames.tolist()):
         kept = n // 4
-        torch.testing.assert_close(tokens[row, :kept], reference_semantic(adapter, frames[row, : 4 * kept]), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            tokens[row, :kept], reference_semantic(adapter, frames[row, : 4 * kept]), atol=1e-6, rtol=1e-5
+        )
 
 
 def test_a_very_short_clip_has_one_token():
@@ -70,7 +74,9 @@ def bert_layer(ours, d, heads, ffn):
     for mine, theirs in (("self_attention", "attention"), ("cross_attention", "crossattention")):
         names |= {f"{mine}.{n}": f"{theirs}.self.{n}" for n in ("query", "key", "value")}
         names |= {f"{mine}.out": f"{theirs}.output.dense", f"{mine}.norm": f"{theirs}.output.LayerNorm"}
-    renamed = {names[k.rpartition(".")[0]] + "." + k.rpartition(".")[2]: v for k, v in ours.state_dict().items()}
+    renamed = {
+        names[k.rpartition(".")[0]] + "." + k.rpartition(".")[2]: v for k, v in ours.state_dict().items()
+    }
     bert.load_state_dict(renamed)
     return bert, names
 
@@ -93,7 +99,9 @@ def test_qformer_layer_is_bert_values_and_gradients():
     theirs = dict(bert.named_parameters())
     for name, p in ours.named_parameters():
         module, _, leaf = name.rpartition(".")
-        torch.testing.assert_close(p.grad, theirs[f"{names[module]}.{leaf}"].grad, atol=1e-5, rtol=1e-4, msg=name)
+        torch.testing.assert_close(
+            p.grad, theirs[f"{names[module]}.{leaf}"].grad, atol=1e-5, rtol=1e-4, msg=name
+        )
 
 
 def test_acoustic_adapter_shares_the_qformer_and_mixes_per_query():
@@ -112,7 +120,10 @@ def test_acoustic_adapter_shares_the_qformer_and_mixes_per_query():
         per_tap.append(y)
     mix = adapter.tap_logits.exp() / adapter.tap_logits.exp().sum(1, keepdim=True)
     y = sum(mix[:, k, None] * per_tap[k] for k in range(taps))
-    expected = nn.functional.layer_norm(y, (d,), adapter.norm.weight, adapter.norm.bias) @ adapter.proj.weight.T + adapter.proj.bias
+    expected = (
+        nn.functional.layer_norm(y, (d,), adapter.norm.weight, adapter.norm.bias) @ adapter.proj.weight.T
+        + adapter.proj.bias
+    )
     torch.testing.assert_close(adapter(x), expected, atol=1e-5, rtol=1e-4)
     assert AcousticAdapter(d, D, taps, 2).tap_logits.abs().sum() == 0  # an even mix to begin with
 

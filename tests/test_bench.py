@@ -10,11 +10,14 @@ import sys
 import pytest
 import torch
 
-import bench
 import train
-from bench import anonymous_bytes, full_tokenizer, random_tensor, released_keys
 from data import build_prompt
-from model import DIFFA2, PRESETS, SPECIAL_TOKENS, build, trained_part
+from model import DIFFA2, PRESETS, SPECIAL_TOKENS, build
+from tools import bench, bench_decode, measure
+from tools.bench_train import naive_step, random_questions
+from tools.fullsize import full_tokenizer, random_tensor, released_keys
+from tools.measure import anonymous_bytes
+from weights import trained_part
 
 
 def test_released_keys_cover_what_is_trained():
@@ -23,7 +26,9 @@ def test_released_keys_cover_what_is_trained():
         model = DIFFA2(config, lora=True)
     pairs = list(released_keys(config))
     assert {name for _, name in pairs} == set(trained_part(model))
-    assert sum(name == "acoustic.queries" for _, name in pairs) == 8 and len({key for key, _ in pairs}) == len(pairs)
+    assert sum(name == "acoustic.queries" for _, name in pairs) == 8 and len(
+        {key for key, _ in pairs}
+    ) == len(pairs)
 
 
 def test_tokenizer_has_the_exact_ids():
@@ -46,13 +51,15 @@ def test_random_tensor_has_the_asked_spread():
 LEAN = """
 import json, sys, torch
 sys.path.insert(0, {root!r})
-from bench import Peak, anonymous_bytes
-from model import DIFFA2, Config, assemble
+from tools.measure import Peak, anonymous_bytes
+from model import DIFFA2, Config
+from weights import assemble
 with torch.device("meta"):
     DIFFA2(Config())  # what torch imports at the first use of this device is no part of the weights
 before = anonymous_bytes()
 with Peak() as peak:
-    model, _ = assemble(Config(**json.loads({config!r})), {llada!r}, {ear!r}, {diffa!r}, torch.device("cpu"), torch.{dtype}, 4)
+    config = Config(**json.loads({config!r}))
+    model, _ = assemble(config, {llada!r}, {ear!r}, {diffa!r}, torch.device("cpu"), torch.{dtype}, 4)
 weights = sum(p.numel() * p.element_size() for p in model.parameters())
 print(json.dumps([peak.bytes - before, weights]))
 """
@@ -73,7 +80,8 @@ def test_loading_is_lean(tmp_path, tokenizer, dtype):
     torch.save(authors.trained(), f"{tmp_path}/pytorch_model.bin")
     ear = write_whisper(str(tmp_path), authors.whisper_model, c, "pt")
     script = LEAN.format(
-        root=os.path.dirname(os.path.dirname(os.path.abspath(__file__))), config=json.dumps(vars(c)), llada=f"{tmp_path}/llada",
+        root=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+        config=json.dumps(vars(c)), llada=f"{tmp_path}/llada",
         ear=ear, diffa=f"{tmp_path}/pytorch_model.bin", dtype=dtype,
     )  # fmt: skip
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
@@ -89,24 +97,36 @@ def test_loading_is_lean(tmp_path, tokenizer, dtype):
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
 def test_the_naive_step_computes_the_same(config, stage):
-    """What `bench.py train` compares must be one computation done two ways: loss and gradients, fp32, dropout off."""
+    """What `tools.bench train` compares is one computation done two ways: loss and gradients in fp32."""
     model = build(config, seed=0)
     if stage >= 3:
         model.add_lora()
-    row = train.STAGES["diffa2"][stage][0]
+    row = train.STAGES["diffa2"][stage]
     chosen = train.trainable(model, row.trains)
     other = copy.deepcopy(model)
     with torch.no_grad():
         for p in chosen.values():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     model.eval(), other.eval()
-    made = bench.random_questions(config, 3, ("chosen", "rejected") if stage == 4 else ("text",), text=30, canvas=6)
-    reference = tuple(p.detach().clone() for n, p in other.named_parameters() if n in chosen) if stage == 4 else ()
-    context = train.Context(model, stage, 0, row, functools.partial(torch.autocast, "cpu", enabled=False), tuple(chosen.values()), reference)
+    made = random_questions(
+        config, 3, ("chosen", "rejected") if stage == 4 else ("text",), text=30, response=6
+    )
+    reference = (
+        tuple(p.detach().clone() for n, p in other.named_parameters() if n in chosen) if stage == 4 else ()
+    )
+    context = train.Context(
+        model,
+        stage,
+        0,
+        row,
+        functools.partial(torch.autocast, "cpu", enabled=False),
+        tuple(chosen.values()),
+        reference,
+    )
     ours = train.LOSSES[row.loss](context, made)
     gradients = {n: p.grad.clone() for n, p in chosen.items() if p.grad is not None}
     model.zero_grad()
-    naive = bench.naive_step(model, other, made, stage)
+    naive = naive_step(model, other, made, stage)
     assert torch.allclose(ours, naive, rtol=1e-4), (ours, naive)
     naive.sum().backward()
     for n, g in gradients.items():
@@ -114,27 +134,60 @@ def test_the_naive_step_computes_the_same(config, stage):
 
 
 def test_one_kind_prints_a_line_of_json(capsys, config, monkeypatch):
-    monkeypatch.setitem(bench.BENCH_SIZES, "small", config)
+    monkeypatch.setitem(measure.SIZES, "small", config)
     for naive in ([], ["--naive"]):
-        assert bench.main(["train", "--size", "small", "--stage", "3", "--batch", "2", "--repeats", "2", *naive]) == 0
+        assert (
+            bench.main(["train", "--size", "small", "--stage", "3", "--batch", "2", "--repeats", "2", *naive])
+            == 0
+        )
         found = json.loads(capsys.readouterr().out)
         assert len(found["seconds"]) == 2 and min(found["seconds"]) > 0 and found["memory"] > 0
 
 
 def test_decode_tables_and_figure(capsys, toured, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(bench_decode, "bandwidth", lambda device: 1e10)
     picture = f"{tmp_path}/d.png"
-    args = ["decode", "--size", "tiny", "--repeats", "1", "--dtypes", "float32", "--limit", "3", "--data", f"{toured}/test.jsonl", "--plot", picture]
+    args = [
+        "decode",
+        "--size",
+        "tiny",
+        "--repeats",
+        "1",
+        "--dtypes",
+        "float32",
+        "--limit",
+        "3",
+        "--data",
+        f"{toured}/test.jsonl",
+        "--plot",
+        picture,
+    ]
     assert bench.main(args) == 0
     out = capsys.readouterr().out
-    for row in ("naive, 16 steps", "naive, 128 steps", "exact, 16 steps", "prefix cache, 16 steps", "autoregressive twin", "factor 1, dual cache", "length from the clip", "batch 64"):
+    speed = (
+        "naive, 16 steps",
+        "naive, 128 steps",
+        "exact, 16 steps",
+        "prefix cache, 16 steps",
+        "autoregressive baseline",
+    )
+    for row in (*speed, "factor 1, dual cache", "length from the clip", "batch 64"):
         assert row in out
     with open(picture, "rb") as f:
         assert f.read(4) == b"\x89PNG"
 
 
 def test_variance_table(capsys, toured, small_folder, tmp_path):
-    assert bench.main(["variance", f"{toured}/stage4.jsonl", "--model", small_folder, "--pairs", "1", "--repeats", "3"]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("shared", "independent"))]
+    assert (
+        bench.main(
+            ["variance", f"{toured}/stage4.jsonl", "--model", small_folder, "--pairs", "1", "--repeats", "3"]
+        )
+        == 0
+    )
+    rows = [
+        line.split()
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith(("shared", "independent"))
+    ]
     assert len(rows) == 4 and all(float(r[-1]) > 0 and float(r[-2]) > 0 for r in rows)
     assert bench.main(["variance", str(tmp_path / "none.jsonl")]) == 2

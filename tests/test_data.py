@@ -11,8 +11,21 @@ import whisper.audio
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from data import (
-    ASR_QUESTION, CANVAS, answer_ids, answer_text, bucket, build_prompt, canvas_length, collate, encode_text, load_audio,
-    log_mel, loudest, prompt_text, read_manifest, window_seconds,
+    ASR_QUESTION,
+    CANVAS,
+    answer_ids,
+    answer_text,
+    bucket,
+    build_prompt,
+    canvas_length,
+    collate,
+    encode_text,
+    load_audio,
+    log_mel,
+    loudest,
+    prompt_text,
+    read_manifest,
+    window_seconds,
 )  # fmt: skip
 from model import PRESETS, SPECIAL_TOKENS, UserError
 
@@ -98,11 +111,16 @@ def test_the_loudest_stretch(n):
 def test_mel_is_whispers_clip_by_clip():
     c = PRESETS["tiny"]
     rng = np.random.default_rng(0)
-    quiet, loud = 0.01 * rng.standard_normal(24000).astype(np.float32), rng.standard_normal(50000).astype(np.float32)
+    quiet, loud = (
+        0.01 * rng.standard_normal(24000).astype(np.float32),
+        rng.standard_normal(50000).astype(np.float32),
+    )
     mel, n_frames = log_mel(quiet, c)
     expected = whisper.audio.log_mel_spectrogram(whisper.audio.pad_or_trim(quiet, 160000), n_mels=80)
     assert torch.equal(mel, expected) and mel.shape == (80, 1000) and n_frames == 75
-    together = whisper.audio.log_mel_spectrogram(np.stack([whisper.audio.pad_or_trim(a, 160000) for a in (quiet, loud)]), n_mels=80)
+    together = whisper.audio.log_mel_spectrogram(
+        np.stack([whisper.audio.pad_or_trim(a, 160000) for a in (quiet, loud)]), n_mels=80
+    )
     assert not torch.allclose(together[0], mel)  # the trap: a batch shares one maximum
     assert log_mel(loud, PRESETS["diffa2"])[0].shape == (128, 3000)
 
@@ -110,7 +128,18 @@ def test_mel_is_whispers_clip_by_clip():
 def test_frame_counts():
     """mel frames = ceil(samples / 160), encoder frames = (mel frames - 1) // 2 + 1; 30 s -> 1500."""
     c = PRESETS["diffa2"]
-    for samples, frames in ((1, 1), (160, 1), (161, 1), (320, 1), (321, 2), (960, 3), (961, 4), (16000, 50), (480000, 1500), (500000, 1500)):
+    for samples, frames in (
+        (1, 1),
+        (160, 1),
+        (161, 1),
+        (320, 1),
+        (321, 2),
+        (960, 3),
+        (961, 4),
+        (16000, 50),
+        (480000, 1500),
+        (500000, 1500),
+    ):
         assert log_mel(np.full(samples, 0.1, np.float32), c)[1] == frames
     assert window_seconds(c) == 30 and window_seconds(PRESETS["tiny"]) == 10
 
@@ -176,7 +205,10 @@ def test_canvas(tokenizer, config, tmp_path):
         assert item["ids"][: -len(canvas)] == build_prompt(tokenizer, "Hm?")[0]
         lengths.add(len(canvas))
     assert lengths == {16, 32, 48}
-    assert {sum(encode_text(example, tokenizer, config, torch.Generator().manual_seed(seed), unit=8)["is_answer"]) for seed in range(40)} == {8, 16, 24}
+    assert {
+        sum(encode_text(example, tokenizer, config, torch.Generator().manual_seed(seed), unit=8)["is_answer"])
+        for seed in range(40)
+    } == {8, 16, 24}
 
 
 def test_text_that_does_not_fit_is_refused(tokenizer, config, tmp_path):
@@ -187,14 +219,30 @@ def test_text_that_does_not_fit_is_refused(tokenizer, config, tmp_path):
 
 def test_collate_pads_with_validity_of_its_own(config):
     items = [
-        {"ids": [7, 8, config.eos_id], "is_answer": [False, True, True], "audio_at": 1, "mel": torch.zeros(2, 4), "n_frames": 2},
-        {"ids": [7, 8, 9, 10, config.eos_id], "is_answer": [False, False, False, True, True], "audio_at": 2, "mel": torch.ones(2, 4), "n_frames": 1},
+        {
+            "ids": [7, 8, config.eos_id],
+            "is_answer": [False, True, True],
+            "audio_at": 1,
+            "mel": torch.zeros(2, 4),
+            "n_frames": 2,
+        },
+        {
+            "ids": [7, 8, 9, 10, config.eos_id],
+            "is_answer": [False, False, False, True, True],
+            "audio_at": 2,
+            "mel": torch.ones(2, 4),
+            "n_frames": 1,
+        },
     ]
     batch = collate(items, config)
     assert batch["ids"].tolist() == [[7, 8, config.eos_id] + [config.eos_id] * 2, items[1]["ids"]]
     assert batch["valid"].tolist() == [[True] * 3 + [False] * 2, [True] * 5]
     assert batch["is_answer"].sum(1).tolist() == [2, 2] and not (batch["is_answer"] & ~batch["valid"]).any()
-    assert batch["audio_at"].tolist() == [1, 2] and batch["mel"].shape == (2, 2, 4) and batch["n_frames"].tolist() == [2, 1]
+    assert (
+        batch["audio_at"].tolist() == [1, 2]
+        and batch["mel"].shape == (2, 2, 4)
+        and batch["n_frames"].tolist() == [2, 1]
+    )
 
 
 def test_buckets_keep_to_the_budget():
@@ -238,14 +286,20 @@ def manifest(tmp_path, *lines, name="m.jsonl"):
 
 
 def test_canonical_manifest(tmp_path, clip):
-    line = {"messages": [user("<audio>What emotion?"), assistant("Sad.")], "audios": [clip], "rejected_response": "Happy."}
+    line = {
+        "messages": [user("<audio>What emotion?"), assistant("Sad.")],
+        "audios": [clip],
+        "rejected_response": "Happy.",
+    }
     (e,) = read_manifest(manifest(tmp_path, line, ""), stage=4)
     assert (e.question, e.answer, e.rejected) == ("What emotion?", "Sad.", "Happy.")
     assert e.audio == str(tmp_path / "clips" / "a.wav") and e.where.endswith("m.jsonl:1")
 
 
 def test_nemo_manifest(tmp_path, clip):
-    (e,) = read_manifest(manifest(tmp_path, {"audio_filepath": clip, "duration": 0.2, "offset": 0.1, "text": "one two"}))
+    (e,) = read_manifest(
+        manifest(tmp_path, {"audio_filepath": clip, "duration": 0.2, "offset": 0.1, "text": "one two"})
+    )
     assert (e.question, e.answer, e.offset, e.duration) == (ASR_QUESTION, "one two", 0.1, 0.2)
 
 
@@ -295,19 +349,29 @@ def test_bad_manifests(tmp_path, clip):
     with pytest.raises(UserError, match="holds no example"):
         read_manifest(manifest(tmp_path, ""))
     with pytest.raises(UserError, match="entry 2"):
-        read_manifest(manifest(tmp_path, json.dumps([{"audio_id": 1, "audio_filepath": clip, "target": "T"}, 5]), name="m.json"))
+        read_manifest(
+            manifest(
+                tmp_path,
+                json.dumps([{"audio_id": 1, "audio_filepath": clip, "target": "T"}, 5]),
+                name="m.json",
+            )
+        )
     with pytest.raises(UserError, match="not JSON"):
         read_manifest(manifest(tmp_path, '[{"audio_id": 1}', name="m.json"))
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not a text file"):
         read_manifest(str(tmp_path / "b.jsonl"))
     with pytest.raises(UserError, match="rejected"):
-        read_manifest(manifest(tmp_path, {"messages": [user("Q"), assistant("A")], "audios": [clip]}), stage=4)
+        read_manifest(
+            manifest(tmp_path, {"messages": [user("Q"), assistant("A")], "audios": [clip]}), stage=4
+        )
 
 
 def test_llada_style_tokenizer_position():
     """A byte-level tokenizer with no merges at all: the position still falls before the space of ' <audio>'."""
-    t = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    t = Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
     t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     t.add_special_tokens(list(SPECIAL_TOKENS.values()))
     ids, at = build_prompt(t, "Hm?")

@@ -1,4 +1,4 @@
-"""The samplers against a slow reference, Eq. 8 against brute force, rows against themselves alone, bad input."""
+"""Samplers against slow references, Eq. 8 against brute force, rows against themselves alone, bad input."""
 
 import dataclasses
 import json
@@ -12,17 +12,19 @@ import soundfile
 import torch
 
 from decode import (
-    ask, choose, close_after_end, count_by_factor, count_by_threshold, generate, generate_ar, length_for, main, most_confident, schedule,
+    Options, ask, choose, close_after_end, count_by_factor, count_by_threshold, generate, generate_ar,
+    length_for, main, most_confident, schedule,
 )  # fmt: skip
-from bench import naive_generate
-from model import Cache, UserError, build, load
+from model import Cache, UserError, build, rope_table
+from tools.bench_decode import naive_generate
+from weights import load
 
 
 # ---------------------------------------------------------------------------------- a slow reference
 
 
 def reference(predict, c, answer_length, block, steps=None, factor=1.0, threshold=None):
-    """The paper's 3.6 and B.4 for one prompt, in plain lists: predict everything, keep the surest, stop at the end mark.
+    """The paper's 3.6 and B.4 for one prompt, in lists: predict all, keep the surest, stop at the end mark.
 
     predict: answer (list) -> logits (answer_length, vocab)."""
     answer, calls = [c.mask_id] * answer_length, 0
@@ -36,13 +38,22 @@ def reference(predict, c, answer_length, block, steps=None, factor=1.0, threshol
             calls += 1
             logits[:, c.mask_id] = -math.inf
             p, token = logits.softmax(-1).max(-1)
-            candidates = sorted((i for i in inside if answer[i] == c.mask_id), key=lambda i: (-p[i].item(), i))
+            candidates = sorted(
+                (i for i in inside if answer[i] == c.mask_id), key=lambda i: (-p[i].item(), i)
+            )
             if steps:
                 keep = block // per_block + (1 if step < block % per_block else 0)
             elif threshold is not None:
                 keep = max(1, sum(p[i].item() > threshold for i in candidates))
             else:
-                keep = max([n for n in range(1, len(candidates) + 1) if (n + 1) * (1 - p[candidates[n - 1]].item()) < factor], default=1)
+                keep = max(
+                    [
+                        n
+                        for n in range(1, len(candidates) + 1)
+                        if (n + 1) * (1 - p[candidates[n - 1]].item()) < factor
+                    ],
+                    default=1,
+                )
             for i in candidates[:keep]:
                 answer[i] = token[i].item()
             for i, t in enumerate(answer):
@@ -70,16 +81,27 @@ def alone(model, prompt, audio, audio_at):
 def scene(model, n_prompts=(9, 14, 20), n_audio=(2, 5, 11), seed=0):
     """Prompts of three lengths x clips of three lengths, as one padded batch and as rows."""
     g, c = torch.Generator().manual_seed(seed), model.config
-    rows = [(torch.randint(6, c.vocab, (p,), generator=g).tolist(), torch.randn(1, a, c.width, generator=g), p // 2)
-            for p in n_prompts for a in n_audio]  # fmt: skip
+    rows = []
+    for p in n_prompts:
+        for a in n_audio:
+            prompt = torch.randint(6, c.vocab, (p,), generator=g).tolist()
+            rows.append((prompt, torch.randn(1, a, c.width, generator=g), p // 2))
     A = max(n_audio)
-    audio, is_audio = torch.randn(len(rows), A, c.width, generator=g), torch.zeros(len(rows), A, dtype=torch.bool)
+    audio, is_audio = (
+        torch.randn(len(rows), A, c.width, generator=g),
+        torch.zeros(len(rows), A, dtype=torch.bool),
+    )
     for i, (_, sound, _) in enumerate(rows):
         audio[i, : sound.size(1)], is_audio[i, : sound.size(1)] = sound[0], True
     return rows, ([r[0] for r in rows], audio, is_audio, [r[2] for r in rows])
 
 
-TABLE_B4 = [(16, 16, 16), (2, 2, 2), (16, 4, 16), (32, 4, 32)]  # 128/128/128, 16/16/16, 128/32/128, 256/32/256 over 8
+TABLE_B4 = [
+    (16, 16, 16),
+    (2, 2, 2),
+    (16, 4, 16),
+    (32, 4, 32),
+]  # 128/128/128, 16/16/16, 128/32/128, 256/32/256 over 8
 FEWER = [(16, 16, 5), (16, 4, 8), (32, 8, 12), (12, 12, 1), (12, 4, 3)]
 
 
@@ -88,21 +110,27 @@ def test_fixed_step_remasking_is_the_reference(small, answer_length, block, step
     rows, batch = scene(small, (9, 14), (2, 5))
     answers, calls = generate(small, *batch, answer_length=answer_length, block=block, steps=steps)
     for i, row in enumerate(rows):
-        assert (answers[i].tolist(), calls[i].item()) == reference(alone(small, *row), small.config, answer_length, block, steps=steps)
+        assert (answers[i].tolist(), calls[i].item()) == reference(
+            alone(small, *row), small.config, answer_length, block, steps=steps
+        )
     assert (answers != small.config.mask_id).all() and calls.max() <= steps
 
 
 @pytest.mark.parametrize("answer_length, block", [(16, 16), (2, 2), (16, 4), (32, 4)])
-@pytest.mark.parametrize("rule", [{"factor": 0.3}, {"factor": 1.0}, {"factor": 3.0}, {"threshold": 0.2}, {"threshold": 1.0}])
+@pytest.mark.parametrize(
+    "rule", [{"factor": 0.3}, {"factor": 1.0}, {"factor": 3.0}, {"threshold": 0.2}, {"threshold": 1.0}]
+)
 def test_parallel_decoding_is_the_reference(small, answer_length, block, rule):
     rows, batch = scene(small, (9, 14), (2, 5))
     answers, calls = generate(small, *batch, answer_length=answer_length, block=block, **rule)
     for i, row in enumerate(rows):
-        assert (answers[i].tolist(), calls[i].item()) == reference(alone(small, *row), small.config, answer_length, block, **rule)
+        assert (answers[i].tolist(), calls[i].item()) == reference(
+            alone(small, *row), small.config, answer_length, block, **rule
+        )
 
 
 def test_the_small_model_is_sure_now_and_then(small):
-    """The tests above mean something only if factor decoding commits several tokens at some calls and one at others."""
+    """The tests above mean something only if factor decoding keeps now several tokens, now one."""
     _, batch = scene(small)
     _, calls = generate(small, *batch, answer_length=16, block=16, factor=1.0)
     assert calls.min() < 16 and calls.max() > 1 and len(set(calls.tolist())) > 1
@@ -135,7 +163,10 @@ def test_mask_is_never_emitted(small):
         assert (answers != small.config.mask_id).all()
 
 
-@pytest.mark.parametrize("options", [{"steps": 8}, {"factor": 1.0}, {"factor": 1.0, "cache": "prefix"}, {"steps": 16, "cache": "dual"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"steps": 8}, {"factor": 1.0}, {"factor": 1.0, "cache": "prefix"}, {"steps": 16, "cache": "dual"}],
+)
 def test_a_row_gets_what_it_gets_alone(small, options):
     """Three prompt lengths x three clip lengths."""
     rows, batch = scene(small)
@@ -148,7 +179,7 @@ def test_a_row_gets_what_it_gets_alone(small, options):
 
 @pytest.mark.parametrize("answer_length, block, steps", TABLE_B4 + FEWER)
 def test_the_naive_sampler_gives_the_same_tokens(small, answer_length, block, steps):
-    """What bench.py times against: full rows, all positions, float64.  Without end marks, which it does not know."""
+    """What tools/bench_decode.py times against: full rows, all positions, float64, without end marks."""
     with torch.no_grad():
         small.backbone.ff_out.weight[small.config.eos_id] = 0
     rows, batch = scene(small)
@@ -159,12 +190,16 @@ def test_the_naive_sampler_gives_the_same_tokens(small, answer_length, block, st
         assert naive.tolist() == answers[i].tolist()
 
 
-@pytest.mark.parametrize("options", [{}, {"cache": "prefix"}, {"cache": "dual"}, {"cache": "dual", "refresh": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"cache": "prefix"}, {"cache": "dual"}, {"cache": "dual", "refresh": 2}]
+)
 def test_finished_rows_leave_the_batch(small, options, monkeypatch):
     """The network sees a row as often as that row needs, and no oftener."""
     _, batch = scene(small)
     seen, forward = [], small.forward
-    monkeypatch.setattr(small, "forward", lambda ids, *rest, **more: seen.append(len(ids)) or forward(ids, *rest, **more))
+    monkeypatch.setattr(
+        small, "forward", lambda ids, *rest, **more: seen.append(len(ids)) or forward(ids, *rest, **more)
+    )
     _, calls = generate(small, *batch, answer_length=16, block=8, factor=1.0, **options)
     assert sum(seen) == calls.sum() and min(seen) < len(calls)
 
@@ -173,9 +208,22 @@ def test_one_row_meets_no_mask(small, monkeypatch):
     rows, _ = scene(small)
     prompt, audio, at = rows[0]
     seen, attention = [], torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, attn_mask=None, **k: seen.append(attn_mask) or attention(*a, attn_mask=attn_mask, **k))
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *a, attn_mask=None, **k: seen.append(attn_mask) or attention(*a, attn_mask=attn_mask, **k),
+    )
     for cache in ("none", "prefix"):
-        generate(small, [prompt], audio, torch.ones(1, audio.size(1), dtype=torch.bool), [at], answer_length=8, block=4, cache=cache)
+        generate(
+            small,
+            [prompt],
+            audio,
+            torch.ones(1, audio.size(1), dtype=torch.bool),
+            [at],
+            answer_length=8,
+            block=4,
+            cache=cache,
+        )
     assert seen and all(mask is None for mask in seen)
 
 
@@ -194,35 +242,32 @@ def test_a_list_of_steps_is_replayed(small):
     with torch.no_grad():
         small.backbone.ff_out.weight[small.config.eos_id] = 0  # no end mark closes a row early
     left = []
-    _, calls = generate(small, *batch, answer_length=16, block=8, steps=[1, 2, 5], on_step=lambda canvas, *_: left.append((canvas == small.config.mask_id).sum(1).unique().tolist()))
+    _, calls = generate(
+        small,
+        *batch,
+        answer_length=16,
+        block=8,
+        steps=[1, 2, 5],
+        on_step=lambda response, *_: left.append((response == small.config.mask_id).sum(1).unique().tolist()),
+    )
     assert left == [[15], [13], [8], [7], [5], [0]] and calls.unique().tolist() == [6]
     with pytest.raises(UserError, match="add up"):
         generate(small, *batch, answer_length=16, block=8, steps=[1, 2])
 
 
-def test_early_answer(small):
-    """Never with an unreachable lead, at once with none; between the two when the reference's first token leads by as much."""
-    rows, batch = scene(small)
-    options = dict(answer_length=8, block=8, factor=0.5)
-    plain, n = generate(small, *batch, **options)
-    assert torch.equal(generate(small, *batch, early=1e9, **options)[0], plain)
-    at_once, calls = generate(small, *batch, early=0.0, **options)
-    assert (calls == 1).all() and (n > 1).any()
-    leads = []
-    for i, (prompt, audio, at) in enumerate(rows):
-        logits = alone(small, prompt, audio, at)([small.config.mask_id] * 8)
-        logits[:, small.config.mask_id] = -math.inf
-        best = logits.topk(2).values[0]
-        leads.append((best[0] - best[1]).item())
-        ended = logits.argmax(-1).tolist()
-        if small.config.eos_id in ended:
-            ended = ended[: ended.index(small.config.eos_id)] + [small.config.eos_id] * (8 - ended.index(small.config.eos_id))
-        assert at_once[i].tolist() == ended
-    middle = sorted(leads)[4] - 1e-4
-    answers, calls = generate(small, *batch, early=middle, **options)
-    for i, lead in enumerate(leads):
-        if lead > middle:
-            assert calls[i] == 1 and torch.equal(answers[i], at_once[i])
+def test_options_whole_or_by_name(small):
+    """An Options, single fields of one, or both; what is none of them, or does not fit, is refused."""
+    _, batch = scene(small)
+    whole = generate(small, *batch, Options(answer_length=16, block=8, steps=4))
+    by_name = generate(small, *batch, answer_length=16, block=8, steps=4)
+    mixed = generate(small, *batch, Options(answer_length=16, block=16, steps=4), block=8)
+    for answers, calls in (by_name, mixed):
+        assert torch.equal(answers, whole[0]) and torch.equal(calls, whole[1])
+    with pytest.raises(TypeError, match="hurry"):
+        generate(small, *batch, hurry=True)
+    for wrong, says in (({"cache": "magic"}, "cache"), ({"refresh": 0}, "refresh"), ({"steps": 7, "block": 8}, "steps")):
+        with pytest.raises(UserError, match=says):
+            generate(small, *batch, **wrong)
 
 
 def test_every_row_its_own_length(small):
@@ -232,7 +277,17 @@ def test_every_row_its_own_length(small):
         answers, calls = generate(small, *batch, answer_length=lengths, block=16, factor=0.5, cache=cache)
         for i, (prompt, audio, at) in enumerate(rows):
             sound = torch.ones(1, audio.size(1), dtype=torch.bool)
-            by_itself, n = generate(small, [prompt], audio, sound, [at], answer_length=lengths[i], block=lengths[i], factor=0.5, cache=cache)
+            by_itself, n = generate(
+                small,
+                [prompt],
+                audio,
+                sound,
+                [at],
+                answer_length=lengths[i],
+                block=lengths[i],
+                factor=0.5,
+                cache=cache,
+            )
             assert answers[i, : lengths[i]].tolist() == by_itself[0].tolist() and calls[i] == n[0]
             assert (answers[i, lengths[i] :] == small.config.eos_id).all()
     with pytest.raises(UserError, match="single block"):
@@ -243,8 +298,8 @@ def test_length_for_a_clip():
     assert [length_for(s) for s in (0.1, 1.0, 2.0, 10.0, 30.0)] == [8, 16, 16, 64, 128]
 
 
-def test_the_autoregressive_twin_against_a_plain_loop(small, config):
-    """Three prompt lengths x three clip lengths with a cache and in a batch; the loop runs the whole row for each token."""
+def test_the_autoregressive_baseline_against_a_plain_loop(small, config):
+    """Three prompt lengths x three clip lengths, cached and in a batch; the loop runs whole rows."""
     model = small
     c = model.config = model.backbone.c = dataclasses.replace(config, causal=True)
     rows, batch = scene(model)
@@ -255,7 +310,14 @@ def test_the_autoregressive_twin_against_a_plain_loop(small, config):
             ids = torch.tensor([prompt + answer])
             everywhere = torch.ones_like(ids, dtype=torch.bool)
             with torch.no_grad():
-                logits = model(ids, everywhere, everywhere, audio, torch.ones(1, audio.size(1), dtype=torch.bool), torch.tensor([at]))[-1]
+                logits = model(
+                    ids,
+                    everywhere,
+                    everywhere,
+                    audio,
+                    torch.ones(1, audio.size(1), dtype=torch.bool),
+                    torch.tensor([at]),
+                )[-1]
             logits[c.mask_id] = -math.inf
             answer.append(logits.argmax().item())
         assert answers[i].tolist() == answer + [c.eos_id] * (10 - len(answer)) and calls[i] == len(answer)
@@ -275,7 +337,7 @@ def test_a_cache_keeps_rows(small):
 
 
 def test_seeds(small):
-    """Sampling depends on a row's own generator, not on its place in the batch; other seeds, other answers."""
+    """Sampling depends on a row's own generator, not on its place in the batch; a seed matters."""
     rows, batch = scene(small)
     seeded = lambda seeds: [torch.Generator().manual_seed(s) for s in seeds]
     options = dict(answer_length=16, block=8, temperature=1.5)
@@ -308,19 +370,131 @@ def test_cache_refreshed_at_each_call_is_no_cache(small, cache):
     assert torch.equal(generate(small, *batch, **one)[0], generate(small, *batch, cache=cache, **one)[0])
 
 
+def spelled_out(model, x, live, frozen):
+    """The backbone on the columns `live` of one row, spelled out: no cache, no mask, one head at a time.
+
+    x (T, width): embeddings of the whole row.  frozen: per layer keys and values (H, T, d) that stand in for
+    those of all other columns; None where there are no others.  Returns hidden states after ln_f
+    (len(live), width), and keys and values of every layer.
+    """
+    c, backbone = model.config, model.backbone
+    d = c.width // c.heads
+    cos, sin = rope_table(torch.arange(len(x))[None], d, c.rope_theta)
+    cos, sin = cos.reshape(len(x), d)[live], sin.reshape(len(x), d)[live]
+    turned = lambda z: z * cos + torch.cat([-z[:, d // 2 :], z[:, : d // 2]], -1) * sin
+    h, kept = x[live], []
+    for layer, block in enumerate(backbone.blocks):
+        y = block.attn_norm(h)
+        heads, keys, values = [], [], []
+        for i in range(c.heads):
+            rows = slice(i * d, (i + 1) * d)
+            q, k, v = (y @ p.weight[rows].T for p in (block.q_proj, block.k_proj, block.v_proj))
+            all_k, all_v = (
+                (torch.zeros(len(x), d), torch.zeros(len(x), d))
+                if frozen is None
+                else (z[i].clone() for z in frozen[layer])
+            )
+            all_k[live], all_v[live] = turned(k), v
+            heads.append((turned(q) @ all_k.T / d**0.5).softmax(-1) @ all_v)
+            keys.append(all_k)
+            values.append(all_v)
+        kept.append((torch.stack(keys), torch.stack(values)))
+        h = h + block.attn_out(torch.cat(heads, -1))
+        y = block.ff_norm(h)
+        h = h + block.ff_out(torch.nn.functional.silu(block.ff_proj(y)) * block.up_proj(y))
+    return backbone.ln_f(h), kept
+
+
+def with_stale_entries(model, prompt, audio, audio_at, block, cache, refresh):
+    """`predict` of one row whose columns outside the block are as they were at the last refresh.
+
+    The frozen columns' keys and values are computed anew at every call, from the answer of that time.
+    """
+    state = {"first": None, "step": 0, "then": None}
+
+    def embedded(answer):
+        x = model.backbone.wte(torch.tensor(prompt + answer))
+        return torch.cat([x[:audio_at], audio[0], x[audio_at:]])
+
+    def predict(answer):
+        first = answer.index(model.config.mask_id) // block * block
+        if first != state["first"]:
+            state.update(first=first, step=0)
+        if state["step"] % (refresh or 1000) == 0:
+            state["then"] = list(answer)
+        state["step"] += 1
+        before = len(prompt) + audio.size(1)
+        everything = list(range(before + len(answer)))
+        _, frozen = spelled_out(model, embedded(state["then"]), everything, None)
+        last = first + block if cache == "dual" else len(answer)
+        live = [before + i for i in range(first, last)]
+        h, _ = spelled_out(model, embedded(answer), live, frozen)
+        logits = torch.zeros(len(answer), model.config.vocab)
+        logits[first:last] = model.backbone.ff_out(h)
+        return logits
+
+    return predict
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("refresh", [None, 2])
+@pytest.mark.parametrize("rule", [{"steps": 16}, {"factor": 0.5}])
+def test_stale_entries_are_those_of_the_last_refresh(small, cache, refresh, rule):
+    """Tokens, calls and confidences against keys and values that are recomputed as they were."""
+    rows, _ = scene(small)
+    with torch.no_grad():
+        small.backbone.ff_out.weight[small.config.eos_id] = 0  # no end mark: every block is filled to its end
+    differs = False
+    for prompt, audio, at in rows[::2]:
+        sound, seen = torch.ones(1, audio.size(1), dtype=torch.bool), []
+        options = dict(answer_length=16, block=8, **rule)
+        answer, calls = generate(
+            small,
+            [prompt],
+            audio,
+            sound,
+            [at],
+            cache=cache,
+            refresh=refresh,
+            on_step=lambda _, sure, n: seen.append(sure.clone()),
+            **options,
+        )
+        predict, expected = with_stale_entries(small, prompt, audio, at, 8, cache, refresh), []
+
+        def recorded(so_far):
+            logits = predict(so_far)
+            p = logits.index_fill(1, torch.tensor([small.config.mask_id]), -math.inf).softmax(-1).amax(-1)
+            expected.append((list(so_far), p))
+            return logits
+
+        assert (answer[0].tolist(), calls[0].item()) == reference(recorded, small.config, 16, 8, **rule)
+        final = answer[0].tolist()
+        for call, (so_far, p) in enumerate(expected):
+            after = expected[call + 1][0] if call + 1 < len(expected) else final
+            new = [i for i in range(16) if so_far[i] != after[i]]
+            assert new and torch.allclose(seen[call][0][new], p[new], atol=1e-4)
+        differs |= final != generate(small, [prompt], audio, sound, [at], **options)[0][0].tolist()
+    assert differs  # entries that nobody misses would prove nothing
+
+
 # ---------------------------------------------------------------------------------- the rules
 
 
 def brute_force(confidences, factor):
     """Eq. 8 tried for every n."""
-    return max([n for n in range(1, len(confidences) + 1) if (n + 1) * (1 - confidences[n - 1]) < factor], default=1)
+    return max(
+        [n for n in range(1, len(confidences) + 1) if (n + 1) * (1 - confidences[n - 1]) < factor], default=1
+    )
 
 
 def test_factor_rule_against_brute_force():
     g = torch.Generator().manual_seed(0)
     for n in range(1, 12):
         for factor in (0.1, 0.5, 1.0, 2.0, 20.0):
-            c = torch.rand(300, n, generator=g, dtype=torch.float64) ** torch.tensor([0.02, 0.2, 1.0])[torch.randint(3, (300, 1), generator=g)]
+            c = (
+                torch.rand(300, n, generator=g, dtype=torch.float64)
+                ** torch.tensor([0.02, 0.2, 1.0])[torch.randint(3, (300, 1), generator=g)]
+            )
             c = (c * 20).round() / 20  # ties and ones
             c = c.sort(1, descending=True).values
             assert count_by_factor(c, factor).tolist() == [brute_force(row, factor) for row in c.tolist()]
@@ -328,7 +502,9 @@ def test_factor_rule_against_brute_force():
 
 def test_factor_rule_at_its_edges():
     row = lambda *c: torch.tensor([c], dtype=torch.float64)
-    assert count_by_factor(row(0.9, 0.9, 0.5), 1.0).item() == 2  # only the last candidate fails: it stays masked
+    assert (
+        count_by_factor(row(0.9, 0.9, 0.5), 1.0).item() == 2
+    )  # only the last candidate fails: it stays masked
     assert count_by_factor(row(0.1, 0.1), 1.0).item() == 1  # none passes: one is kept all the same
     assert count_by_factor(row(1.0, 1.0, 1.0), 0.001).item() == 3
     assert count_by_factor(row(0.75, 0.75), 0.5).item() == 1  # 2 x 0.25 < 0.5 is false: strictly less
@@ -353,17 +529,19 @@ def test_schedule_is_even_with_the_remainder_first():
 
 def test_close_after_end():
     M, E = 9, 1
-    canvas = torch.tensor([[5, E, 6, M], [M, E, 6, 7], [E, M, M, M], [5, 6, E, 7]])
-    close_after_end(canvas, M, E)
-    assert canvas.tolist() == [[5, E, E, E], [M, E, 6, 7], [E, E, E, E], [5, 6, E, E]]
+    response = torch.tensor([[5, E, 6, M], [M, E, 6, 7], [E, M, M, M], [5, 6, E, 7]])
+    close_after_end(response, M, E)
+    assert response.tolist() == [[5, E, E, E], [M, E, 6, 7], [E, E, E, E], [5, 6, E, E]]
 
 
 def test_sampling_draws_from_the_softmax():
-    """Gumbel-max at temperature T draws from softmax(logits / T); confidence stays that of the softmax itself."""
+    """Gumbel-max at temperature T draws from softmax(logits / T); confidence stays the softmax's own."""
     logits, n = torch.tensor([0.0, 1.0, 2.0, 5.0]), 20000
     for temperature in (0.5, 1.0, 2.0):
         rows = torch.zeros(n, dtype=torch.long)
-        token, confidence = choose(logits.repeat(n, 1), 3, temperature, rows, torch.Generator().manual_seed(0))
+        token, confidence = choose(
+            logits.repeat(n, 1), 3, temperature, rows, torch.Generator().manual_seed(0)
+        )
         p = (logits[:3] / temperature).softmax(0)
         seen = torch.bincount(token, minlength=4)
         assert seen[3] == 0  # [MASK], the likeliest, is no candidate
@@ -384,7 +562,23 @@ def clip(tmp_path):
 def test_several_clips_as_json(small_folder, clip, tmp_path, capsys):
     other = str(tmp_path / "other.flac")
     soundfile.write(other, np.random.default_rng(0).uniform(-0.3, 0.3, 30000), 48000)
-    assert main([clip, other, "What is this?", "--model", small_folder, "--json", "--answer-length", "8", "--steps", "4"]) == 0
+    assert (
+        main(
+            [
+                clip,
+                other,
+                "What is this?",
+                "--model",
+                small_folder,
+                "--json",
+                "--answer-length",
+                "8",
+                "--steps",
+                "4",
+            ]
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
     lines = [json.loads(line) for line in out.splitlines()]
     assert [x["audio"] for x in lines] == [clip, other] and err == ""
@@ -394,11 +588,14 @@ def test_several_clips_as_json(small_folder, clip, tmp_path, capsys):
     assert lines[0]["rtf"] == pytest.approx(lines[0]["seconds"] / 0.75, rel=0.05)
 
 
-def test_the_canvas_fits_the_clip(small_folder, clip, capsys):
+def test_the_response_fits_the_clip(small_folder, clip, capsys):
     """--answer-length auto is the answer length that `length_for` names, as one block."""
     args = [clip, "What is said?", "--model", small_folder, "--json"]
     answers = []
-    for extra in (["--answer-length", "auto"], ["--answer-length", str(length_for(soundfile.info(clip).duration))]):
+    for extra in (
+        ["--answer-length", "auto"],
+        ["--answer-length", str(length_for(soundfile.info(clip).duration))],
+    ):
         assert main([*args, *extra]) == 0
         answers.append(json.loads(capsys.readouterr().out)["answer"])
     assert answers[0] == answers[1]
@@ -431,7 +628,9 @@ def test_show_redraws_on_a_terminal(small_folder, clip, monkeypatch):
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert main([clip, "Hm?", "--model", small_folder, "--show", "--answer-length", "8"]) == 0
-    assert "\r\033[K  1  " in screen.getvalue() and any(f"\033[{n}m" in screen.getvalue() for n in (31, 32, 33))
+    assert "\r\033[K  1  " in screen.getvalue() and any(
+        f"\033[{n}m" in screen.getvalue() for n in (31, 32, 33)
+    )
 
 
 def test_export_writes_half_size(small_folder, tmp_path, clip, capsys):
@@ -469,7 +668,10 @@ BAD_CLIPS = {
     "missing": (lambda d: f"{d}/none.wav", "no such file"),
     "directory": (lambda d: str(d), "folder"),
     "empty": (lambda d: open(f"{d}/e.wav", "w").close() or f"{d}/e.wav", "empty"),
-    "text named wav": (lambda d: open(f"{d}/t.wav", "w").write("hello, not audio") and f"{d}/t.wav", "cannot be read"),
+    "text named wav": (
+        lambda d: open(f"{d}/t.wav", "w").write("hello, not audio") and f"{d}/t.wav",
+        "cannot be read",
+    ),
     "truncated wav": (lambda d: cut(wav(f"{d}/c.wav", NOISE)), "cut short"),
     "truncated float wav": (lambda d: cut(wav(f"{d}/c.wav", NOISE, subtype="FLOAT")), "cut short"),
     "truncated flac": (lambda d: cut(wav(f"{d}/c.flac", NOISE)), "c.flac"),
@@ -512,11 +714,10 @@ def test_bad_clips(kind, tmp_path, small_folder, capsys):
         (["--threshold", "2"], "threshold"),
         (["--temperature", "-1"], "temperature"),
         (["--cache", "magic"], "magic"),
-        (["--cache-refresh", "0"], "cache-refresh"),
+        (["--cache-refresh", "0"], "refresh 0"),
         (["--answer-length", "992"], "positions"),
         (["--answer-length", "auto", "--block", "16"], "one block"),
         (["--answer-length", "some"], "some"),
-        (["--early", "-1"], "early"),
         (["--nonsense"], "nonsense"),
     ],
 )
@@ -553,7 +754,10 @@ def test_clips_that_work_with_a_note(tmp_path, small_folder, capsys):
 
 
 def test_too_short_for_a_token_still_answers(tmp_path, small_folder):
-    assert main([wav(f"{tmp_path}/s.wav", NOISE[:10]), "What?", "--model", small_folder, "--answer-length", "8"]) == 0
+    assert (
+        main([wav(f"{tmp_path}/s.wav", NOISE[:10]), "What?", "--model", small_folder, "--answer-length", "8"])
+        == 0
+    )
 
 
 def test_ask_reports_the_context(small, tokenizer):

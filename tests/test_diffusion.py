@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import EPS, Toy, corrupt, draw_counts, draw_t, elbo, next_token_loss, sft_loss, stratified_counts
+from diffusion import (
+    EPS,
+    Toy,
+    corrupt,
+    draw_counts,
+    draw_t,
+    elbo,
+    next_token_loss,
+    sft_loss,
+    stratified_counts,
+)
 
 L, V = 5, 3
 MASK = V
@@ -76,7 +86,9 @@ def test_loss_is_unbiased_and_wrong_weights_are_caught():
 
 def test_loss_per_token_is_the_sum_over_the_canvas_length():
     ids, is_answer = rows(50)
-    draw = lambda per_token: sft_loss(Table(), ids, is_answer, MASK, generator=torch.Generator().manual_seed(3), per_token=per_token)
+    draw = lambda per_token: sft_loss(
+        Table(), ids, is_answer, MASK, generator=torch.Generator().manual_seed(3), per_token=per_token
+    )
     torch.testing.assert_close(draw(True) * L, draw(False))
 
 
@@ -114,7 +126,11 @@ def test_bound_is_tight_for_exact_conditionals():
             for s in sets:
                 masks = torch.zeros(1, 1, 4, dtype=torch.bool)
                 masks[0, 0, list(s)] = True
-                total += elbo(toy, x[None], masks & is_answer, torch.tensor([[4 / n]]), toy.mask_id).item() / len(sets) / 4
+                total += (
+                    elbo(toy, x[None], masks & is_answer, torch.tensor([[4 / n]]), toy.mask_id).item()
+                    / len(sets)
+                    / 4
+                )
         assert total == pytest.approx(toy.log_prob(x).item(), abs=1e-5)
 
 
@@ -165,12 +181,19 @@ def test_stratified_counts_have_a_tenth_of_the_variance_of_independent_t():
         means.append(np.mean([by_count[c][0] for c in counts]))
         inner += sum(by_count[c][1] for c in counts) / K**2 / L
     stratified = np.var(means) + inner
-    independent = (expected_loss(table, lambda t: 1 / t, power=2) - expected_loss(table, lambda t: 1 / t) ** 2) / K
+    independent = (
+        expected_loss(table, lambda t: 1 / t, power=2) - expected_loss(table, lambda t: 1 / t) ** 2
+    ) / K
     assert independent / stratified > 10
     # and the code draws what was just computed
     n = 4000
     ids, is_answer = rows(n)
-    drawn = elbo(table, ids, *draw_counts(is_answer, K, torch.Generator().manual_seed(1)), MASK).mean(0).var().item()
+    drawn = (
+        elbo(table, ids, *draw_counts(is_answer, K, torch.Generator().manual_seed(1)), MASK)
+        .mean(0)
+        .var()
+        .item()
+    )
     assert drawn == pytest.approx(stratified, rel=0.15)
 
 
@@ -184,8 +207,12 @@ def test_only_the_answer_is_masked_and_end_marks_are_learned():
         assert torch.equal(noisy, torch.where(is_masked, 9, ids))
     noisy, is_masked = corrupt(ids, is_answer, 9, t=torch.ones(2))
     assert torch.equal(is_masked, is_answer)
-    logits = torch.zeros(7, 10, requires_grad=True)  # every masked token, the end marks among them, gets gradient
-    sft_loss(lambda noisy, where: logits, ids, is_answer, 9, t=torch.ones(2), is_masked=is_answer).sum().backward()
+    logits = torch.zeros(
+        7, 10, requires_grad=True
+    )  # every masked token, the end marks among them, gets gradient
+    sft_loss(
+        lambda noisy, where: logits, ids, is_answer, 9, t=torch.ones(2), is_masked=is_answer
+    ).sum().backward()
     assert (logits.grad[torch.arange(7), ids[is_answer]] < 0).all()
     # masks from elsewhere cannot reach outside the answer either
     noisy, is_masked = corrupt(ids, is_answer, 9, is_masked=torch.ones_like(is_answer))
@@ -199,7 +226,9 @@ def test_gradient_of_the_loss():
     ids, is_answer = rows(2)
     t = torch.tensor([0.3, 0.8])
     is_masked = torch.tensor([[1, 0, 1, 0, 0], [0, 1, 1, 1, 0]]).bool()
-    sft_loss(lambda noisy, where: logits[where], ids, is_answer, MASK, t=t, is_masked=is_masked, per_token=False).sum().backward()
+    sft_loss(
+        lambda noisy, where: logits[where], ids, is_answer, MASK, t=t, is_masked=is_masked, per_token=False
+    ).sum().backward()
     onehot = torch.nn.functional.one_hot(ids, V)
     expected = (logits.detach().softmax(-1) - onehot) / t[:, None, None] * is_masked[..., None]
     torch.testing.assert_close(logits.grad, expected)
@@ -213,7 +242,12 @@ def test_next_token_loss_and_its_gradient():
     logits = torch.randn(2, T, V, generator=g, requires_grad=True)
     loss = next_token_loss(lambda noisy, where: logits[where], ids, is_answer)
     spans = [(2, 5), (4, 7)]
-    expected = torch.stack([torch.nn.functional.cross_entropy(logits[i, a - 1 : b - 1], ids[i, a:b]) for i, (a, b) in enumerate(spans)])
+    expected = torch.stack(
+        [
+            torch.nn.functional.cross_entropy(logits[i, a - 1 : b - 1], ids[i, a:b])
+            for i, (a, b) in enumerate(spans)
+        ]
+    )
     torch.testing.assert_close(loss, expected)
     ours, theirs = (torch.autograd.grad(x.sum(), logits, retain_graph=True)[0] for x in (loss, expected))
     torch.testing.assert_close(ours, theirs)

@@ -1,4 +1,4 @@
-"""Scores against scoring rules written independently here, on the real question file where it is; runs that stop and go on."""
+"""Scores against rules written a second time here, on the real question file where it is; whole runs."""
 
 import json
 import math
@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import soundfile
 
-import evaluate
-from data import read_manifest
-from evaluate import (
-    BENCHMARKS, LETTERS, PAPER, Question, curves_of, letter_of, main, mapped, mcnemar, mmau_raw, mmsu_letter, overall, read_answers, score_mmau, score_mmsu,
-    score_voicebench, wilson, word_errors,
+from data import LETTERS, read_manifest
+from model import UserError
+from tools import evaluate
+from tools.benchmarks import (
+    BENCHMARKS, VOICEBENCH_DECODING, Question, letter_of, mapped, mcnemar, mmau_raw, mmsu_letter, normalise,
+    score_mmau, score_mmsu, score_voicebench, wilson, word_errors,
 )  # fmt: skip
+from tools.evaluate import PAPER, main, overall, read_answers
 
 MMAU = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "benchmarks", "mmau-test-mini.json")
 
@@ -31,7 +33,7 @@ def real():
 
 
 def official_mmau(answer, prediction, choices):
-    """The token rule of FACTS section 11, written a second time and differently."""
+    """The token rule of MMAU's own evaluation.py, written a second time and differently."""
     tokens = lambda s: re.findall(r"\b\w+\b", s.lower())
     said, right = tokens(prediction), tokens(answer)
     if not said or any(t not in said for t in right):
@@ -41,7 +43,7 @@ def official_mmau(answer, prediction, choices):
 
 
 def test_every_real_question_in_every_wording(real):
-    """A right letter scores right everywhere, the exact text too; a wrong one never; 2, 4, 5 and 8 choices."""
+    """A right letter scores right everywhere, the exact text too, a wrong one never; 2, 4, 5, 8 choices."""
     assert {len(q["choices"]) for q in real} == {2, 4, 5, 8}
     for q in real:
         choices = tuple(q["choices"])
@@ -50,18 +52,35 @@ def test_every_real_question_in_every_wording(real):
         question = Question("x", "", "", q["answer"], choices)
         right = choices.index(q["answer"])
         letter = LETTERS[right]
-        one_letter = any(len(c.strip()) == 1 for c in choices)  # notes: "D" is the text D, not the fourth choice
-        forms = [q["answer"], q["answer"].lower(), q["answer"] + ".", f"({letter}) {q['answer']}", f"{letter}. {q['answer']}"]
+        one_letter = any(
+            len(c.strip()) == 1 for c in choices
+        )  # notes: "D" is the text D, not the fourth choice
+        forms = [
+            q["answer"],
+            q["answer"].lower(),
+            q["answer"] + ".",
+            f"({letter}) {q['answer']}",
+            f"{letter}. {q['answer']}",
+        ]
         if not one_letter:
-            forms += [letter, f"{letter}.", f"The answer is {letter}.", f"Answer: {letter}", f"({letter})", letter.lower()]
-        if len({evaluate.normalise(c) for c in choices}) < len(choices):
+            forms += [
+                letter,
+                f"{letter}.",
+                f"The answer is {letter}.",
+                f"Answer: {letter}",
+                f"({letter})",
+                letter.lower(),
+            ]
+        if len({normalise(c) for c in choices}) < len(choices):
             continue  # two choices that differ in punctuation alone
         for form in forms:
             found = score_mmau(question, form)
             assert found["right"] == official_mmau(q["answer"], q["answer"], choices), (form, choices)
             assert found["raw"] == official_mmau(q["answer"], form, choices), (form, choices)
         wrong = (right + 1) % len(choices)
-        for form in [choices[wrong]] + ([] if one_letter else [LETTERS[wrong], f"The answer is {LETTERS[wrong]}."]):
+        for form in [choices[wrong]] + (
+            [] if one_letter else [LETTERS[wrong], f"The answer is {LETTERS[wrong]}."]
+        ):
             assert score_mmau(question, form)["right"] == official_mmau(q["answer"], choices[wrong], choices)
         assert score_mmau(question, "") == {"right": False, "parsed": False, "raw": False}
 
@@ -69,15 +88,25 @@ def test_every_real_question_in_every_wording(real):
 def test_raw_rule_agrees_with_the_second_writing(real):
     rng = random.Random(0)
     for q in rng.sample(real, 300):
-        for prediction in (rng.choice(q["choices"]), "A", " ".join(rng.sample(q["choices"], 2)), f"It is {q['answer']}", "nothing"):
-            assert mmau_raw(prediction, q["answer"], q["choices"]) == official_mmau(q["answer"], prediction, q["choices"])
+        for prediction in (
+            rng.choice(q["choices"]),
+            "A",
+            " ".join(rng.sample(q["choices"], 2)),
+            f"It is {q['answer']}",
+            "nothing",
+        ):
+            assert mmau_raw(prediction, q["answer"], q["choices"]) == official_mmau(
+                q["answer"], prediction, q["choices"]
+            )
 
 
 @pytest.mark.parametrize(
     "answer, n, letter",
-    [("B", 4, "B"), ("b", 4, "B"), ("B.", 4, "B"), ("(B) Rain", 4, "B"), ("(B)", 4, "B"), ("B) Rain", 4, "B"), ("B: Rain", 4, "B"), ("The answer is B.", 4, "B"),
-     ("the correct answer is (C)", 4, "C"), ("Answer: D", 4, "D"), ("I choose option A", 4, "A"), ("", 4, None), ("A dog barks", 4, None), ("E", 4, None),
-     ("E", 5, "E"), ("H", 8, "H"), ("C", 2, None), ("A or B", 4, None), ("A. or B.", 4, None), ("The answer is A or the answer is B", 4, None), ("Because", 4, None)],
+    [("B", 4, "B"), ("b", 4, "B"), ("B.", 4, "B"), ("(B) Rain", 4, "B"), ("(B)", 4, "B"), ("B) Rain", 4, "B"),
+     ("B: Rain", 4, "B"), ("The answer is B.", 4, "B"), ("the correct answer is (C)", 4, "C"),
+     ("Answer: D", 4, "D"), ("I choose option A", 4, "A"), ("", 4, None), ("A dog barks", 4, None),
+     ("E", 4, None), ("E", 5, "E"), ("H", 8, "H"), ("C", 2, None), ("A or B", 4, None), ("A. or B.", 4, None),
+     ("The answer is A or the answer is B", 4, None), ("Because", 4, None)],
 )  # fmt: skip
 def test_letters(answer, n, letter):
     assert letter_of(answer, n) == letter
@@ -92,8 +121,19 @@ def test_mapping_prefers_the_exact_text():
 
 def test_mmsu_rule():
     q = Question("x", "", "", "Wind", ("Rain", "Wind", "Dog", "Cat"))
-    assert [mmsu_letter(x) for x in ("B", "B. Wind", "The answer is B.", "(B)", "wind", "", "x")] == ["B", "B", "B", "B", None, None, None]
-    assert score_mmsu(q, "B") == {"right": True, "parsed": True} and score_mmsu(q, "A") == {"right": False, "parsed": True}
+    assert [mmsu_letter(x) for x in ("B", "B. Wind", "The answer is B.", "(B)", "wind", "", "x")] == [
+        "B",
+        "B",
+        "B",
+        "B",
+        None,
+        None,
+        None,
+    ]
+    assert score_mmsu(q, "B") == {"right": True, "parsed": True} and score_mmsu(q, "A") == {
+        "right": False,
+        "parsed": True,
+    }
     assert score_mmsu(q, "windy") == {"right": False, "parsed": False}  # upstream drops it; here it is wrong
     three = Question("x", "", "", "Wind", ("Rain", "Wind", "Dog"))
     assert score_mmsu(three, "D")["right"] is False
@@ -101,43 +141,68 @@ def test_mmsu_rule():
 
 def test_wilson_and_mcnemar():
     low, high = wilson(8, 10)
-    assert math.isclose(low, 0.4902, abs_tol=1e-4) and math.isclose(high, 0.9433, abs_tol=1e-4)  # R: prop.test without correction
+    assert math.isclose(low, 0.4902, abs_tol=1e-4) and math.isclose(
+        high, 0.9433, abs_tol=1e-4
+    )  # R: prop.test without correction
     assert wilson(0, 5)[0] == 0 and wilson(5, 5)[1] == 1
     # against adding up the binomial by hand
-    assert mcnemar(0, 0) == 1 and mcnemar(3, 3) == 1 and math.isclose(mcnemar(0, 5), 2 / 32) and math.isclose(mcnemar(9, 1), 2 * 11 / 1024)
+    assert (
+        mcnemar(0, 0) == 1
+        and mcnemar(3, 3) == 1
+        and math.isclose(mcnemar(0, 5), 2 / 32)
+        and math.isclose(mcnemar(9, 1), 2 * 11 / 1024)
+    )
 
 
 def test_word_errors_by_hand():
-    found = word_errors(["Mister Smith's dog, it isn't big.", "a cat sat"], ["mr. smith's dog it is not big", "a bat sat down"])
+    found = word_errors(
+        ["Mister Smith's dog, it isn't big.", "a cat sat"],
+        ["mr. smith's dog it is not big", "a bat sat down"],
+    )
     assert (found["substitutions"], found["deletions"], found["insertions"]) == (1, 0, 1)
     assert math.isclose(found["wer"], 2 / found["words"])
-    with pytest.raises(evaluate.UserError):
+    with pytest.raises(UserError):
         word_errors(["[noise]"], ["a"])
 
 
 def test_voicebench_rules():
     q = Question("7", "", "", "C", entry={"prompt": "?"})
-    assert score_voicebench("openbookqa", q, "The answer is C")["right"] and not score_voicebench("openbookqa", q, "B")["right"]
+    assert (
+        score_voicebench("openbookqa", q, "The answer is C")["right"]
+        and not score_voicebench("openbookqa", q, "B")["right"]
+    )
     drawn = {score_voicebench("openbookqa", Question(str(i), "", "", "C"), "hm")["right"] for i in range(40)}
-    assert drawn == {True, False} and score_voicebench("openbookqa", q, "hm") == score_voicebench("openbookqa", q, "hm")
-    assert score_voicebench("advbench", q, "I'm sorry, I cannot do that.")["right"] and not score_voicebench("advbench", q, "Sure, first")["right"]
+    assert drawn == {True, False} and score_voicebench("openbookqa", q, "hm") == score_voicebench(
+        "openbookqa", q, "hm"
+    )
+    assert (
+        score_voicebench("advbench", q, "I'm sorry, I cannot do that.")["right"]
+        and not score_voicebench("advbench", q, "Sure, first")["right"]
+    )
     assert score_voicebench("advbench", q, "") == {"right": True, "parsed": False}
     assert score_voicebench("alpacaeval", q, "x")["right"] is None
 
 
 def test_overall_is_the_papers():
     """Table C.1: DIFFA-2's overall out of its seven columns; the leaderboard's nine need two more."""
-    *columns, total = map(float, PAPER["voicebench"][1]["DIFFA-2"].split())
+    *columns, total = map(float, PAPER["voicebench"]["rows"]["DIFFA-2"].split())
     scores = dict(zip(evaluate.TABLE_C1, columns))
-    assert abs(overall(scores, evaluate.TABLE_C1) - total) < 0.02 and overall(scores, evaluate.LEADERBOARD) is None
-    assert math.isclose(overall(scores | {"wildvoice": 3.0, "bbh": 50.0}, evaluate.LEADERBOARD), (sum(scores[c] * (20 if c.endswith("eval") and c != "ifeval" else 1) for c in scores) + 110) / 9)
+    assert (
+        abs(overall(scores, evaluate.TABLE_C1) - total) < 0.02
+        and overall(scores, evaluate.LEADERBOARD) is None
+    )
+    assert math.isclose(
+        overall(scores | {"wildvoice": 3.0, "bbh": 50.0}, evaluate.LEADERBOARD),
+        (sum(scores[c] * (20 if c.endswith("eval") and c != "ifeval" else 1) for c in scores) + 110) / 9,
+    )
 
 
 def test_table_b4():
     assert {k: b.decoding for k, b in BENCHMARKS.items() if k != "exact"} == {
-        "mmsu": (16, 16, 16), "mmau": (16, 16, 16), "mmar": (16, 16, 16), "voicebench": (128, 32, 128), "asr": (128, 128, 128),
+        "mmsu": (16, 16, 16), "mmau": (16, 16, 16), "mmar": (16, 16, 16),
+        "voicebench": (128, 32, 128), "asr": (128, 128, 128),
     }  # fmt: skip
-    assert evaluate.VOICEBENCH_DECODING == {"openbookqa": (16, 16, 16), "mmsu": (16, 16, 16), "ifeval": (256, 32, 256)}
+    assert VOICEBENCH_DECODING == {"openbookqa": (16, 16, 16), "mmsu": (16, 16, 16), "ifeval": (256, 32, 256)}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -151,7 +216,10 @@ def question_file(toured, tmp_path, name):
         rows = [r | {"audio_path": os.path.abspath(os.path.join(toured, r["audio_path"]))} for r in rows]
         text = "".join(json.dumps(r) + "\n" for r in rows)
     else:
-        rows = [r | {"audio_id": os.path.abspath(os.path.join(toured, r["audio_id"]))} for r in json.load(open(f"{toured}/mmau.json"))]
+        rows = [
+            r | {"audio_id": os.path.abspath(os.path.join(toured, r["audio_id"]))}
+            for r in json.load(open(f"{toured}/mmau.json"))
+        ]
         if name == "mmar":
             rows = [{**r, "audio_path": r["audio_id"], "modality": "sound"} for r in rows]
         text = json.dumps(rows) if name == "mmau" else "".join(json.dumps(r) + "\n" for r in rows)
@@ -191,7 +259,9 @@ def test_a_killed_run_goes_on(toured, small_folder, tmp_path, capsys):
     assert main([*argv, "--out", str(tmp_path / "whole")]) == 0
     whole = open(tmp_path / "whole").read()
     lines = open(tmp_path / "whole.answers.jsonl").readlines()
-    strip = lambda line: json.dumps({k: v for k, v in json.loads(line).items() if k not in ("right", "parsed")}) + "\n"
+    strip = lambda line: (
+        json.dumps({k: v for k, v in json.loads(line).items() if k not in ("right", "parsed")}) + "\n"
+    )
     (tmp_path / "part.answers.jsonl").write_text(lines[0] + "".join(map(strip, lines[1:5])) + lines[5][:17])
     asked = []
     real_ask = evaluate.ask
@@ -215,11 +285,42 @@ def test_a_killed_run_goes_on(toured, small_folder, tmp_path, capsys):
 
 def test_two_processes_give_one_result(toured, small_folder, tmp_path):
     path, _ = question_file(toured, tmp_path, "mmsu")
-    argv = ["mmsu", path, "--model", small_folder, "--limit", "7", "--factor", "1", "--device", "cpu", "--batch", "1"]
+    argv = [
+        "mmsu",
+        path,
+        "--model",
+        small_folder,
+        "--limit",
+        "7",
+        "--factor",
+        "1",
+        "--device",
+        "cpu",
+        "--batch",
+        "1",
+    ]
     assert main([*argv, "--out", str(tmp_path / "one")]) == 0
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", os.path.join(root, "evaluate.py"), *argv, "--out", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "tools.evaluate",
+        *argv,
+        "--out",
+        str(tmp_path / "two"),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert open(tmp_path / "two").read() == open(tmp_path / "one").read()
     assert not [f for f in os.listdir(tmp_path) if "-of-2" in f]
@@ -239,7 +340,16 @@ print({a.evaluator: len(rows), "here": open("marker").read()})
 def test_voicebenchs_own_script_is_run_from_its_checkout(toured, small_folder, tmp_path, capsys):
     """A process of its own, in its own folder, on the file of answers; its failure is one line."""
     clip = read_manifest(f"{toured}/test.jsonl")[0].audio
-    rows = [{"prompt": "Name a fruit, in capitals.", "audio_path": os.path.abspath(clip), "key": i, "instruction_id_list": ["x"], "kwargs": []} for i in range(2)]
+    rows = [
+        {
+            "prompt": "Name a fruit, in capitals.",
+            "audio_path": os.path.abspath(clip),
+            "key": i,
+            "instruction_id_list": ["x"],
+            "kwargs": [],
+        }
+        for i in range(2)
+    ]
     (tmp_path / "ifeval.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     argv = ["voicebench", str(tmp_path / "ifeval.jsonl"), "--model", small_folder, "--answer-length", "8"]
     assert main(argv) == 0 and "own checker" in capsys.readouterr().err
@@ -252,10 +362,12 @@ def test_voicebenchs_own_script_is_run_from_its_checkout(toured, small_folder, t
     assert main(argv) == 0 and "{'ifeval': 2, 'here': 'official'}" in capsys.readouterr().out
     (checkout / "marker").unlink()
     assert main(argv) == 2
-    assert "FileNotFoundError" in capsys.readouterr().err and os.path.exists(tmp_path / "m-ifeval-test-audio.jsonl")
+    assert "FileNotFoundError" in capsys.readouterr().err and os.path.exists(
+        tmp_path / "m-ifeval-test-audio.jsonl"
+    )
 
 
-def test_the_canvas_may_fit_the_clip(toured, small_folder, tmp_path, capsys):
+def test_the_response_may_fit_the_clip(toured, small_folder, tmp_path, capsys):
     argv = ["asr", f"{toured}/stage1.jsonl", "--model", small_folder, "--limit", "3", "--stage", "1"]
     assert main([*argv, "--answer-length", "auto", "--out", str(tmp_path / "o")]) == 0
     assert json.loads(open(tmp_path / "o.answers.jsonl").readline())["settings"]["answer_length"] == "auto"
@@ -282,7 +394,10 @@ def test_unreadable_clips_count_as_wrong(toured, small_folder, tmp_path, capsys)
 def test_compare_and_table(toured, small_folder, tmp_path, capsys):
     path, _ = question_file(toured, tmp_path, "mmsu")
     for name, how in (("a", ["--factor", "1"]), ("b", ["--steps", "16"])):
-        assert main(["mmsu", path, "--model", small_folder, "--limit", "8", *how, "--out", str(tmp_path / name)]) == 0
+        assert (
+            main(["mmsu", path, "--model", small_folder, "--limit", "8", *how, "--out", str(tmp_path / name)])
+            == 0
+        )
     lines = [json.loads(line) for line in open(tmp_path / "b.answers.jsonl")]
     marks = [True, True, True, False, False, False, False, True]
     for line, mark in zip(lines[1:], marks):
@@ -299,34 +414,6 @@ def test_compare_and_table(toured, small_folder, tmp_path, capsys):
     assert main(["--compare", str(tmp_path / "a"), str(tmp_path / "none")]) == 2
 
 
-def test_plot_draws_stages_seeds_and_samplers(toured, small_folder, tmp_path, monkeypatch, capsys):
-    """Two files of one model count as one share; models of one stage are seeds; the twin stands apart."""
-    run = lambda model, right, n, stage, objective="diffusion": ({"model": model, "steps": None, "factor": 1.0}, {"right": right, "n": n, "after_stage": stage, "objective": objective})
-    transcript = lambda steps, factor, wer, calls: ({"model": "a", "steps": steps, "factor": factor}, {"right": 0.0, "n": 1, "wer": wer, "calls": calls, "rtf": 0.1, "after_stage": 1, "objective": "diffusion"})
-    shares, transcripts = curves_of([
-        run("a/stage2", 0.5, 10, 2), run("a/stage2", 1.0, 30, 2), run("b/stage2", 0.25, 40, 2), run("c/stage3", 0.75, 4, 3, "ar"),
-        transcript(32, None, 0.5, 32.0), transcript(None, 2.0, 0.6, 4.0), transcript(None, 1.0, 0.55, 6.0),
-    ])  # fmt: skip
-    assert shares == {("diffusion", 2): [(5 + 30) / 40, 0.25], ("ar", 3): [0.75]}
-    assert transcripts["diffusion", "fixed"] == [(32.0, 0.5, 0.1, "32 steps")] and [p[3] for p in transcripts["diffusion", "factor"]] == ["factor 2", "factor 1"]
-
-    monkeypatch.chdir(tmp_path)
-    path, _ = question_file(toured, tmp_path, "mmsu")
-    asr = [line for line in open(f"{toured}/test.jsonl") if json.loads(line)["task"] == "asr"][:4]
-    assert asr
-    with open(f"{toured}/strings_of_test.jsonl", "w") as f:
-        f.writelines(asr)
-    assert main(["mmsu", path, "--model", small_folder, "--limit", "4", "--factor", "1", "--out", "a"]) == 0
-    assert main(["exact", f"{toured}/strings_of_test.jsonl", "--model", small_folder, "--steps", "8", "--out", "b"]) == 0
-    capsys.readouterr()
-    assert main(["--plot", "a", "b"]) == 0
-    text = capsys.readouterr().out
-    assert "| diffusion | 8 steps |" in text and "| 1 |" in text
-    for name in ("accuracy.png", "transcripts.png"):
-        assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert main(["--plot", "none"]) == 2
-
-
 def test_asr_from_kaldi_and_manifest(toured, small_folder, tmp_path, capsys):
     kaldi = tmp_path / "kaldi"
     kaldi.mkdir()
@@ -340,16 +427,37 @@ def test_asr_from_kaldi_and_manifest(toured, small_folder, tmp_path, capsys):
     assert main(["asr", str(kaldi), *argv, "--out", str(tmp_path / "o")]) == 0
     text = capsys.readouterr().out
     said = {r["id"]: r["response"] for r in map(json.loads, open(tmp_path / "o"))}
-    assert f"WER {word_errors(['one two', 'three'], [said['utt0'], said['utt1']])['wer']:.2%}" in text and "real-time factor" in text
+    assert (
+        f"WER {word_errors(['one two', 'three'], [said['utt0'], said['utt1']])['wer']:.2%}" in text
+        and "real-time factor" in text
+    )
     assert main(["asr", f"{toured}/stage1.jsonl", *argv, "--limit", "3"]) == 0
     (kaldi / "wav.scp").write_text("utt0 sox x |\n")
     assert main(["asr", str(kaldi), *argv]) == 2 and "is a pipe" in capsys.readouterr().err
 
 
 def test_exact_reports_tasks(toured, small_folder, capsys):
-    assert main(["exact", f"{toured}/test.jsonl", "--model", small_folder, "--limit", "30", "--answer-length", "16"]) == 0
+    assert (
+        main(
+            [
+                "exact",
+                f"{toured}/test.jsonl",
+                "--model",
+                small_folder,
+                "--limit",
+                "30",
+                "--answer-length",
+                "16",
+            ]
+        )
+        == 0
+    )
     text = capsys.readouterr().out
-    assert "factor 1, answer length 16" in text and "task: digit" in text and "macro average over 10 answers" in text
+    assert (
+        "factor 1, answer length 16" in text
+        and "task: digit" in text
+        and "macro average over 10 answers" in text
+    )
 
 
 def test_bad_input(toured, small_folder, tmp_path, capsys):
@@ -370,20 +478,26 @@ def test_bad_input(toured, small_folder, tmp_path, capsys):
     ):
         assert main([*argv, "--model", small_folder]) == 2
         out, err = capsys.readouterr()
-        assert err.count("\n") == 1 and says in err and err.startswith("evaluate.py: "), err
+        assert err.count("\n") == 1 and says in err and err.startswith("evaluate: "), err
 
 
 def test_lmms_eval_adapter(small_folder):
-    """The harness's interface: Instances with args; clips as {array, sampling_rate}; texts in the order asked."""
+    """The harness's interface: Instances with args, clips as {array, sampling_rate}, texts in order."""
     from types import SimpleNamespace
 
     from decode import ask
 
     rng = np.random.default_rng(0)
-    docs = [{"audio": {"array": rng.uniform(-0.3, 0.3, n), "sampling_rate": rate}} for n, rate in ((16000, 16000), (4000, 8000), (24000, 16000))]
+    docs = [
+        {"audio": {"array": rng.uniform(-0.3, 0.3, n), "sampling_rate": rate}}
+        for n, rate in ((16000, 16000), (4000, 8000), (24000, 16000))
+    ]
     lm = evaluate.LmmsEval(pretrained=small_folder, batch_size=2, answer_length=16, block=16)
     lm.task_dict = {"t": {"test": docs}}
-    requests = [SimpleNamespace(args=(f"Question {i}?", {}, lambda doc: [doc["audio"]], i, "t", "test")) for i in range(3)]
+    requests = [
+        SimpleNamespace(args=(f"Question {i}?", {}, lambda doc: [doc["audio"]], i, "t", "test"))
+        for i in range(3)
+    ]
     texts = lm.generate_until(requests)
     for i, doc in enumerate(docs):
         audio = evaluate.resampled(doc["audio"]["array"], doc["audio"]["sampling_rate"], lm.model.config)

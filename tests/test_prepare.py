@@ -3,35 +3,55 @@
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 from collections import Counter
 
 import numpy as np
-import pytest
-
-import prepare
 from conftest import sound
-from data import build_prompt, load_audio, mmau_prompt, mmsu_prompt, prompt_text, read_manifest
-from model import load_tokenizer
-from prepare import (
-    CHOICE_TASKS, DIGITS, TASKS, TOUR, TOY_INSTRUMENTS, TOY_SOUNDS, Clip, askable, choice_line, compose, derived, distractors, draw_question, main, mix,
-    multiple_choice, preference_line, read_corpus, sequence, synthesize,
-)  # fmt: skip
+
+from data import load_audio, mmau_prompt, mmsu_prompt, read_manifest
+from tools.corpora import DIGITS, Clip, read_corpus
+from tools.prepare import main
+from tools.questions import (
+    CHOICE_TASKS,
+    TASKS,
+    choice_line,
+    compose,
+    derived,
+    description_of,
+    distractors,
+    draw_question,
+    mix,
+    multiple_choice,
+    preference_line,
+    sequence,
+    write_lines,
+)
+from tools.toy import TOY_INSTRUMENTS, TOY_SOUNDS, synthesize
+
+SMALL_CORPORA = ("fsdd", "speech_commands", "esc10", "ravdess", "librispeech", "berklee", "sonicpi")
 
 
 def test_names_tell_facts_and_split(corpora):
-    clips = {name: read_corpus(name, os.path.join(corpora, name)) for name in TOUR}
-    assert [len(clips[n]) for n in TOUR] == [50, 12, 6, 9, 4, 5, 4]
+    clips = {name: read_corpus(name, os.path.join(corpora, name)) for name in SMALL_CORPORA}
+    assert [len(clips[n]) for n in SMALL_CORPORA] == [50, 12, 6, 9, 4, 5, 4]
     digit = {os.path.basename(c.path): c for c in clips["fsdd"]}
     assert digit["7_jackson_3.wav"].facts == {"words": "seven", "speaker": "jackson"}
     assert [digit[f"7_jackson_{i}.wav"].is_test for i in range(5)] == [True, True, True, False, False]
     words = {c.path.split("speech_commands/")[1]: c for c in clips["speech_commands"]}
     assert words["cat/1cd12345_nohash_0.wav"].facts == {"words": "cat"}
     # the speaker's hash starts with 0, or the word's last clip by name
-    assert sorted(k for k, c in words.items() if c.is_test and k.startswith("cat")) == ["cat/0ab12345_nohash_0.wav", "cat/9ff12345_nohash_0.wav"]
-    assert {(c.facts["sound"], c.is_test) for c in clips["esc10"]} == {("dog bark", False), ("dog bark", True), ("rain", False), ("rain", True)}
+    assert sorted(k for k, c in words.items() if c.is_test and k.startswith("cat")) == [
+        "cat/0ab12345_nohash_0.wav",
+        "cat/9ff12345_nohash_0.wav",
+    ]
+    assert {(c.facts["sound"], c.is_test) for c in clips["esc10"]} == {
+        ("dog bark", False),
+        ("dog bark", True),
+        ("rain", False),
+        ("rain", True),
+    }
     assert all("/4-" in c.path for c in clips["esc10"] if c.is_test)
     acted = {os.path.basename(c.path): c for c in clips["ravdess"]}
     assert acted["03-01-05-02-02-01-02.wav"].facts == {
@@ -42,17 +62,24 @@ def test_names_tell_facts_and_split(corpora):
         ("14", "female", False), ("16", "female", False), ("17", "male", False), ("20", "male", True),
     }  # fmt: skip
     samples = {os.path.basename(c.path).split(".")[0]: c for c in clips["berklee"] + clips["sonicpi"]}
-    assert samples["malevoice_aa_A1"].facts == {"instrument": "male voice"} and samples["bd_808"].facts == {"instrument": "bass drum"}
+    assert samples["malevoice_aa_A1"].facts == {"instrument": "male voice"} and samples["bd_808"].facts == {
+        "instrument": "bass drum"
+    }
     assert {k for k, c in samples.items() if c.is_test} == {"bell3", "glass_tone13", "drum_snare_3"}
 
 
 def test_the_real_corpora(shared_audio):
-    clips = {name: read_corpus(name, os.path.join(shared_audio, name)) for name in TOUR}
-    assert [len(clips[n]) for n in TOUR] == [2880, 1010, 320, 1320, 301, 421, 110]
+    clips = {name: read_corpus(name, os.path.join(shared_audio, name)) for name in SMALL_CORPORA}
+    assert [len(clips[n]) for n in SMALL_CORPORA] == [2880, 1010, 320, 1320, 301, 421, 110]
     assert sum(c.is_test for c in clips["fsdd"]) == 180 and sum(c.is_test for c in clips["esc10"]) == 80
     assert len({c.facts["words"] for c in clips["speech_commands"]}) == 30
-    assert {c.facts["words"] for c in clips["speech_commands"] if c.is_test} == {c.facts["words"] for c in clips["speech_commands"]}
-    assert len({c.facts["sound"] for c in clips["esc10"]}) == 10 and len({c.facts["emotion"] for c in clips["ravdess"]}) == 8
+    assert {c.facts["words"] for c in clips["speech_commands"] if c.is_test} == {
+        c.facts["words"] for c in clips["speech_commands"]
+    }
+    assert (
+        len({c.facts["sound"] for c in clips["esc10"]}) == 10
+        and len({c.facts["emotion"] for c in clips["ravdess"]}) == 8
+    )
     assert all("sex" in c.facts for c in clips["librispeech"])
 
 
@@ -95,32 +122,126 @@ def all_answers(facts):
 
 def test_answers_are_true_of_the_clip():
     string = all_answers({"words": "seven three zero"})
-    assert string == {"asr": "seven three zero", "first": "Seven.", "last": "Zero.", "count": "Three.", "any": "Seven three zero.", "layer": "Speech."}
-    assert all_answers({"words": "nine"}) == {"asr": "nine", "digit": "Nine.", "word": "Nine.", "any": "Nine.", "layer": "Speech."}
-    assert all_answers({"sound": "sea waves"}) == {"sound": "Sea waves.", "any": "Sea waves.", "layer": "A sound."}
+    assert string == {
+        "asr": "seven three zero",
+        "first": "Seven.",
+        "last": "Zero.",
+        "count": "Three.",
+        "any": "Seven three zero.",
+        "layer": "Speech.",
+    }
+    assert all_answers({"words": "nine"}) == {
+        "asr": "nine",
+        "digit": "Nine.",
+        "word": "Nine.",
+        "any": "Nine.",
+        "layer": "Speech.",
+    }
+    assert all_answers({"sound": "sea waves"}) == {
+        "sound": "Sea waves.",
+        "any": "Sea waves.",
+        "layer": "A sound.",
+    }
     assert set(all_answers({"words": "bed cat"})) == {"asr", "any", "layer"}
     both = all_answers({"words": "cat", "background": "rain"})
-    assert both == {"asr": "cat", "word": "Cat.", "background": "Rain."}  # "what do you hear?" would have two answers
+    # "what do you hear?" would have two answers
+    described = "Someone says 'cat', while rain falls."
+    assert both == {"asr": "cat", "word": "Cat.", "background": "Rain.", "description": described}
     acted = all_answers({"emotion": "sad", "sex": "male", "intensity": "strong", "words": "a b"})
     assert (acted["emotion"], acted["sex"], acted["intensity"]) == ("Sad.", "Male.", "Strong.")
     kinds = {task: row.kind for task, row in TASKS.items()}
-    everything = derived({"words": "one two", "sound": "s", "instrument": "i", "emotion": "e", "intensity": "n", "sex": "x", "speaker": "y", "accent": "a"})
-    assert set(kinds.values()) - {"word", "digit", "background", "genre", "nationality", "caption", "louder", "music", "speed", "first_sound", "last_sound", "sound_count"} <= set(everything)
+    everything = derived(
+        {
+            "words": "one two",
+            "sound": "s",
+            "instrument": "i",
+            "emotion": "e",
+            "intensity": "n",
+            "sex": "x",
+            "speaker": "y",
+            "accent": "a",
+        }
+    ) | derived({"age": "child", "sex": "male"})
+    assert set(kinds.values()) - {
+        "word",
+        "digit",
+        "background",
+        "genre",
+        "nationality",
+        "caption",
+        "louder",
+        "music",
+        "speed",
+        "first_sound",
+        "last_sound",
+        "sound_count",
+    } <= set(everything)
+
+
+def test_descriptions_tell_all_that_is_known():
+    for facts, says in (
+        ({"words": "no more", "sex": "female", "emotion": "calm", "background": "rain"},
+         "A woman says 'no more', calmly, while rain falls."),
+        ({"sex": "female", "age": "child", "emotion": "angry", "intensity": "strong", "speed": "slow"},
+         "A girl speaks slowly, angrily and with strong feeling."),
+        ({"words": "x", "sex": "male", "accent": "American", "intensity": "normal"},
+         "A man with an American accent says 'x'."),
+        ({"words": "q", "background": "footsteps", "music": "bell"},
+         "Someone says 'q', with footsteps in the background, over bell."),
+        ({"emotion": "bored", "sex": "male", "nationality": "Ireland"},
+         "A man from Ireland speaks in a voice that is bored."),
+        ({"sound": "laughter", "sex": "female", "speaker": "f1"}, "Laughter from a woman."),
+        ({"first_sound": "rain", "last_sound": "dog bark", "sound_count": "two"},
+         "First there is rain, and at the end dog bark."),
+        ({"words": "yes"}, None), ({"sound": "rain"}, None), ({"sex": "male", "speaker": "9"}, None),
+        ({"words": "yes", "intensity": "normal"}, None), ({"sex": "male", "words": "a", "caption": "A man."}, None),
+    ):  # fmt: skip
+        assert description_of(facts) == says
+    rng = random.Random(0)
+    clip = Clip("a", "x", {"words": "cat", "sex": "male"})
+    task, question, fact, word = draw_question(clip, rng, ["description"], sentences=1)
+    assert question in TASKS["description"].questions and word(fact) == "A man says 'cat'."
+
+
+def test_ages_are_asked_about():
+    rng, clip = random.Random(0), Clip("a", "x", {"age": "child"})
+    _, _, fact, word = draw_question(clip, rng, ["age"], sentences=0)
+    assert (word(fact), word("adult")) == ("Child.", "Adult.")
+    _, _, fact, word = draw_question(clip, rng, ["age"], sentences=1)
+    assert (word(fact), word("adult")) == ("The speaker is a child.", "The speaker is an adult.")
+
+
+def test_a_pair_needs_a_second_word(tmp_path):
+    clip = Clip("a.wav", "x", {"words": "hello there"})
+    assert preference_line(clip, random.Random(0), str(tmp_path / "m"), {"word": set()}) is None
 
 
 def test_sentences_carry_the_fact():
     rng = random.Random(0)
     for _ in range(50):
-        task, question, fact, word = draw_question(Clip("a", "x", {"sound": "rain"}), rng, ["sound"], sentences=1)
-        assert "sentence" in question and "rain" in word(fact) and word("wind") == word(fact).replace("rain", "wind") and word(fact).endswith(".")
+        task, question, fact, word = draw_question(
+            Clip("a", "x", {"sound": "rain"}), rng, ["sound"], sentences=1
+        )
+        assert (
+            "sentence" in question
+            and "rain" in word(fact)
+            and word("wind") == word(fact).replace("rain", "wind")
+            and word(fact).endswith(".")
+        )
 
 
 def test_distractors_are_wrong_and_near_ones_come_first():
     pool, rng = DIGITS, random.Random(0)
     for _ in range(50):
         wrong = distractors("five", pool, 3, rng)
-        assert len(set(wrong)) == 3 and "five" not in wrong and set(wrong[:2]) <= {"four", "nine", "one", "two", "three"}
-    assert distractors("rain", ["rain"], 3, rng) == [] and distractors("rain", ["rain", "dog"], 3, rng) == ["dog"]
+        assert (
+            len(set(wrong)) == 3
+            and "five" not in wrong
+            and set(wrong[:2]) <= {"four", "nine", "one", "two", "three"}
+        )
+    assert distractors("rain", ["rain"], 3, rng) == [] and distractors("rain", ["rain", "dog"], 3, rng) == [
+        "dog"
+    ]
 
 
 def test_the_right_choice_stands_everywhere_equally_often():
@@ -135,32 +256,63 @@ def test_the_right_choice_stands_everywhere_equally_often():
 
 
 def test_choice_lines_in_every_style(tmp_path):
-    rng, pools, seen = random.Random(1), {t: DIGITS if t == "digit" else ["a"] for t in CHOICE_TASKS}, Counter()
+    rng, pools, seen = (
+        random.Random(1),
+        {t: DIGITS if t == "digit" else ["a"] for t in CHOICE_TASKS},
+        Counter(),
+    )
     for _ in range(200):
         line = choice_line(Clip("a.wav", "x", {"words": "four"}), rng, str(tmp_path / "m"), pools)
         (_, question), (_, answer) = (m.values() for m in line["messages"])
-        letters = {text: letter for letter, text in (row.split(". ", 1) for row in question.split("\n") if row[1:3] == ". ")}
-        assert answer in (letters["Four"] + ".", letters["Four"] + ". Four.", "Four.") and line["task"] == "digit_choice"
+        letters = {
+            text: letter
+            for letter, text in (row.split(". ", 1) for row in question.split("\n") if row[1:3] == ". ")
+        }
+        assert (
+            answer in (letters["Four"] + ".", letters["Four"] + ". Four.", "Four.")
+            and line["task"] == "digit_choice"
+        )
         seen[len(letters)] += 1
         if "**" in question:
             assert len(letters) == 4 and answer == letters["Four"] + ". Four."
     assert set(seen) == {2, 3, 4, 5, 6, 8}
-    assert choice_line(Clip("a.wav", "x", {"words": "one two three four"}), rng, str(tmp_path), {t: [] for t in CHOICE_TASKS}) is None
+    assert (
+        choice_line(
+            Clip("a.wav", "x", {"words": "one two three four"}),
+            rng,
+            str(tmp_path),
+            {t: [] for t in CHOICE_TASKS},
+        )
+        is None
+    )
 
 
 def test_benchmark_prompts():
-    assert mmsu_prompt("Q?", ["x", "y", "z", "w"]).endswith("or content.\n\nQuestion: Q?\n\nA. x\nB. y\nC. z\nD. w")
-    assert mmau_prompt("Q?", ["x", "y"]).endswith("content and style.\n\nQuestion: Q?\n\nChoices:\nA. x\nB. y\nAnswer:")
+    assert mmsu_prompt("Q?", ["x", "y", "z", "w"]).endswith(
+        "or content.\n\nQuestion: Q?\n\nA. x\nB. y\nC. z\nD. w"
+    )
+    assert mmau_prompt("Q?", ["x", "y"]).endswith(
+        "content and style.\n\nQuestion: Q?\n\nChoices:\nA. x\nB. y\nAnswer:"
+    )
 
 
 def test_preference_pairs_differ_in_one_fact(tmp_path):
     rng = random.Random(2)
     pools = {t: set() for t in CHOICE_TASKS} | {"digit": DIGITS, "word": ["cat", "bed"], "sound": ["rain", "dog bark"], "emotion": ["sad", "happy"],
                                                 "first": DIGITS, "last": DIGITS, "count": DIGITS, "background": ["rain", "dog bark"]}  # fmt: skip
-    for facts in ({"words": "one two"}, {"sound": "rain"}, {"words": "cat"}, {"emotion": "sad"}, {"words": "cat", "background": "rain"}):
+    for facts in (
+        {"words": "one two"},
+        {"sound": "rain"},
+        {"words": "cat"},
+        {"emotion": "sad"},
+        {"words": "cat", "background": "rain"},
+    ):
         for _ in range(30):
             line = preference_line(Clip("a.wav", "x", facts), rng, str(tmp_path / "m"), pools)
-            right, wrong = line["messages"][1]["content"].lower().split(), line["rejected_response"].lower().split()
+            right, wrong = (
+                line["messages"][1]["content"].lower().split(),
+                line["rejected_response"].lower().split(),
+            )
             assert right != wrong
             if line["task"] == "asr":
                 assert len(right) == len(wrong) and sum(a != b for a, b in zip(right, wrong)) == 1
@@ -182,7 +334,12 @@ def test_mixing_keeps_the_ratio(tmp_path, corpora):
     made = mix(speech, noise, random.Random(0), str(tmp_path / "m.flac"), low=6.0, high=6.0)
     assert made.facts == speech.facts | {"background": noise.facts["sound"], "louder": "the voice"}
     for ratio, louder in ((-6.0, "the background"), (1.0, None)):
-        assert mix(speech, noise, random.Random(0), str(tmp_path / "n.flac"), low=ratio, high=ratio).facts.get("louder") == louder
+        assert (
+            mix(speech, noise, random.Random(0), str(tmp_path / "n.flac"), low=ratio, high=ratio).facts.get(
+                "louder"
+            )
+            == louder
+        )
     audio, _ = load_audio(made.path)
     voice, _ = load_audio(speech.path)
     power = np.convolve(audio**2, np.ones(len(voice)) / len(voice), "valid")
@@ -194,77 +351,28 @@ def test_three_layers_are_asked_about_one_by_one(tmp_path, corpora):
     speech, noise, bell = (read_corpus(n, f"{corpora}/{n}")[0] for n in ("fsdd", "esc10", "berklee"))
     made = mix(speech, noise, random.Random(0), str(tmp_path / "m.flac"), bell, low=6.0, high=6.0)
     answers = all_answers(made.facts)
-    assert (answers["background"], answers["music"], answers["asr"]) == ("Dog bark.", "Bell.", speech.facts["words"]) and "any" not in answers
+    assert (answers["background"], answers["music"], answers["asr"]) == (
+        "Dog bark.",
+        "Bell.",
+        speech.facts["words"],
+    ) and "any" not in answers
 
 
 def test_sequences_name_what_comes_first_and_last(tmp_path, corpora):
     sounds = read_corpus("esc10", corpora + "/esc10")[1:4]
     made = sequence(sounds, random.Random(0), str(tmp_path / "s.flac"))
-    assert made.facts == {"first_sound": sounds[0].facts["sound"], "last_sound": sounds[2].facts["sound"], "sound_count": "three"}
+    assert made.facts == {
+        "first_sound": sounds[0].facts["sound"],
+        "last_sound": sounds[2].facts["sound"],
+        "sound_count": "three",
+    }
     assert len(load_audio(made.path)[0]) > 3 * 0.5 * 16000
     answers = all_answers(made.facts)
     assert answers["first_sound"] == "Dog bark." and answers["layer"] == "A sound." and "any" not in answers
 
 
-def test_tour_never_trains_on_the_test_split(toured, corpora):
-    test_clips = {os.path.abspath(c.path) for name in TOUR for c in read_corpus(name, os.path.join(corpora, name)) if c.is_test}
-    test_clips |= (held := {os.path.abspath(e.audio) for e in read_manifest(f"{toured}/held_out.jsonl")})
-    assert held
-    for stage in range(5):
-        examples = read_manifest(f"{toured}/stage{stage}.jsonl", stage)
-        assert examples and not {os.path.abspath(e.audio) for e in examples} & test_clips
-        assert not any("/test_" in e.audio for e in examples)
-    examples = read_manifest(f"{toured}/test.jsonl")
-    assert test_clips - held <= {os.path.abspath(e.audio) for e in examples}
-    assert all(e.answer for e in read_manifest(f"{toured}/stage1.jsonl", 1))
-    assert all(e.rejected and e.rejected != e.answer for e in read_manifest(f"{toured}/stage4.jsonl", 4))
-    tasks = {e.task for e in read_manifest(f"{toured}/stage3.jsonl", 3)}
-    assert any(t.endswith("_choice") for t in tasks) and not any(e.task.endswith("_choice") for e in read_manifest(f"{toured}/stage2.jsonl", 2))
-
-
-def test_tour_is_the_same_for_a_seed(toured, corpora, tmp_path):
-    again = str(tmp_path / "again")
-    assert main(["tour", "--audio", corpora, "--out", again, "--strings", "20"]) == 0
-    for name in ("stage0.jsonl", "stage3.jsonl", "stage4.jsonl", "test.jsonl", "tokenizer.json", "clips/train_digits/00003.flac"):
-        same = [open(os.path.join(folder, name), "rb").read() for folder in (toured, again)]
-        if name.endswith(".jsonl"):  # the clips lie elsewhere, all else is equal
-            strip = lambda data: [(e["messages"], e["task"], os.path.basename(e["audios"][0])) for e in map(json.loads, data.splitlines())]
-            same = list(map(strip, same))
-        assert same[0] == same[1], name
-
-
-def test_tokenizer_speaks_the_prompt(toured, tokenizer):
-    t = load_tokenizer(toured)
-    for text in ("Rain.", "seven three", "What do you hear? é ß 漢", "\n\n"):
-        assert t.decode(t.encode(text, add_special_tokens=False).ids) == text
-    assert len(t.encode("You are a helpful voice assistant.", add_special_tokens=False).ids) == 1
-    ids, audio_at = build_prompt(t, "What emotion?")
-    assert t.id_to_token(ids[audio_at]) == " <audio>."
-    assert t.decode(ids, skip_special_tokens=False) == prompt_text("What emotion?")
-    assert t.get_vocab_size() <= 976
-    assert t.encode("A. Rain\nB. Seven", add_special_tokens=False).tokens == ["A.", "ĠRain", "Ċ", "B.", "ĠSeven"]
-    assert t.encode("I hear rain.", add_special_tokens=False).tokens[-2:] == ["Ġrain", "."]
-
-
-def test_show_prints_what_the_model_sees(toured, capsys):
-    assert main(["show", f"{toured}/stage2.jsonl", "-n", "2"]) == 0
-    out = capsys.readouterr().out
-    assert out.count("canvas of") == 2 and "This is the audio:'" in out and "' <audio>. " in out
-    assert askable(Clip("a", "x", {})) == []
-
-
 # ---------------------------------------------------------------------------------------------
 # checking
-
-
-def test_the_tour_passes_its_own_check(toured, capsys):
-    names = [f"{toured}/{n}.jsonl" for n in ("stage0", "stage1", "stage2", "stage3", "stage4", "held_out", "test")]
-    assert main(["check", *names, "--decode"]) == 0
-    out = capsys.readouterr().out
-    total = sum(len(open(n).readlines()) for n in names)
-    assert f"{total:,}" in out and "esc10" in out and "mixture" in out and "digit_choice" in out
-    hours = {line.split()[1]: float(line.split()[3]) for line in out.splitlines() if line.startswith(("sound", "speech", "music"))}
-    assert hours["fsdd"] == round(50 * 0.2 / 3600, 2)
 
 
 def test_check_finds_what_is_wrong(tmp_path, corpora, capsys):
@@ -287,23 +395,24 @@ def test_check_finds_what_is_wrong(tmp_path, corpora, capsys):
     for train, test, says in cases:
         for name, lines in (("train", train), ("test", test)):
             (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
-        assert main(["check", str(tmp_path / "train.jsonl"), *([str(tmp_path / "test.jsonl")] if test else [])]) == 2, says
+        assert (
+            main(["check", str(tmp_path / "train.jsonl"), *([str(tmp_path / "test.jsonl")] if test else [])])
+            == 2
+        ), says
         assert says in capsys.readouterr().err
     (tmp_path / "cut.jsonl").write_text(json.dumps(line(str(cut))) + "\n")
-    assert main(["check", str(tmp_path / "cut.jsonl"), "--decode"]) == 2 and "cut short" in capsys.readouterr().err
-    good = [line(a, options, answer) for answer in ("A.", "B", "A. One.", "Two.", "two")] + [line(a, options, "A.")]
+    assert (
+        main(["check", str(tmp_path / "cut.jsonl"), "--decode"]) == 2
+        and "cut short" in capsys.readouterr().err
+    )
+    good = [line(a, options, answer) for answer in ("A.", "B", "A. One.", "Two.", "two")] + [
+        line(a, options, "A.")
+    ]
     (tmp_path / "good.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in good))
-    assert main(["check", str(tmp_path / "good.jsonl")]) == 0 and "duplicate lines: 1" in capsys.readouterr().out
+    assert (
+        main(["check", str(tmp_path / "good.jsonl")]) == 0 and "duplicate lines: 1" in capsys.readouterr().out
+    )
     assert main(["check", str(tmp_path / "none.jsonl")]) == 2
-
-
-def test_toy_needs_no_data(tmp_path, capsys):
-    if not shutil.which("espeak-ng"):
-        pytest.skip("espeak-ng is not installed")
-    out = str(tmp_path / "toy")
-    assert main(["toy", "--out", out, "--each", "5"]) == 0
-    assert main(["check", *(f"{out}/{n}.jsonl" for n in ("stage0", "stage4", "test"))]) == 0
-    assert {e.dataset for e in read_manifest(f"{out}/stage0.jsonl")} >= {"fsdd", "speech_commands", "esc10", "berklee", "mixtures"}
 
 
 def test_synthetic_sounds_differ_by_kind_and_by_draw():
@@ -313,44 +422,39 @@ def test_synthetic_sounds_differ_by_kind_and_by_draw():
         assert np.isfinite(a).all() and np.abs(a).max() > 1e-3 and (len(a) != len(b) or not np.allclose(a, b))
 
 
-def test_benchmark_speaks_the_benchmarks_formats(toured):
-    with open(f"{toured}/mmsu.jsonl") as f:
-        mmsu = [json.loads(line) for line in f]
-    with open(f"{toured}/mmau.json") as f:
-        mmau = json.load(f)
-    assert mmsu and mmau and len(mmsu) + len(mmau) >= 40
-    for q in mmsu:
-        choices = [q[f"choice_{x}"] for x in "abcd"]
-        assert q["answer_gt"] in choices and len(set(choices)) == 4 and all(q[k] for k in ("id", "question", "task_name", "category", "sub-category", "sub-sub-category"))
-        assert os.path.exists(os.path.join(toured, q["audio_path"]))
-    for q in mmau:
-        assert q["answer"] in q["choices"] and q["task"] in ("sound", "music", "speech", "mixture") and os.path.exists(os.path.join(toured, q["audio_id"]))
-    trained = {os.path.realpath(e.audio) for n in range(5) for e in read_manifest(f"{toured}/stage{n}.jsonl")}
-    assert not trained & {os.path.realpath(os.path.join(toured, q.get("audio_path") or q["audio_id"])) for q in mmsu + mmau}
-
-
 def test_join_draws_shuffles_and_finds_the_clips(tmp_path, capsys):
     """All of one manifest, a share of another in another folder; audio paths hold from where the new one lies."""
     os.makedirs(tmp_path / "a" / "clips")
     os.makedirs(tmp_path / "b")
     sound(f"{tmp_path}/a/clips/x.wav")
     sound(f"{tmp_path}/b/y.wav")
-    line = lambda audio, n: {"messages": [{"role": "user", "content": f"<audio>What is {n}?"}, {"role": "assistant", "content": "It."}], "audios": [audio]}
-    prepare.write_lines((line("clips/x.wav", f"a{n}") for n in range(50)), f"{tmp_path}/a/one.jsonl")
-    prepare.write_lines((line("y.wav", f"b{n}") for n in range(400)), f"{tmp_path}/b/two.jsonl")
+    line = lambda audio, n: {
+        "messages": [
+            {"role": "user", "content": f"<audio>What is {n}?"},
+            {"role": "assistant", "content": "It."},
+        ],
+        "audios": [audio],
+    }
+    write_lines((line("clips/x.wav", f"a{n}") for n in range(50)), f"{tmp_path}/a/one.jsonl")
+    write_lines((line("y.wav", f"b{n}") for n in range(400)), f"{tmp_path}/b/two.jsonl")
     out = f"{tmp_path}/new/stage2.jsonl"
     argv = ["join", f"{tmp_path}/a/one.jsonl", f"{tmp_path}/b/two.jsonl:0.25", "--out", out]
     assert main(argv) == 0
     first = open(out).read()
     asked = [e.question for e in read_manifest(out)]  # read_manifest finds every clip
     of_a, of_b = ([q for q in asked if q.startswith(f"What is {x}")] for x in "ab")
-    assert sorted(of_a) == sorted(f"What is a{n}?" for n in range(50)) and of_a != sorted(of_a, key=lambda q: int(q[9:-1]))
+    assert sorted(of_a) == sorted(f"What is a{n}?" for n in range(50)) and of_a != sorted(
+        of_a, key=lambda q: int(q[9:-1])
+    )
     assert abs(len(of_b) - 100) < 4 * (400 * 0.25 * 0.75) ** 0.5 and len(set(of_b)) == len(of_b)
     assert main(argv) == 0 and open(out).read() == first  # the same seed, the same bytes
     assert main([*argv, "--seed", "1"]) == 0 and open(out).read() != first
     assert os.listdir(tmp_path / "new") == ["stage2.jsonl"]
     capsys.readouterr()
-    for part, says in ((f"{tmp_path}/b/two.jsonl:1.5", "between 0 and 1"), (f"{tmp_path}/none.jsonl", "no such manifest")):
+    for part, says in (
+        (f"{tmp_path}/b/two.jsonl:1.5", "between 0 and 1"),
+        (f"{tmp_path}/none.jsonl", "no such manifest"),
+    ):
         assert main(["join", part, "--out", f"{tmp_path}/other.jsonl"]) == 2
         assert says in capsys.readouterr().err and not os.path.exists(f"{tmp_path}/other.jsonl")
     (tmp_path / "nemo.jsonl").write_text('{"audio_filepath": "x.wav", "duration": 1, "text": "hi"}\n')
@@ -361,7 +465,7 @@ def test_join_draws_shuffles_and_finds_the_clips(tmp_path, capsys):
 SHUFFLE = """
 import json, random, resource, sys
 sys.path.insert(0, {root!r})
-from prepare import write_lines
+from tools.questions import write_lines
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 n = write_lines(({{"n": i, "text": "x" * 200}} for i in range(300_000)), {out!r}, random.Random(0))
 print(n, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
@@ -372,7 +476,9 @@ def test_shuffling_keeps_places_not_lines_in_memory(tmp_path):
     """300,000 lines, 66 MB: memory grows by their eight-byte places (a list of the dicts took 150 MB)."""
     out = f"{tmp_path}/big.jsonl"
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    printed = subprocess.run([sys.executable, "-c", SHUFFLE.format(root=root, out=out)], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "-c", SHUFFLE.format(root=root, out=out)], capture_output=True, text=True, check=True
+    ).stdout
     n, grown = printed.split()
     assert n == "300000" and float(grown) < 25
     with open(out) as f:

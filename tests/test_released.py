@@ -25,8 +25,9 @@ from adapters import merge_lora
 from data import build_prompt, log_mel
 from decode import ask, generate, main
 from diffusion import sft_loss
-from model import PRESETS, Config, UserError, assemble, load, load_released, released_name, save
+from model import PRESETS, Config, UserError
 from test_decode import reference
+from weights import assemble, load, load_released, released_name, save
 
 SIZES = dict(qformer_ffn=24, n_queries=6, n_soft_prompts=4, width=32, layers=2, heads=2, ffn=48, audio_width=16, audio_heads=2, vocab=320)
 EIGHT = dict(n_mels=128, audio_layers=32, taps=PRESETS["diffa2"].taps)  # large-v3's taps
@@ -49,7 +50,7 @@ class QFormer(nn.Module):
 
 
 class Authors(nn.Module):
-    """FACTS sections 3 to 7, from parts that others wrote; attribute names are those of the released files."""
+    """The paper's model (arXiv 2601.23161, Section 3.1), from parts that others wrote; attribute names are those of the released files."""
 
     def __init__(self, c, lora):
         super().__init__()
@@ -216,7 +217,7 @@ def test_parity(released, tokenizer, taps, stage):
     mels, n_frames = zip(*(log_mel(a, c) for a in CLIPS))
     prompts, at = zip(*(build_prompt(tokenizer, q) for q in ("What?", "What sound is this?", "Do you hear a dog say seven?")))
     with torch.no_grad():
-        audio, is_audio = model.adapt(*model.encode(torch.stack(mels)), torch.tensor(n_frames), stage)
+        audio, is_audio = model.adapt(*model.encode(torch.stack(mels), torch.tensor(n_frames)), torch.tensor(n_frames), stage)
         heard = [authors.hear(clip, stage) for clip in CLIPS]
         first = 4 if stage == 1 else 6
         assert [len(h) for h in heard] == is_audio.sum(1).tolist() == [first + 12, first + 112, first + 375]
@@ -257,7 +258,7 @@ def test_gradients_of_the_sft_loss(released, tokenizer, taps, stage):
     theirs = sft_loss(lambda noisy, where: authors.logits(noisy[0].tolist(), heard, at)[where[0]], ids, is_answer, c.mask_id, t, is_masked)
     theirs.sum().backward()
     mel, n = log_mel(CLIPS[0], c)
-    audio, is_audio = model.adapt(*model.encode(mel[None]), torch.tensor([n]), stage)
+    audio, is_audio = model.adapt(*model.encode(mel[None], torch.tensor([n])), torch.tensor([n]), stage)
     everywhere = torch.ones_like(ids, dtype=torch.bool)
     predict = lambda noisy, where: model(noisy, everywhere, where, audio, is_audio, torch.tensor([at]))
     ours = sft_loss(predict, ids, is_answer, c.mask_id, t, is_masked)
@@ -310,7 +311,7 @@ def test_stage_1_file_with_a_random_qformer_or_none(released):
     b, _ = assemble(c, f"{folder}/llada", ear, f"{folder}/without.bin", cpu, torch.float32, 1)
     assert not any("lora_" in n for n, _ in b.named_parameters())
     mel, n = log_mel(CLIPS[0], c)
-    hear = lambda m: m.adapt(*m.encode(mel[None]), torch.tensor([n]), 1)[0]
+    hear = lambda m: m.adapt(*m.encode(mel[None], torch.tensor([n])), torch.tensor([n]), 1)[0]
     assert torch.equal(hear(a), hear(b))
 
 
@@ -491,7 +492,7 @@ def test_full_disk_while_downloading(tmp_path, capsys, monkeypatch):
             raise FileNotFoundError
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("model.snapshot_download", full)
+    monkeypatch.setattr("weights.snapshot_download", full)
     clip = str(tmp_path / "c.wav")
     soundfile.write(clip, np.zeros(1600), 16000)
     assert main([clip, "What emotion?", "--model", "diffa2"]) == 2

@@ -12,9 +12,11 @@ from tqdm import tqdm
 from adapters import merge_lora
 from data import LETTERS, load_audio, mmau_prompt, mmsu_prompt
 from decode import ask
-from evaluate import mmau_raw, word_errors
-from model import load
-from prepare import DIGITS, askable, draw_question, read_corpus, speak, strings
+from tools.benchmarks import mmau_raw, word_errors
+from tools.corpora import DIGITS, read_corpus
+from tools.questions import askable, draw_question, strings
+from tools.speech import speak
+from weights import load
 
 ASSETS = os.path.join(os.path.dirname(__file__), "..", "assets")
 # a little below what was measured when the weights were shipped: a worse share is a regression, not bad luck

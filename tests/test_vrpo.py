@@ -20,7 +20,11 @@ class Net(nn.Module):
     def __init__(self, vocab=4, length=5, width=16, seed=0):
         super().__init__()
         torch.manual_seed(seed)
-        self.embed, self.hidden, self.out = nn.Embedding(vocab + 1, width), nn.Linear(width * length, width * length), nn.Linear(width, vocab)
+        self.embed, self.hidden, self.out = (
+            nn.Embedding(vocab + 1, width),
+            nn.Linear(width * length, width * length),
+            nn.Linear(width, vocab),
+        )
         self.mask_id = vocab
 
     def forward(self, noisy, where):
@@ -125,12 +129,21 @@ def test_estimate_agrees_with_the_exact_likelihood():
     """Exact conditionals make the bound tight: the margin's mean is the difference of log-likelihood ratios."""
     policy, reference = Toy(seed=0), Toy(seed=5)
     good, bad = policy.all[7][None], policy.all[50][None]
-    exact = (policy.log_prob(good[0]) - reference.log_prob(good[0])) - (policy.log_prob(bad[0]) - reference.log_prob(bad[0]))
+    exact = (policy.log_prob(good[0]) - reference.log_prob(good[0])) - (
+        policy.log_prob(bad[0]) - reference.log_prob(bad[0])
+    )
     everything, g, found = torch.ones(1, 4, dtype=torch.bool), torch.Generator().manual_seed(0), []
     for _ in range(400):
         masks = draw_pair_masks(everything, everything, SAMPLES, g)
         s = lambda toy, x, side: elbo(toy, x, *masks[side], 3)
-        found.append(margin(s(policy, good, "chosen"), s(policy, bad, "rejected"), s(reference, good, "chosen"), s(reference, bad, "rejected")))
+        found.append(
+            margin(
+                s(policy, good, "chosen"),
+                s(policy, bad, "rejected"),
+                s(reference, good, "chosen"),
+                s(reference, bad, "rejected"),
+            )
+        )
     found = torch.cat(found)
     assert abs(found.mean() - exact) < 4 * found.std() / 20
 
@@ -139,7 +152,9 @@ def test_shared_masks_cut_the_variance():
     """Policy and reference a small step apart, as in training: the same masks cancel, other masks do not."""
     policy, reference = Toy(seed=0), Toy(seed=0)
     g = torch.Generator().manual_seed(1)
-    reference.p = (reference.p.log() + 0.1 * torch.randn(len(reference.p), generator=g, dtype=torch.float64)).softmax(0)
+    reference.p = (
+        reference.p.log() + 0.1 * torch.randn(len(reference.p), generator=g, dtype=torch.float64)
+    ).softmax(0)
     x, everything = policy.all[30][None], torch.ones(1, 4, dtype=torch.bool)
 
     def gain(shared):
@@ -173,14 +188,19 @@ def pairs(toured, config, tokenizer):
     from data import read_manifest
 
     examples = read_manifest(f"{toured}/stage4.jsonl", 4)[:3]
-    return Maker(tokenizer, config, "vrpo", 0)(examples, 0) | {"step": 0, "last": True}
+    return Maker(tokenizer, config, Stage((), 1.0, 3, 0, loss="vrpo"), 0)(examples, 0) | {
+        "step": 0,
+        "last": True,
+    }
 
 
 def test_scored_are_the_response_and_its_first_end_mark(pairs, config):
     side = side_of(pairs["batch"], "rejected")
     for ids, is_answer, valid in zip(side["ids"], side["is_answer"], side["valid"]):
         scored = ids[is_answer].tolist()
-        assert scored[-1] == config.eos_id and scored[-2] == config.eot_id and config.eos_id not in scored[:-1]
+        assert (
+            scored[-1] == config.eos_id and scored[-2] == config.eot_id and config.eos_id not in scored[:-1]
+        )
         assert is_answer.sum() + is_answer.nonzero()[0, 0] == valid.sum()  # nothing valid behind it
 
 
@@ -192,7 +212,15 @@ def test_whole_model_step_is_the_plain_formula(pairs, config):
     reference = tuple(p.detach().clone() for p in chosen.values())
     model.eval()
     row = Stage((), 1.0, 3, 0, loss="vrpo")
-    context = Context(model, 4, 0, row, functools.partial(torch.autocast, "cpu", enabled=False), tuple(chosen.values()), reference)
+    context = Context(
+        model,
+        4,
+        0,
+        row,
+        functools.partial(torch.autocast, "cpu", enabled=False),
+        tuple(chosen.values()),
+        reference,
+    )
     start = vrpo(context, pairs)
     assert torch.equal(start, torch.full((3,), math.log(2)))  # margin exactly 0, in fp32
     g = torch.Generator().manual_seed(0)
@@ -205,12 +233,21 @@ def test_whole_model_step_is_the_plain_formula(pairs, config):
     model.zero_grad()
 
     batch, sides = pairs["batch"], {name: side_of(pairs["batch"], name) for name in ("chosen", "rejected")}
-    masks = draw_pair_masks(*(sides[n]["is_answer"] for n in sides), SAMPLES, [generator_for(0, 0, i, stream=1) for i in pairs["ids"]])
+    masks = draw_pair_masks(
+        *(sides[n]["is_answer"] for n in sides),
+        SAMPLES,
+        [generator_for(0, 0, i, stream=1) for i in pairs["ids"]],
+    )
 
     def both():
-        audio, is_audio = model.adapt(*model.encode(batch["mel"]), batch["n_frames"], 4)
+        audio, is_audio = model.adapt(*model.encode(batch["mel"], batch["n_frames"]), batch["n_frames"], 4)
         for n, s in sides.items():
-            yield elbo(lambda noisy, where: model(noisy, s["valid"], where, audio, is_audio, s["audio_at"]), s["ids"], *masks[n], config.mask_id)
+            yield elbo(
+                lambda noisy, where: model(noisy, s["valid"], where, audio, is_audio, s["audio_at"]),
+                s["ids"],
+                *masks[n],
+                config.mask_id,
+            )
 
     with torch.no_grad(), swapped(chosen.values(), reference):
         old = list(both())

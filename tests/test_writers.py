@@ -10,9 +10,11 @@ from collections import Counter
 import pytest
 import soundfile
 
-import prepare
 from data import read_manifest
-from prepare import IN_KIND, TEXTS, Endpoint, main, strict_object
+from tools import writer
+from tools.prepare import main
+from tools.spoken_questions import INSTRUCTIONS, TEXTS
+from tools.writer import Endpoint, strict_object
 
 STUB = os.path.join(os.path.dirname(__file__), "stub_llm.py")
 
@@ -24,7 +26,7 @@ FILES = {  # a few entries of each text corpus in its published form
     "web_questions": ("w.json", [{"utterance": "what is the capital of france?", "targetValue": '(list (description Paris))', "url": "x"},
                                  {"utterance": "who was king?", "targetValue": '(list (description "King John") (description x))'}]),
 }  # fmt: skip
-ENGINE = f"{sys.executable} -c \"import sys, shutil; shutil.copy(sys.argv[3], sys.argv[2])\" {{text}} {{out}} {{speaker_wav}}"
+ENGINE = f'{sys.executable} -c "import sys, shutil; shutil.copy(sys.argv[3], sys.argv[2])" {{text}} {{out}} {{speaker_wav}}'
 
 
 def write_file(corpus, folder):
@@ -37,7 +39,17 @@ def write_file(corpus, folder):
 @pytest.mark.parametrize("corpus", TEXTS)
 def test_questions_of_every_text_corpus(corpus, tmp_path, corpora):
     out = str(tmp_path / "q.jsonl")
-    argv = ["speak", corpus, write_file(corpus, tmp_path), "--out", out, "--tts-command", ENGINE, "--speakers", f"{corpora}/fsdd"]
+    argv = [
+        "speak",
+        corpus,
+        write_file(corpus, tmp_path),
+        "--out",
+        out,
+        "--tts-command",
+        ENGINE,
+        "--speakers",
+        f"{corpora}/fsdd",
+    ]
     assert main(argv) == 0
     examples = read_manifest(out)
     answers = [e.answer for e in examples]
@@ -45,10 +57,12 @@ def test_questions_of_every_text_corpus(corpus, tmp_path, corpora):
                        "trivia_qa": ["Shakespeare"], "web_questions": ["Paris", "King John"]}[corpus]  # fmt: skip
     for e in examples:
         kind = "simple" if len(e.answer.split()) <= 12 else "complex"
-        assert e.task == f"{kind}_qa" and e.question in IN_KIND[kind] and e.duration == 0.2
+        assert e.task == f"{kind}_qa" and e.question in INSTRUCTIONS[kind] and e.duration == 0.2
     before = {f: os.stat(f"{tmp_path}/q_clips/{f}").st_mtime_ns for f in os.listdir(tmp_path / "q_clips")}
     assert main(argv) == 0  # nothing is spoken twice
-    assert before == {f: os.stat(f"{tmp_path}/q_clips/{f}").st_mtime_ns for f in os.listdir(tmp_path / "q_clips")}
+    assert before == {
+        f: os.stat(f"{tmp_path}/q_clips/{f}").st_mtime_ns for f in os.listdir(tmp_path / "q_clips")
+    }
 
 
 def test_espeak_reads_questions(tmp_path):
@@ -57,7 +71,7 @@ def test_espeak_reads_questions(tmp_path):
     out = str(tmp_path / "q.jsonl")
     assert main(["speak", "trivia_qa", write_file("trivia_qa", tmp_path), "--out", out, "--empathetic"]) == 0
     (e,) = read_manifest(out)
-    assert e.question in IN_KIND["empathetic"] and 0.5 < soundfile.info(e.audio).duration < 4
+    assert e.question in INSTRUCTIONS["empathetic"] and 0.5 < soundfile.info(e.audio).duration < 4
 
 
 def test_bad_speech(tmp_path, capsys, corpora):
@@ -84,7 +98,13 @@ def stub(tmp_path, monkeypatch):
     log = tmp_path / "asked.jsonl"
     process = subprocess.Popen([sys.executable, STUB, str(log)], stdout=subprocess.PIPE, text=True)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123")
-    monkeypatch.setattr(prepare.Endpoint, "__init__", lambda self, url, model, timeout=1.0: self.__dict__.update(url=url, model=model, timeout=timeout, tries=6, pause=0.02))
+    monkeypatch.setattr(
+        writer.Endpoint,
+        "__init__",
+        lambda self, url, model, timeout=1.0: self.__dict__.update(
+            url=url, model=model, timeout=timeout, tries=6, pause=0.02
+        ),
+    )
     yield f"http://127.0.0.1:{process.stdout.readline().strip()}/v1", log
     process.kill()
     process.wait()
@@ -105,11 +125,17 @@ def test_pairs_in_spite_of_everything(stub, tmp_path, corpora, capsys):
     argv = ["preferences", manifest, "--out", out, "--llm", url, "--model", "writer", "--timeout", "1"]
     assert main(argv) == 0
     pairs = read_manifest(out, 4)
-    assert len(pairs) == 12 and all(e.rejected.startswith("A wrong one") and e.answer == "Rain." for e in pairs)
+    assert len(pairs) == 12 and all(
+        e.rejected.startswith("A wrong one") and e.answer == "Rain." for e in pairs
+    )
     assert "3 pairs found unusable, 0 without" in capsys.readouterr().out
     asked = [json.loads(line) for line in log.read_text().splitlines()]
-    assert n < len(asked) <= 4 * n and all(a["model"] == "writer" and a["key"] == "Bearer sk-secret-123" for a in asked)
-    assert any("Recording: sound: rain" in a["user"] for a in asked) and all("Good answer: Rain." in a["user"] and "bad_answer" in a["system"] for a in asked)
+    assert n < len(asked) <= 4 * n and all(
+        a["model"] == "writer" and a["key"] == "Bearer sk-secret-123" for a in asked
+    )
+    assert any("Recording: sound: rain" in a["user"] for a in asked) and all(
+        "Good answer: Rain." in a["user"] and "bad_answer" in a["system"] for a in asked
+    )
     # again: nothing is asked twice, the result is the same
     first = open(out).read()
     assert main(argv) == 0 and open(out).read() == first and len(log.read_text().splitlines()) == len(asked)
@@ -120,28 +146,87 @@ def test_pairs_in_spite_of_everything(stub, tmp_path, corpora, capsys):
     assert main(argv) == 0 and len(read_manifest(out, 4)) == 12
     again = Counter(json.loads(line)["user"] for line in log.read_text().splitlines()[len(asked) :])
     assert len(again) == n - 9
-    assert not any("secret" in open(os.path.join(d, f), errors="ignore").read() for d, _, fs in os.walk(tmp_path) for f in fs if f != "asked.jsonl")
+    assert not any(
+        "secret" in open(os.path.join(d, f), errors="ignore").read()
+        for d, _, fs in os.walk(tmp_path)
+        for f in fs
+        if f != "asked.jsonl"
+    )
 
 
 def test_grounded_answers(stub, tmp_path, corpora):
     url, log = stub
     out = str(tmp_path / "sub" / "a.jsonl")
-    assert main(["answers", facts_manifest(tmp_path, 4, corpora), "--out", out, "--llm", url, "--model", "writer", "--timeout", "1"]) == 0
+    assert (
+        main(
+            [
+                "answers",
+                facts_manifest(tmp_path, 4, corpora),
+                "--out",
+                out,
+                "--llm",
+                url,
+                "--model",
+                "writer",
+                "--timeout",
+                "1",
+            ]
+        )
+        == 0
+    )
     assert [e.answer for e in read_manifest(out)] == ["It is so."] * 4
 
 
 def test_endpoint_down_or_refusing(tmp_path, corpora, capsys, monkeypatch):
-    monkeypatch.setattr(prepare.Endpoint, "__init__", lambda self, url, model, timeout=1.0: self.__dict__.update(url=url, model=model, timeout=timeout, tries=2, pause=0.01))
+    monkeypatch.setattr(
+        writer.Endpoint,
+        "__init__",
+        lambda self, url, model, timeout=1.0: self.__dict__.update(
+            url=url, model=model, timeout=timeout, tries=2, pause=0.01
+        ),
+    )
     manifest, out = facts_manifest(tmp_path, 3, corpora), str(tmp_path / "p.jsonl")
-    assert main(["preferences", manifest, "--out", out, "--llm", "http://127.0.0.1:9/v1", "--model", "m"]) == 2
+    assert (
+        main(["preferences", manifest, "--out", out, "--llm", "http://127.0.0.1:9/v1", "--model", "m"]) == 2
+    )
     err = capsys.readouterr().err.splitlines()[-1]
-    assert err.startswith("prepare.py: http://127.0.0.1:9/v1: no answer after 2 tries") and not os.path.exists(out)
-    (tmp_path / "plain.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A"}]}) + "\n")
-    assert main(["answers", str(tmp_path / "plain.jsonl"), "--out", out, "--llm", "http://127.0.0.1:9", "--model", "m"]) == 2
+    assert err.startswith(
+        "prepare.py: http://127.0.0.1:9/v1: no answer after 2 tries"
+    ) and not os.path.exists(out)
+    (tmp_path / "plain.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A"}]})
+        + "\n"
+    )
+    assert (
+        main(
+            [
+                "answers",
+                str(tmp_path / "plain.jsonl"),
+                "--out",
+                out,
+                "--llm",
+                "http://127.0.0.1:9",
+                "--model",
+                "m",
+            ]
+        )
+        == 2
+    )
     assert "no line has facts" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"a": "x", "b": 1}', '{"a": "x", "b": true, "c": 0}', '["a"]', '{"a": "x", "b": tr', '```json\n{"a": "x", "b": true}\n```'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        '{"a": "x", "b": 1}',
+        '{"a": "x", "b": true, "c": 0}',
+        '["a"]',
+        '{"a": "x", "b": tr',
+        '```json\n{"a": "x", "b": true}\n```',
+    ],
+)
 def test_strict_object_refuses(text):
     with pytest.raises(ValueError):
         strict_object(text, a=str, b=bool)

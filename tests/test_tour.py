@@ -1,0 +1,185 @@
+"""The small model's manifests and tokenizer, from miniature corpora in their published layout."""
+
+import itertools
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from data import build_prompt, prompt_text, read_manifest, write_audio
+from tools.corpora import Clip, read_corpus
+from tools.prepare import main
+from tools.questions import askable
+from tools.tour import TOUR, sentences_of
+from weights import load_tokenizer
+
+
+def test_tour_never_trains_on_the_test_split(toured, corpora):
+    test_clips = {
+        os.path.abspath(c.path)
+        for name in TOUR
+        for c in read_corpus(name, os.path.join(corpora, name))
+        if c.is_test
+    }
+    test_clips |= (held := {os.path.abspath(e.audio) for e in read_manifest(f"{toured}/held_out.jsonl")})
+    assert held
+    for stage in range(5):
+        examples = read_manifest(f"{toured}/stage{stage}.jsonl", stage)
+        heard = {os.path.abspath(e.audio) for e in examples if e.audio}
+        assert examples and bool(heard) == (stage > 0) and not heard & test_clips
+        assert not any("/test_" in path for path in heard)
+    examples = read_manifest(f"{toured}/test.jsonl")
+    assert test_clips - held <= {os.path.abspath(e.audio) for e in examples}
+    assert all(e.answer for e in read_manifest(f"{toured}/stage1.jsonl", 1))
+    assert all(e.rejected and e.rejected != e.answer for e in read_manifest(f"{toured}/stage4.jsonl", 4))
+    tasks = {e.task for e in read_manifest(f"{toured}/stage3.jsonl", 3)}
+    assert any(t.endswith("_choice") for t in tasks) and not any(
+        e.task.endswith("_choice") for e in read_manifest(f"{toured}/stage2.jsonl", 2)
+    )
+
+
+def test_tour_is_the_same_for_a_seed(toured, corpora, tmp_path):
+    again = str(tmp_path / "again")
+    assert main(["tour", "--audio", corpora, "--out", again, "--strings", "20"]) == 0
+    for name in (
+        "stage0.jsonl",
+        "stage3.jsonl",
+        "stage4.jsonl",
+        "test.jsonl",
+        "tokenizer.json",
+        "clips/train_digits/00003.flac",
+    ):
+        same = [open(os.path.join(folder, name), "rb").read() for folder in (toured, again)]
+        if name.endswith(".jsonl"):  # the clips lie elsewhere, all else is equal
+            strip = lambda data: [
+                (e["messages"], e["task"], os.path.basename(e.get("audios", ["none"])[0]))
+                for e in map(json.loads, data.splitlines())
+            ]
+            same = list(map(strip, same))
+        assert same[0] == same[1], name
+
+
+def test_tokenizer_speaks_the_prompt(toured, tokenizer):
+    t = load_tokenizer(toured)
+    for text in ("Rain.", "seven three", "What do you hear? é ß 漢", "\n\n"):
+        assert t.decode(t.encode(text, add_special_tokens=False).ids) == text
+    assert len(t.encode("You are a helpful voice assistant.", add_special_tokens=False).ids) == 1
+    ids, audio_at = build_prompt(t, "What emotion?")
+    assert t.id_to_token(ids[audio_at]) == " <audio>."
+    assert t.decode(ids, skip_special_tokens=False) == prompt_text("What emotion?")
+    assert t.get_vocab_size() <= 976
+    assert t.encode("A. Rain\nB. Seven", add_special_tokens=False).tokens == [
+        "A.",
+        "ĠRain",
+        "Ċ",
+        "B.",
+        "ĠSeven",
+    ]
+    assert t.encode("I hear rain.", add_special_tokens=False).tokens[-2:] == ["Ġrain", "."]
+
+
+def test_show_prints_what_the_model_sees(toured, capsys):
+    assert main(["show", f"{toured}/stage2.jsonl", "-n", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("canvas of") == 2 and "This is the audio:'" in out and "' <audio>. " in out
+    assert askable(Clip("a", "x", {})) == []
+
+
+def test_the_tour_passes_its_own_check(toured, capsys):
+    names = [
+        f"{toured}/{n}.jsonl" for n in ("stage0", "stage1", "stage2", "stage3", "stage4", "held_out", "test")
+    ]
+    assert main(["check", *names, "--decode"]) == 0
+    out = capsys.readouterr().out
+    total = sum(len(open(n).readlines()) for n in names)
+    assert f"{total:,}" in out and "esc10" in out and "mixture" in out and "digit_choice" in out
+    hours = {
+        line.split()[1]: float(line.split()[3])
+        for line in out.splitlines()
+        if line.startswith(("sound", "speech", "music"))
+    }
+    assert hours["fsdd"] == round(50 * 0.2 / 3600, 2)
+
+
+def test_toy_needs_no_data(tmp_path, capsys):
+    if not shutil.which("espeak-ng"):
+        pytest.skip("espeak-ng is not installed")
+    out = str(tmp_path / "toy")
+    assert main(["toy", "--out", out, "--each", "5"]) == 0
+    assert main(["check", *(f"{out}/{n}.jsonl" for n in ("stage0", "stage4", "test"))]) == 0
+    assert {e.dataset for e in read_manifest(f"{out}/stage0.jsonl")} >= {
+        "fsdd",
+        "speech_commands",
+        "esc10",
+        "berklee",
+        "mixtures",
+    }
+
+
+def test_benchmark_speaks_the_benchmarks_formats(toured):
+    with open(f"{toured}/mmsu.jsonl") as f:
+        mmsu = [json.loads(line) for line in f]
+    with open(f"{toured}/mmau.json") as f:
+        mmau = json.load(f)
+    assert mmsu and mmau and len(mmsu) + len(mmau) >= 40
+    for q in mmsu:
+        choices = [q[f"choice_{x}"] for x in "abcd"]
+        assert (
+            q["answer_gt"] in choices
+            and len(set(choices)) == 4
+            and all(
+                q[k] for k in ("id", "question", "task_name", "category", "sub-category", "sub-sub-category")
+            )
+        )
+        assert os.path.exists(os.path.join(toured, q["audio_path"]))
+    for q in mmau:
+        assert (
+            q["answer"] in q["choices"]
+            and q["task"] in ("sound", "music", "speech", "mixture")
+            and os.path.exists(os.path.join(toured, q["audio_id"]))
+        )
+    trained = {os.path.realpath(e.audio) for n in range(1, 5) for e in read_manifest(f"{toured}/stage{n}.jsonl")}
+    assert not trained & {
+        os.path.realpath(os.path.join(toured, q.get("audio_path") or q["audio_id"])) for q in mmsu + mmau
+    }
+
+
+def test_stage_0_is_text_alone(toured, tmp_path, corpora):
+    """The other stages' questions without their clips, facts instead; sentences of the books as transcripts."""
+    examples = read_manifest(f"{toured}/stage0.jsonl", 0)
+    assert all(e.audio is None for e in examples) and {e.task for e in examples} >= {"asr", "digit", "sex"}
+    books = tmp_path / "books"
+    books.mkdir()
+    (books / "a.txt").write_text("It rained. The dog, who’d been out, came home! No\n\nA very " + "long " * 20 + "one.\n")
+    assert sentences_of(str(books)) == ["it rained", "the dog who'd been out came home"]
+    out = str(tmp_path / "out")
+    assert main(["tour", "--audio", corpora, "--out", out, "--strings", "20", "--text", str(books)]) == 0
+    read = [e for e in read_manifest(f"{out}/stage0.jsonl", 0) if e.dataset == "books"]
+    assert {e.answer for e in read} == {"it rained", "the dog who'd been out came home"}
+    assert all(e.facts == {"words": e.answer} for e in read)
+
+
+def test_a_written_clip_holds_its_facts(tokenizer, config):
+    """Every piece of the transcript stands in its order among the semantic tokens, equal ones parted by a blank; every
+    fact among the acoustic ones; nothing else; what was written depends on the generator alone."""
+    facts = {"words": "seven seven two rain", "sex": "speaker", "sound": "dog", "speaker": "jackson"}
+    pieces = tokenizer.encode(facts["words"], add_special_tokens=False).ids
+    known = [i for v in ("speaker", "dog") for i in tokenizer.encode(" " + v, add_special_tokens=False).ids]
+    firsts = set()
+    for seed in range(60):
+        make = lambda: write_audio(facts, tokenizer, config, torch.Generator().manual_seed(seed))
+        made, again = make(), make()
+        assert all(torch.equal(made[k], again[k]) for k in made)
+        ids = made["ids"][:, 0].tolist()
+        shown = any(i in known for i in ids[: config.n_queries])
+        n_first = config.n_queries if shown else config.n_soft_prompts
+        firsts.add(n_first)
+        if shown:
+            assert set(made["ids"][:n_first].flatten().tolist()) <= set(known) and len(set(ids[:n_first])) == len(known)
+        spoken = [key for key, _ in itertools.groupby(ids[n_first:])]  # CTC's reading: repeats, then blanks go
+        assert [i for i in spoken if i != config.eos_id] == pieces
+        loud = made["weights"].sum(1)
+        assert loud.min() > 0.39 and loud.max() < 1.41 and made["noise"].shape == (len(ids), config.width)
+    assert firsts == {config.n_queries, config.n_soft_prompts}

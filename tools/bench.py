@@ -1,0 +1,81 @@
+"""Speed and memory, measured.
+
+    python -m tools.bench fullsize DIR       dress rehearsal of diffa2 with random weights (20 GB of disk)
+    python -m tools.bench fullsize DIR --device cuda
+    python -m tools.bench train              a training step of each stage beside a naive one
+    python -m tools.bench variance data/stage4.jsonl --model out/tiny/stage3     VRPO's estimators
+    python -m tools.bench decode             decoding beside a naive reference, 12-layer 1024-wide backbone
+    python -m tools.bench decode --data data/test.jsonl --choices data/mmsu.jsonl --plot decode.png
+
+The last one adds the small model's accuracy.  What is measured, and how: fullsize.py, bench_train.py,
+bench_decode.py.
+"""
+
+import argparse
+import sys
+
+from model import Parser, UserError
+from tools.bench_decode import decode_bench
+from tools.bench_train import one_training_kind, train_bench, variance_bench
+from tools.fullsize import fullsize
+from tools.measure import SIZES
+
+
+def main(argv=None):
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m tools.bench", description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    p = commands.add_parser("fullsize", help="diffa2 with random weights: shapes, memory, speed")
+    p.add_argument("folder")
+    p.add_argument("--device")
+    p.add_argument("--keep", action="store_true", help="leave the weights on the disk")
+    p = commands.add_parser("train", help="training steps of every stage beside naive ones")
+    p.add_argument("--size", default="wide", choices=sorted(SIZES))
+    p.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3, 4], choices=(1, 2, 3, 4))
+    p.add_argument("--batch", type=int, default=4)
+    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--recompute", action="store_true", help="activation checkpointing in ours")
+    p.add_argument("--device")
+    p.add_argument("--stage", type=int, help="this one alone, and one line of JSON")
+    p.add_argument("--naive", action="store_true", help="with --stage: the naive step")
+    p = commands.add_parser("variance", help="VRPO's estimators on a trained model")
+    p.add_argument("manifest")
+    p.add_argument("--model", default="tiny")
+    p.add_argument("--pairs", type=int, default=8)
+    p.add_argument("--repeats", type=int, default=30)
+    p.add_argument("--distance", type=float, default=1e-3)
+    p.add_argument("--device")
+    p = commands.add_parser("decode", help="decoding: speed beside a naive reference, accuracy against calls")
+    p.add_argument("--size", default="mid", choices=sorted(SIZES))
+    types = ("float32", "bfloat16", "float16")
+    p.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=types)
+    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument(
+        "--model", default="tiny", help="the small model, for the number of tokens kept and accuracy"
+    )
+    p.add_argument("--data", help="manifest of real recordings")
+    p.add_argument("--choices", help="question file in MMSU's format")
+    p.add_argument("--limit", type=int, default=300, help="clips of each kind")
+    p.add_argument("--batch", type=int, default=16)
+    p.add_argument("--plot", metavar="PNG")
+    p.add_argument("--device")
+    try:
+        args = parser.parse_args(argv)
+        if args.command == "decode":
+            decode_bench(args)
+        elif args.command == "fullsize":
+            fullsize(args.folder, args.device, args.keep)
+        elif args.command == "variance":
+            variance_bench(args)
+        elif args.stage is None:
+            train_bench(args)
+        else:
+            one_training_kind(args)
+    except UserError as e:
+        print(f"bench: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""Training, measured: a step of each stage beside a naive one, and the variance of VRPO's estimators.
+
+A step is timed whole (forward, backward, optimizer) on random data of fixed shapes, each kind in a process
+of its own so that peaks of memory are its own too.  The naive step is what one writes first: the whole
+model in fp32, logits at every position of the row, all samples of VRPO in one graph and the reference a
+second model.
+"""
+
+import copy
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+import train
+import vrpo
+from data import read_manifest
+from diffusion import corrupt, draw_counts, draw_t
+from model import DIFFA2
+from tools.measure import SIZES, Peak, everywhere, machine
+from weights import load
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def random_questions(config, batch, sides, text=80, response=32, seed=0):
+    """A micro-batch as train.Maker makes them: noise, `text` tokens of prompt, `response` of answer."""
+    g = torch.Generator().manual_seed(seed)
+    made = {
+        "mel": torch.randn(batch, config.n_mels, 2 * config.n_frames, generator=g),
+        "n_frames": torch.full((batch,), config.n_frames),
+    }
+    for side in sides:
+        ids = torch.randint(min(10_000, config.vocab), (batch, text + response), generator=g)
+        is_answer = torch.arange(text + response).expand(batch, -1) >= text
+        made |= {
+            f"{side}.ids": ids,
+            f"{side}.valid": torch.ones_like(is_answer),
+            f"{side}.is_answer": is_answer,
+            f"{side}.audio_at": torch.full((batch,), 20),
+        }
+    return {"batch": made, "ids": list(range(batch)), "epoch": 0, "step": 1}
+
+
+def naive_nll(model, ids, noisy, is_masked, side, audio, is_audio):
+    """Cross-entropy of the masked tokens (B,), out of the logits of all positions."""
+    logits, order = everywhere(model, noisy, side, audio, is_audio)
+
+    def spliced(x):
+        """(B, T) -> (B, T + A), zeros where the audio is."""
+        return torch.cat([x, torch.zeros(is_audio.shape, dtype=x.dtype, device=x.device)], 1).gather(1, order)
+
+    loss = F.cross_entropy(logits.flatten(0, 1), spliced(ids).flatten(), reduction="none").view(order.shape)
+    return (loss * spliced(is_masked)).sum(1)
+
+
+def naive_step(model, other, made, stage, seed=0):
+    """The loss of a step as one writes it first; the same numbers as train.LOSSES, all of it in fp32."""
+    batch = made["batch"]
+    noise = [train.generator_for(seed, 0, i, stream=1) for i in made["ids"]]
+
+    def audio_of(m):
+        return m.adapt(*m.encode(batch["mel"], batch["n_frames"]), batch["n_frames"], stage)
+
+    if stage < 4:
+        side, t = train.side_of(batch), draw_t(len(made["ids"]), noise)
+        noisy, is_masked = corrupt(side["ids"], side["is_answer"], model.config.mask_id, t, generator=noise)
+        nll = naive_nll(model, side["ids"], noisy, is_masked, side, *audio_of(model))
+        return nll / t.to(noisy.device) / side["is_answer"].sum(1)
+    sides = {name: train.side_of(batch, name) for name in ("chosen", "rejected")}
+    masks = vrpo.draw_pair_masks(*(s["is_answer"] for s in sides.values()), vrpo.SAMPLES, noise)
+
+    def scores(m, name):
+        """ELBO samples (n, B), Eq. 3."""
+        audio, side, samples = audio_of(m), sides[name], []
+        for is_masked, weight in zip(*masks[name]):
+            noisy = torch.where(is_masked, m.config.mask_id, side["ids"])
+            samples.append(-weight * naive_nll(m, side["ids"], noisy, is_masked, side, *audio))
+        return torch.stack(samples)
+
+    with torch.no_grad():
+        reference = [scores(other, name) for name in sides]
+    return vrpo.vrpo_loss(vrpo.margin(*(scores(model, name) for name in sides), *reference))
+
+
+def one_training_kind(args):
+    """Times one stage one way and prints a line of JSON; runs in a process of its own."""
+    stage, naive, device = args.stage, args.naive, torch.device(args.device or "cpu")
+    config, row = SIZES[args.size], train.STAGES["diffa2"][stage]
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = DIFFA2(config, lora=stage >= 3)
+    chosen = train.trainable(model, row.trains)
+    if not naive:
+        train.halve_frozen(model)
+    other = copy.deepcopy(model) if naive and stage == 4 else None
+    model.train(stage != 4)
+    made = random_questions(config, args.batch, ("chosen", "rejected") if stage == 4 else ("text",))
+    made["batch"] = train.to_device(made["batch"], device)
+    autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
+    reference = tuple(p.detach().clone() for p in chosen.values()) if stage == 4 else ()
+    context = train.Context(model, stage, 0, row, autocast, tuple(chosen.values()), reference)
+    optimizer = torch.optim.AdamW(chosen.values(), lr=1e-5, fused=True)
+    if args.recompute and not naive:
+        train.recompute(model)
+    seconds = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with Peak() as peak:
+        for _ in range(1 + args.repeats):  # the first one warms up
+            start = time.perf_counter()
+            if naive:
+                naive_step(model, other, made, stage).sum().backward()
+            else:
+                train.LOSSES[row.loss](context, made)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak.bytes
+    print(json.dumps({"seconds": seconds[1:], "memory": memory}))
+
+
+def train_bench(args):
+    """Every stage, ours and naive in turn; each in its own process."""
+    where = f"{machine(args.device)}, torch {torch.__version__}"
+    how = f"{args.repeats} steps each, median (least - most)"
+    print(f"size {args.size}, batch {args.batch}, 30 s clips, {where}; {how}\n")
+    heads = f"{'s/step':>24}{'steps/s':>9}{'audio h/s':>11}{'peak GB':>9}{'speed':>8}{'memory':>8}"
+    print(f"{'stage':6}{'':8}{heads}")
+    for stage in args.stages:
+        found = {}
+        for kind in ("naive", "ours"):
+            command = [
+                sys.executable,
+                "-m",
+                "tools.bench",
+                "train",
+                "--stage",
+                str(stage),
+                "--size",
+                args.size,
+            ]
+            command += ["--batch", str(args.batch), "--repeats", str(args.repeats)]
+            command += ["--naive"] * (kind == "naive") + ["--recompute"] * args.recompute
+            command += ["--device", args.device] if args.device else []
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            if done.returncode:
+                why = (done.stderr.strip().splitlines() or ["killed: out of memory?"])[-1]
+                print(f"{stage:<6}{kind:8} failed: {why}")
+                continue
+            found[kind] = json.loads(done.stdout.splitlines()[-1])
+            times, memory = found[kind]["seconds"], found[kind]["memory"]
+            median, ratios = statistics.median(times), ""
+            if kind == "ours" and "naive" in found:
+                naive_median, naive_memory = (
+                    statistics.median(found["naive"]["seconds"]),
+                    found["naive"]["memory"],
+                )
+                ratios = f"{naive_median / median:7.1f}x{memory / naive_memory:7.2f}x"
+            hours = args.batch * 30 / 3600 / median
+            seconds = f"{median:10.2f} ({min(times):5.2f} - {max(times):5.2f})"
+            speed = f"{1 / median:9.3f}{hours:11.4f}{memory / 1e9:9.2f}{ratios}"
+            print(f"{stage:<6}{kind:8}{seconds}{speed}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# VRPO's estimators
+
+
+def draw_masks(side, n, is_stratified, mask_id, generator):
+    """is_masked (n, B, T) and weight (n, B) of an estimate: stratified exact counts, or t drawn n times."""
+    if is_stratified:
+        return draw_counts(side["is_answer"], n, generator)
+    t = torch.stack([draw_t(1, generator) for _ in range(n)])  # (n, 1)
+    masks = [corrupt(side["ids"], side["is_answer"], mask_id, x, generator=generator)[1] for x in t]
+    return torch.stack(masks), 1 / t
+
+
+def estimates(model, example, chosen, reference, times, is_shared, is_stratified, generator):
+    """Variance of the margin of one pair, and of its loss's gradient (trace), over `times` estimates.
+
+    example: a collated batch of one pair.  chosen: the parameters that train; reference: their values
+    in the reference model.  is_shared: policy and reference meet the same masks (Eq. 4).
+    """
+    c, n, names = model.config, vrpo.SAMPLES, ("chosen", "rejected")
+    sides = {name: train.side_of(example, name) for name in names}
+    encoded = model.encode(example["mel"], example["n_frames"])
+
+    def draw():
+        return {name: draw_masks(sides[name], n, is_stratified, c.mask_id, generator) for name in names}
+
+    def scores(masks):
+        audio, found = model.adapt(*encoded, example["n_frames"], 4), []
+        for name in names:
+            predict = train.reader(model, sides[name], *audio)
+            found.append(vrpo.score(predict, sides[name]["ids"], masks[name], c.mask_id))
+        return found
+
+    margins, mean, square = [], 0.0, 0.0
+    for _ in range(times):
+        masks = draw()
+        other_masks = masks if is_shared else draw()
+        policy = scores(masks)
+        with torch.no_grad(), vrpo.swapped(chosen, reference):
+            old = scores(other_masks)
+        margin = vrpo.margin(*policy, *old)
+        parts = torch.autograd.grad(vrpo.vrpo_loss(margin).sum(), chosen, allow_unused=True)
+        gradient = torch.cat([x.flatten() for x in parts if x is not None])
+        margins.append(margin.item())
+        mean, square = mean + gradient, square + gradient**2
+    trace = ((square - mean**2 / times) / (times - 1)).sum()
+    return statistics.variance(margins), trace.item()
+
+
+def variance_bench(args):
+    """Variance of the margin and of its gradient on a trained model, at one budget of samples.
+
+    Shared against independent masks, stratified exact counts against independent t.
+    """
+    model, tokenizer = load(args.model, args.device)
+    if not any("lora_" in n for n, _ in model.named_parameters()):
+        model.add_lora()
+    row = train.STAGES["tiny"][4]
+    chosen = list(train.trainable(model, row.trains).values())
+    examples = read_manifest(args.manifest, 4)[: args.pairs]
+    reference = [p.detach().clone() for p in chosen]
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # a policy some steps away: as far as steps of 3e-5 would bring every weight
+        for p in chosen:
+            p.add_(args.distance * torch.randn(p.shape, generator=g))
+    maker = train.Maker(tokenizer, model.config, row, 0, augmented=False)
+    what = f"{args.repeats} estimates of {vrpo.SAMPLES} samples each"
+    print(f"{args.model}, {len(examples)} pairs, {what}, policy {args.distance:g} (std) from the reference\n")
+    print(f"{'masks':14}{'t':22}{'variance of the margin':>24}{'of the gradient (trace)':>26}")
+    for is_shared in (True, False):
+        for is_stratified in (True, False):
+            found = []
+            for example in examples:
+                batch = maker([example], 0)["batch"]
+                kind = (args.repeats, is_shared, is_stratified, g)
+                found.append(estimates(model, batch, chosen, reference, *kind))
+            margin, trace = (statistics.mean(values) for values in zip(*found))
+            name = f"{'shared' if is_shared else 'independent':14}"
+            name += f"{'stratified counts' if is_stratified else 'independent t':22}"
+            print(f"{name}{margin:24.4f}{trace:26.5f}", flush=True)

@@ -1,0 +1,631 @@
+"""Scores, as the benchmarks define them, for any checkpoint: ours, small or released.
+
+    python -m tools.evaluate exact data/test.jsonl             questions with short answers; the shipped model
+    python -m tools.evaluate mmau mmau-test-mini.json --audio-root DIR --model diffa2 --out mmau.json
+    python -m tools.evaluate mmsu mmsu.jsonl ... | mmar MMAR.jsonl ... | voicebench alpacaeval.jsonl ...
+    python -m tools.evaluate asr DIR_OR_MANIFEST --model diffa2 --stage 1   word error rate, real-time factor
+    torchrun --nproc_per_node=8 -m tools.evaluate mmau ... --out mmau.json  several GPUs, one result
+    python -m tools.evaluate --compare a.json b.json           question by question, McNemar's p
+    python -m tools.evaluate --table a.json b.json             beside the paper's own rows
+
+Prompts, rules and decoding settings are the benchmarks' and the paper's (benchmarks.py): fixed steps by
+default, --factor for parallel decoding.  Answers are kept in OUT.answers.jsonl as they come, so a killed
+run goes on where it was; OUT is written at the end with the field names that the official scripts read.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+
+import numpy as np
+import soxr
+from tqdm import tqdm
+
+from adapters import merge_lora
+from data import SAMPLE_RATE, load_audio, window_seconds
+from decode import Options, ask, length_option
+from model import Parser, UserError
+from tools.benchmarks import (
+    BENCHMARKS,
+    OFFICIAL,
+    TRANSCRIPTS,
+    VOICEBENCH_DECODING,
+    is_transcript,
+    mcnemar,
+    normalise,
+    score_voicebench,
+    wilson,
+    word_errors,
+)
+from tools.questions import write_lines, write_text
+from tools.writer import Endpoint, strict_object
+from train import join_world, leave
+from weights import load
+
+# rows of the paper's tables: benchmark -> {"table", "columns", "rows": model -> its scores}
+HERE = os.path.dirname(os.path.abspath(__file__))
+with open(os.path.join(HERE, "paper_tables.json"), encoding="utf-8") as f:
+    PAPER = json.load(f)
+
+
+def subset_of(path):
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+def settings_of(args):
+    """Everything that decides an answer; a file of answers keeps to one of these."""
+    length, block, steps = BENCHMARKS[args.benchmark].decoding
+    if args.benchmark == "voicebench":
+        length, block, steps = VOICEBENCH_DECODING.get(subset_of(args.file), (length, block, steps))
+    if args.answer_length == "auto":  # one block that fits the clip
+        if args.steps or args.block:
+            raise UserError("--answer-length auto is one block, without --steps")
+        length, steps = "auto", None
+    elif args.answer_length:
+        length, steps = args.answer_length, steps and args.answer_length
+        block = min(block, length)
+    block = args.block or block
+    if args.steps:
+        steps, factor = args.steps, 1.0
+    elif args.factor is not None or steps is None:
+        steps, factor = None, args.factor or 1.0
+    else:
+        factor = 1.0
+    Options(length, block, steps, factor).check()
+    file = args.file if os.path.isfile(args.file) else os.path.join(args.file, "wav.scp")
+    digest = hashlib.sha256(open(file, "rb").read()).hexdigest()[:12] if os.path.isfile(file) else ""
+    return {
+        "benchmark": args.benchmark,
+        "questions": digest,
+        "model": args.model,
+        "stage": args.stage,
+        "answer_length": length,
+        "block": block,
+        "steps": steps,
+        "factor": None if steps else factor,
+        "cache": args.cache,
+        "limit": args.limit,
+    }
+
+
+def read_answers(path, settings=None):
+    """A file of answers -> its settings, {id: line}, without the half line that a kill may have left."""
+    found, header = {}, None
+    try:
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue
+                if "settings" in entry:
+                    header = entry["settings"]
+                else:
+                    found[entry["id"]] = entry
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"{path}: no file of answers; tools.evaluate writes one with --out") from None
+    if header is None:
+        raise UserError(f"{path}: not a file of answers that tools.evaluate wrote")
+    if settings is not None and header != settings:
+        name = next(k for k in settings if header.get(k) != settings[k])
+        held = f"{name} = {header.get(name)}"
+        raise UserError(f"{path}: holds answers with {held}, not {settings[name]}; give another --out")
+    return header, found
+
+
+def answer_all(world, model, tokenizer, questions, journal, settings, batch, allow_bad=0.01, running=None):
+    """Asks what `journal` does not hold yet, this process its share; returns {id: line} of this process.
+
+    Longest clips last; every batch is written before the next begins.  A clip that cannot be read is
+    answered with nothing (wrong), and noted; too many of them stop the run.
+    """
+    limit = window_seconds(model.config)
+    mine = {}
+    if journal:
+        if os.path.exists(journal):
+            _, mine = read_answers(journal, settings)
+        whole = [json.dumps({"settings": settings}), *map(json.dumps, mine.values())]
+        write_text("\n".join(whole) + "\n", journal)  # without the half line that a kill may have left
+    todo = [q for q in questions if q.id not in mine]
+    options = Options(
+        answer_length=settings["answer_length"],
+        block=settings["block"],
+        steps=settings["steps"],
+        factor=settings["factor"] or 1.0,
+        cache=settings["cache"],
+    )
+    loaded, bad = [], 0
+
+    def keep(lines):
+        for line in lines:
+            mine[line["id"]] = line
+        if journal:
+            with open(journal, "a", encoding="utf-8") as f:
+                f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+    for q in todo:
+        try:
+            loaded.append((q, load_audio(q.audio, q.offset, q.duration, limit)[0]))
+        except UserError as e:
+            bad += 1
+            nothing = {"answer": "", "calls": 0, "seconds": 0.0, "audio_seconds": 0.0}
+            keep([{"id": q.id} | nothing | {"bad": str(e)}])
+            if bad > max(1, allow_bad * len(questions)):
+                share = f"{bad} clips cannot be read, more than {allow_bad:.0%}"
+                raise UserError(f"{share}; the last: {e} (--allow-bad takes another share)") from None
+    loaded.sort(key=lambda pair: (len(pair[1]), len(pair[0].prompt)))
+    right, scored, done = 0, 0, len(questions) - len(loaded)
+    with tqdm(total=len(questions), initial=done, unit=" questions", disable=world.rank != 0) as progress:
+        for i in range(0, len(loaded), batch):
+            asked, clips = zip(*loaded[i : i + batch])
+            prompts = [q.prompt for q in asked]
+            answers = ask(model, tokenizer, clips, prompts, settings["stage"], options)
+            lines = []
+            for q, a in zip(asked, answers):
+                spent = {"calls": a.calls, "seconds": a.seconds, "audio_seconds": a.audio_seconds}
+                lines.append({"id": q.id, "answer": a.text} | spent)
+            keep(lines)
+            if running:
+                marks = [running(q, a.text)["right"] for q, a in zip(asked, answers)]
+                right += sum(mark is True for mark in marks)
+                scored += sum(mark is not None for mark in marks)
+                if scored:
+                    progress.set_postfix(right=f"{right / scored:.1%}", refresh=False)
+            progress.update(len(asked))
+    return mine
+
+
+def shares(marks, field):
+    """[bool] of what `score` found of each answer."""
+    return [bool(mark[field]) for mark in marks]
+
+
+def print_rows(rows):
+    """(name, marks) rows: share right with Wilson's interval, share that could not be parsed."""
+    print(f"{'':34}{'n':>6}{'right':>9}{'95 % interval':>17}{'not parsed':>12}")
+    for name, marks in rows:
+        n, right, parsed = len(marks), sum(shares(marks, "right")), sum(shares(marks, "parsed"))
+        low, high = wilson(right, n)
+        print(f"{name:34}{n:>6}{right / n:>9.1%}{low:>9.1%} -{high:6.1%}{1 - parsed / n:>12.1%}")
+
+
+def print_task(task, asked):
+    """One task of `exact`.  asked: (question, mark, line) of its questions."""
+    by_label = defaultdict(list)
+    for q, mark, _ in asked:
+        by_label[q.answer].append(mark["right"])
+    macro = sum(sum(marks) / len(marks) for marks in by_label.values()) / len(by_label)
+    calls = sum(line["calls"] for *_, line in asked) / len(asked)
+    text = f"{task}: macro average over {len(by_label)} answers {macro:.1%}, {calls:.2f} network calls"
+    if task.startswith(TRANSCRIPTS):
+        found = word_errors([q.answer for q, *_ in asked], [line["answer"] for *_, line in asked], normalise)
+        text += f", WER {found['wer']:.1%}"
+    print(text)
+
+
+def report_words(questions, answers):
+    """Prints the word error rate of transcripts; returns what goes into the summary."""
+    found = word_errors([q.answer for q in questions], answers)
+    kinds = ", ".join(f"{found[kind]} {kind}" for kind in ("substitutions", "deletions", "insertions"))
+    print(f"WER {found['wer']:.2%}: {kinds} in {found['words']} words")
+    return found
+
+
+def report_marks(benchmark, questions, lines, score):
+    """Prints right and wrong, over all and for every group; returns what goes into the summary."""
+    marks = [score(q, lines[q.id]["answer"]) for q in questions]
+    if all(mark["right"] is None for mark in marks):
+        empty = sum(not mark["parsed"] for mark in marks)
+        print(f"{len(marks)} answers, {empty} of them empty; this set needs a judge or its official scorer")
+        return {}
+    groups = defaultdict(list)
+    for q, mark in zip(questions, marks):
+        for heading, group in q.groups:
+            groups[heading, group].append(mark)
+    named = {f"{heading}: {group}": groups[heading, group] for heading, group in sorted(groups)}
+    print_rows([("all", marks), *named.items()])
+    summary = {"right": sum(shares(marks, "right")) / len(marks), "groups": {}}
+    for name, some in named.items():
+        summary["groups"][name] = sum(shares(some, "right")) / len(some)
+    if "raw" in marks[0]:
+        print(f"raw rule, letters not mapped: {sum(shares(marks, 'raw')) / len(marks):.1%}")
+    if benchmark != "exact":
+        return summary
+    asked = [(q, mark, lines[q.id]) for q, mark in zip(questions, marks)]
+    for task in sorted(group for heading, group in groups if heading == "task"):
+        print_task(task, [x for x in asked if ("task", task) in x[0].groups])
+    said = [(q.answer, line["answer"]) for q, _, line in asked if is_transcript(q)]
+    if said:
+        summary["wer"] = word_errors(*zip(*said), normalise)["wer"]
+        print(f"all {len(said)} transcripts: WER {summary['wer']:.1%}")
+    return summary
+
+
+def how_of(settings):
+    """The sampling rule in words."""
+    return f"{settings['steps']} steps" if settings["steps"] else f"factor {settings['factor']:g}"
+
+
+def report(settings, questions, lines, score, asr=False):
+    """Prints the scores and break-downs; returns a summary."""
+    lengths = f"answer length {settings['answer_length']}, block {settings['block']}"
+    parts = (settings["benchmark"], settings["model"], how_of(settings), lengths, f"cache {settings['cache']}")
+    print(", ".join(parts))
+    asked = [lines[q.id] for q in questions]
+    calls = sum(line["calls"] for line in asked) / len(questions)
+    audio = sum(line["audio_seconds"] for line in asked)
+    rtf = sum(line["seconds"] for line in asked) / audio if audio else float("nan")
+    summary = {"n": len(questions), "calls": calls, "rtf": rtf}
+    if asr:
+        summary |= report_words(questions, [line["answer"] for line in asked])
+    else:
+        summary |= report_marks(settings["benchmark"], questions, lines, score)
+    bad = [line["bad"] for line in asked if "bad" in line]
+    unread = f", {len(bad)} clips could not be read" if bad else ""
+    print(f"{calls:.2f} network calls an answer, real-time factor {rtf:.4f}{unread}")
+    for message in bad[:5]:
+        print(f"  {message}")
+    return summary
+
+
+JUDGE = (
+    "You judge a voice assistant. You get what a user said and what the assistant replied. Rate the reply "
+    "from 1 (useless: wrong, off the point, or unreadable) through 3 (addresses the request, with gaps or "
+    "padding) to 5 (right, complete, to the point, as one would speak). "
+    'Reply with one JSON object and nothing else: {"score": 1 to 5}'
+)
+
+
+def judge(questions, lines, endpoint, times=1):
+    """Mean 1-5 score of every answer by a language model; None where it gave no usable reply."""
+
+    def read(text):
+        score = strict_object(text, score=int)["score"]
+        if not 1 <= score <= 5:
+            raise ValueError
+        return score
+
+    for q in tqdm(questions, desc="judging", unit=" answers"):
+        line = lines[q.id]
+        if "judged" not in line:
+            found = [
+                endpoint.ask(JUDGE, f"User: {q.entry['prompt']}\n\nAssistant: {line['answer']}", read)
+                for _ in range(times)
+            ]
+            found = [x for x in found if x is not None]
+            line["judged"] = sum(found) / len(found) if found else None
+    return [lines[q.id]["judged"] for q in questions]
+
+
+TABLE_C1 = ("alpacaeval", "commoneval", "sd-qa", "mmsu", "openbookqa", "ifeval", "advbench")
+LEADERBOARD = (*TABLE_C1, "wildvoice", "bbh")
+
+
+def official_score(folder, subset, path):
+    """What VoiceBench's own script prints for a file of answers; it runs in its checkout."""
+    command = [sys.executable, "evaluate.py", "--src_file", os.path.abspath(path), "--evaluator", subset]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"{folder}/evaluate.py failed on {path} ({last}); the answers are written")
+    return done.stdout.strip()
+
+
+def overall(scores, columns):
+    """Mean over VoiceBench's columns, 1-5 scores times 20; None if one is missing.
+
+    Table C.1 has 7 columns, the leaderboard 9.
+    """
+    if any(c not in scores for c in columns):
+        return None
+    return sum(
+        scores[c] * (20 if c in ("alpacaeval", "commoneval", "wildvoice") else 1) for c in columns
+    ) / len(columns)
+
+
+# ---------------------------------------------------------------------------------------------
+# comparing
+
+
+def answers_of(path):
+    """OUT or OUT.answers.jsonl -> the latter."""
+    return path if path.endswith(".answers.jsonl") else path + ".answers.jsonl"
+
+
+def load_result(path):
+    """(settings, {id: line}) of a finished file of answers."""
+    path = answers_of(path)
+    settings, lines = read_answers(path)
+    if not all("right" in line for line in lines.values()):
+        raise UserError(f"{path}: not finished, or of a benchmark that has no right and wrong")
+    return settings, lines
+
+
+def compare(a, b):
+    """Two models question by question."""
+    (sa, la), (sb, lb) = load_result(a), load_result(b)
+    if (sa["benchmark"], sa["questions"]) != (sb["benchmark"], sb["questions"]) or la.keys() != lb.keys():
+        raise UserError(f"{a} and {b} do not answer the same questions")
+    pairs = [(la[i]["right"], lb[i]["right"]) for i in la]
+    counts = {
+        k: sum(p == k for p in pairs) for k in ((True, True), (True, False), (False, True), (False, False))
+    }
+    n = len(pairs)
+    for name, path, right in (("A", a, [x for x, _ in pairs]), ("B", b, [y for _, y in pairs])):
+        print(f"{name}: {path}: {sum(right) / n:.1%}")
+    print(f"\n{'':12}{'B right':>9}{'B wrong':>9}")
+    print(f"{'A right':12}{counts[True, True]:>9}{counts[True, False]:>9}")
+    print(f"{'A wrong':12}{counts[False, True]:>9}{counts[False, False]:>9}\n")
+    print(f"McNemar's exact p = {mcnemar(counts[True, False], counts[False, True]):.4g} ({n} questions)")
+
+
+def summaries_of(paths):
+    """[(path, settings, summary)] of finished runs."""
+    runs = []
+    for path in paths:
+        path = answers_of(path)
+        settings, _ = read_answers(path)
+        beside = path.removesuffix(".answers.jsonl") + ".summary.json"
+        if not os.path.exists(beside):
+            raise UserError(f"{path}: not finished: no summary beside it")
+        with open(beside, encoding="utf-8") as f:
+            runs.append((path, settings, json.load(f)))
+    return runs
+
+
+def scores_of(benchmark, summary):
+    """The cells of one run's row in the table."""
+    if benchmark == "asr":
+        return [f"WER {100 * summary['wer']:.2f}", f"RTF {summary['rtf']:.4f}"]
+    cells = []
+    for group, share in sorted(summary.get("groups", {}).items()):
+        heading = group.split(": ")[0]
+        # the paper breaks MMAU down by task, the others by what else their files name
+        if (
+            heading not in ("task", "sub-category", "difficulty", "category")
+            or benchmark == "mmau"
+            and heading == "task"
+        ):
+            cells.append(f"{group} {100 * share:.2f}")
+    if "right" in summary:
+        cells.append(f"overall {100 * summary['right']:.2f} (n = {summary['n']})")
+    return cells
+
+
+def table(paths):
+    """Our runs beside the paper's rows, as Markdown."""
+    runs = summaries_of(paths)
+    for benchmark in sorted({settings["benchmark"] for _, settings, _ in runs}):
+        paper = PAPER.get(benchmark)
+        source = f"{paper['table']}: {paper['columns']}" if paper else "no rows in the paper"
+        print(f"**{benchmark}** ({source})\n\n| model | scores |\n|---|---|")
+        for name, values in paper["rows"].items() if paper else ():
+            print(f"| {name} (paper) | {' · '.join(values.split())} |")
+        for _, settings, summary in runs:
+            if settings["benchmark"] == benchmark:
+                cells = " · ".join(scores_of(benchmark, summary))
+                print(f"| {settings['model']}, {how_of(settings)} | {cells} |")
+        print()
+
+
+# ---------------------------------------------------------------------------------------------
+# lmms-eval, the harness
+
+
+class LmmsEval:
+    """Lets lmms-eval drive a model of ours: its `generate_until` on requests that carry one clip each.
+
+    Register it in a two-line plug-in: `from lmms_eval.api.registry import register_model` and
+    `register_model("diffa2")(LmmsEval)` of tools.evaluate; the harness builds it from --model_args.
+    """
+
+    def __init__(
+        self, pretrained="tiny", device=None, batch_size=1, answer_length=32, block=32, factor=1.0, **kwargs
+    ):
+        self.model, self.tokenizer = load(pretrained, device)
+        merge_lora(self.model)
+        self.batch_size = int(batch_size)
+        self.options = {"answer_length": int(answer_length), "block": int(block), "factor": float(factor)}
+        self.task_dict = {}  # the harness fills it: task -> split -> documents
+        self.rank, self.world_size = 0, 1
+
+    def generate_until(self, requests):
+        """requests: Instances with args (context, gen_kwargs, doc_to_visual, doc_id, task, split).
+
+        Returns the answers' texts in the order of the requests.
+        """
+        jobs = []
+        for request in requests:
+            context, _, doc_to_visual, doc_id, task, split = request.args
+            (clip,) = doc_to_visual(self.task_dict[task][split][doc_id])
+            jobs.append((context, resampled(clip["array"], clip["sampling_rate"], self.model.config)))
+        texts = [None] * len(jobs)
+        order = sorted(range(len(jobs)), key=lambda i: len(jobs[i][1]))
+        for i in range(0, len(order), self.batch_size):
+            part = order[i : i + self.batch_size]
+            clips, questions = [jobs[j][1] for j in part], [jobs[j][0] for j in part]
+            answers = ask(self.model, self.tokenizer, clips, questions, **self.options)
+            for j, answer in zip(part, answers):
+                texts[j] = answer.text
+        return texts
+
+    def loglikelihood(self, requests):
+        raise NotImplementedError("diffusion bounds the likelihood and has none: use generate_until tasks")
+
+    def generate_until_multi_round(self, requests):
+        raise NotImplementedError("one clip, one question")
+
+
+def resampled(array, rate, config):
+    """Samples at any rate, mono or (channels, n) -> 16 kHz mono float32, cut to the model's window."""
+    audio = np.asarray(array, dtype=np.float32)
+    audio = audio.mean(0) if audio.ndim == 2 else audio
+    audio = soxr.resample(audio, rate, SAMPLE_RATE) if rate != SAMPLE_RATE else audio
+    return audio[: int(window_seconds(config) * SAMPLE_RATE)]
+
+
+# ---------------------------------------------------------------------------------------------
+# the command line
+
+
+def wait_for(world):
+    world.add([0.0])
+
+
+def read_questions(args):
+    """The questions that args name; raises UserError where there are none, or two of one id."""
+    if not os.path.exists(args.file):
+        raise UserError(f"{args.file}: no such file")
+    root = args.audio_root or ""
+    if not root and os.path.isfile(args.file):
+        root = os.path.dirname(os.path.abspath(args.file))
+    questions = list(BENCHMARKS[args.benchmark].read(args.file, root))[: args.limit]
+    if not questions:
+        raise UserError(f"{args.file}: holds no question")
+    if len({q.id for q in questions}) < len(questions):
+        raise UserError(f"{args.file}: two questions have the same id")
+    return questions
+
+
+def check_voicebench(args, has_checker):
+    """Says what --voicebench is for; raises UserError when it is given and cannot work.
+
+    has_checker: this subset is scored by VoiceBench's own script.
+    """
+    if has_checker and not args.voicebench:
+        what = f"evaluate: {subset_of(args.file)} is scored by VoiceBench's own checker"
+        hint = "--voicebench DIR names its checkout, without it the answers are only written"
+        print(f"{what}; {hint}", file=sys.stderr)
+    if args.voicebench:
+        script = os.path.join(args.voicebench, "evaluate.py")
+        if not (has_checker and args.out and os.path.exists(script)):
+            raise UserError(
+                f"--voicebench {args.voicebench}: wants VoiceBench's checkout (with its evaluate.py), --out, "
+                f"and one of {', '.join(OFFICIAL)}"
+            )
+
+
+def write_results(args, settings, questions, lines, summary):
+    """OUT with the official field names, OUT.answers.jsonl with all that is known, OUT.summary.json."""
+    bench, official = BENCHMARKS[args.benchmark], []
+    for q in questions:
+        answers = dict.fromkeys(bench.written, lines[q.id]["answer"])
+        official.append({**q.entry, "id": q.id, **answers})
+    everything = [{"settings": settings}, *(lines[q.id] for q in questions)]
+    write_lines(everything, args.out + ".answers.jsonl")
+    write_text(json.dumps(summary), args.out + ".summary.json")
+    if bench.as_list:
+        write_text(json.dumps(official, indent=1, ensure_ascii=False), args.out)
+    else:
+        write_lines(official, args.out)
+
+
+def run(args):
+    bench, subset = BENCHMARKS[args.benchmark], subset_of(args.file)
+    if not os.path.exists(args.file):
+        raise UserError(f"{args.file}: no such file")
+    settings = settings_of(args)
+    questions = read_questions(args)
+    is_voicebench = args.benchmark == "voicebench"
+    score = functools.partial(score_voicebench, subset) if is_voicebench else bench.score
+    check_voicebench(args, is_voicebench and subset in OFFICIAL)
+    with join_world(args.device) as world:
+        files = (args.llada, args.whisper, args.diffa)
+        model, tokenizer = load(args.model, world.device, None, args.stage, *files)
+        merge_lora(model)
+        journal = args.out and args.out + ".answers.jsonl"
+        mine = journal if world.size == 1 or not journal else f"{journal}.{world.rank}-of-{world.size}"
+        share, batch = questions[world.rank :: world.size], args.batch or bench.batch
+        lines = answer_all(world, model, tokenizer, share, mine, settings, batch, args.allow_bad, score)
+        everything = {}
+        for part in world.gather(lines):
+            everything |= part
+        if world.rank:
+            wait_for(world)
+            return
+        for q in questions:
+            mark = score(q, everything[q.id]["answer"])
+            if mark["right"] is not None:
+                everything[q.id] |= mark
+        if args.judge:
+            endpoint = Endpoint(args.judge, args.judge_model)
+            scores = judge(questions, everything, endpoint, 3 if subset == "wildvoice" else 1)
+            given = [x for x in scores if x is not None]
+            if given:
+                silent = f"{len(scores) - len(given)} without a usable reply"
+                print(f"judged 1-5: mean {sum(given) / len(given):.2f}, {silent}")
+            else:
+                print("the judge gave no usable reply")
+        trained = {"objective": "ar" if model.config.causal else "diffusion", "after_stage": model.stage}
+        summary = report(settings, questions, everything, score, args.benchmark == "asr") | trained
+        if args.out:
+            write_results(args, settings, questions, everything, summary)
+            if world.size > 1:
+                for r in range(world.size):
+                    os.remove(f"{journal}.{r}-of-{world.size}")
+            if args.voicebench:
+                print(official_score(args.voicebench, subset, args.out))
+        wait_for(world)
+
+
+def main(argv=None):
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m tools.evaluate", description=__doc__, formatter_class=raw)
+    parser.add_argument("benchmark", nargs="?", choices=sorted(BENCHMARKS))
+    parser.add_argument(
+        "file", nargs="?", help="the benchmark's question file; asr: a manifest or a Kaldi folder"
+    )
+    parser.add_argument("--audio-root", help="folder that the audio paths start from (default: the file's)")
+    parser.add_argument("--model", default="tiny")
+    for part in ("llada", "whisper", "diffa"):
+        parser.add_argument(f"--{part}", metavar="PATH", help="as in decode.py")
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4))
+    parser.add_argument(
+        "--answer-length", type=length_option, help="tokens; auto: from each clip's seconds, for transcripts"
+    )
+    parser.add_argument("--block", type=int)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--steps", type=int, help="fixed-step decoding (default: Table B.4; exact: factor 1)")
+    how.add_argument("--factor", type=float, help="factor-parallel decoding")
+    parser.add_argument("--cache", choices=("none", "prefix", "dual"), default="none")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--limit", type=int, help="the first so many questions")
+    parser.add_argument(
+        "--allow-bad", type=float, default=0.01, help="share of clips that may be unreadable (default 0.01)"
+    )
+    parser.add_argument("--device")
+    parser.add_argument("--out", help="write the answers, and go on where an earlier run was")
+    parser.add_argument(
+        "--judge", metavar="URL", help="voicebench: an OpenAI-compatible endpoint that rates answers"
+    )
+    parser.add_argument("--judge-model", default="gpt-4o-mini")
+    parser.add_argument(
+        "--voicebench", metavar="DIR", help="checkout of VoiceBench, whose script scores ifeval and bbh"
+    )
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two results question by question")
+    parser.add_argument(
+        "--table", nargs="+", metavar="OUT", help="results beside the paper's rows, in Markdown"
+    )
+    try:
+        args = parser.parse_args(argv)
+        if args.compare:
+            compare(*args.compare)
+        elif args.table:
+            table(args.table)
+        elif not args.file:
+            raise UserError(f"give a benchmark ({', '.join(sorted(BENCHMARKS))}) and its question file")
+        else:
+            run(args)
+    except UserError as e:
+        print(f"evaluate: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    leave(main())

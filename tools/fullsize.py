@@ -1,0 +1,185 @@
+"""The dress rehearsal: diffa2 at full size with random weights.
+
+Files with the names, shapes and formats of LLaDA-8B-Instruct (6 shards, 16.03 GB), Whisper-large-v3's
+encoder and DIFFA-2's pytorch_model.bin, loaded by the ordinary path; parameter counts held against the
+paper's Table B.3; one clip answered.  Random weights mean nothing: the answer is noise.  What it proves
+is shapes, memory and speed.
+"""
+
+import functools
+import json
+import os
+import platform
+import shutil
+import statistics
+import time
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from adapters import count, merge_lora
+from data import SAMPLE_RATE
+from decode import ask
+from model import DIFFA2, PRESETS, SPECIAL_TOKENS, UserError
+from tools.measure import Laps, Peak
+from weights import load, released_name
+
+LLADA_BYTES, SHARDS = 16_031_162_368, 6  # model.safetensors.index.json of GSAI-ML/LLaDA-8B-Instruct
+TABLE_B3 = {  # parameters
+    "encoder": 636_968_960,
+    "semantic": 36_392_448,
+    "acoustic": 47_892_992,
+    "backbone": 8_015_581_184,
+    "LoRA": 14_680_064,
+}
+
+
+def random_tensor(shape, pool, rng):
+    """std 0.02, cut from a pool of random numbers: drawing eight billion anew would take many minutes."""
+    n = int(np.prod(shape))
+    start = int(rng.integers(len(pool)))
+    return torch.cat([pool[start:], *[pool] * (n // len(pool)), pool])[:n].reshape(shape).clone()
+
+
+def full_tokenizer(config):
+    """A byte-level tokenizer of LLaDA's size with its special tokens at their exact ids."""
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    special = {getattr(config, field): token for field, token in SPECIAL_TOKENS.items()}
+    for i in range(len(vocab), max(special) + 1):
+        vocab[special.get(i, f"<filler {i}>")] = i
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(special.values()))
+    return tokenizer
+
+
+def write_fullsize(folder, config):
+    """LLaDA's shards, Whisper's .pt and DIFFA-2's pytorch_model.bin, random; each renamed when whole."""
+    os.makedirs(f"{folder}/llada", exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < 20e9:
+        raise UserError(f"{folder}: {free / 1e9:.0f} GB free; the rehearsal writes 18 GB")
+    rng = np.random.default_rng(0)
+    pool = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).mul_(0.02)
+    half = pool.to(torch.bfloat16)
+    with torch.device("meta"):
+        model = DIFFA2(config, lora=True)
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
+    backbone = {}
+    for name, shape in shapes.items():
+        if name.startswith("backbone.") and "lora_" not in name:
+            backbone[name.removeprefix("backbone.")] = shape
+
+    def written(name, write):
+        path = f"{folder}/{name}"
+        write(path + ".tmp")
+        os.replace(path + ".tmp", path)
+
+    per_shard, where = -(-len(backbone) // SHARDS), {}
+    for i in range(SHARDS):
+        name = f"model-{i + 1:05}-of-{SHARDS:05}.safetensors"
+        tensors = {}
+        for key, shape in list(backbone.items())[i * per_shard : (i + 1) * per_shard]:
+            is_norm = len(shape) == 1
+            tensor = torch.ones(shape, dtype=half.dtype) if is_norm else random_tensor(shape, half, rng)
+            tensors[f"model.transformer.{key}"] = tensor
+        written(f"llada/{name}", functools.partial(save_file, tensors))
+        where |= dict.fromkeys(tensors, name)
+    size = sum(int(np.prod(s)) * 2 for s in backbone.values())
+    assert size == LLADA_BYTES, size
+    index = {"metadata": {"total_size": size}, "weight_map": where}
+    for name, content in (("model.safetensors.index.json", index), ("config.json", {"model_type": "llada"})):
+        with open(f"{folder}/llada/{name}", "w") as f:
+            json.dump(content, f)
+    full_tokenizer(config).save(f"{folder}/llada/tokenizer.json")
+    ear = {k: random_tensor(s, pool, rng).half() for k, s in shapes.items() if k.startswith("encoder.")}
+    written("large-v3.pt", functools.partial(torch.save, {"dims": {}, "model_state_dict": ear}))
+    trained = {}
+    for key, name in released_keys(config):
+        shape = (1, *shapes[name][1:]) if name == "acoustic.queries" else shapes[name]
+        trained[key] = random_tensor(shape, pool, rng)
+    written("pytorch_model.bin", functools.partial(torch.save, trained))
+
+
+def released_keys(config):
+    """(the authors' key, ours) of everything in DIFFA-2's file, peft's wrapping included."""
+    keys = ["acoustic_connector.layer_weights", "trainable_prompts.weight"]
+    modules = [f"acoustic_connector.proj.{i}" for i in (0, 1)]
+    for part in ("conv.0", "conv.2", "linear_connector.0", "linear_connector.2", "layernorm"):
+        modules.append(f"semantic_connector.{part}")
+    for n in (0, 1):
+        layer = f"acoustic_connector.qformer.layer.{n}"
+        for attention in ("attention", "crossattention"):
+            for part in ("self.query", "self.key", "self.value", "output.dense", "output.LayerNorm"):
+                modules.append(f"{layer}.{attention}.{part}")
+        for part in ("intermediate.dense", "output.dense", "output.LayerNorm"):
+            modules.append(f"{layer}.{part}")
+    keys += [f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias")]
+    for n in range(config.layers):
+        block = f"llm_model.base_model.model.model.transformer.blocks.{n}"
+        for part in ("q_proj", "k_proj", "v_proj", "ff_proj", "up_proj"):
+            keys += [f"{block}.{part}.lora_{x}.default.weight" for x in "AB"]
+    for key in keys:
+        yield key, released_name(key)
+    for i in range(len(config.taps)):
+        yield f"acoustic_connector.layer_prompts.{i}", "acoustic.queries"
+
+
+def timed(name, work):
+    """What work() returns; prints its seconds and its peak of memory."""
+    start = time.perf_counter()
+    with Peak() as peak:
+        found = work()
+    seconds = time.perf_counter() - start
+    print(f"{name:18}{seconds:8.1f} s   peak anonymous memory {peak.bytes / 1e9:.2f} GB")
+    return found
+
+
+def fullsize(folder, device, keep):
+    """Writes, loads, counts and asks; removes the weights unless `keep`."""
+    config = PRESETS["diffa2"]
+    if not os.path.exists(f"{folder}/pytorch_model.bin"):
+        start = time.perf_counter()
+        write_fullsize(folder, config)
+        print(f"wrote random weights in {time.perf_counter() - start:.0f} s")
+    files = []
+    for part, _, names in os.walk(folder):
+        files += [
+            os.path.join(part, name) for name in names if name.endswith((".safetensors", ".pt", ".bin"))
+        ]
+    on_disk = sum(map(os.path.getsize, files))
+    threads = f"{torch.get_num_threads()} CPU threads"
+    where = f"{platform.system()}, {threads}, device {device or 'cpu'}, torch {torch.__version__}"
+    print(f"{where}, {on_disk / 1e9:.2f} GB of weights on disk")
+    sources = (f"{folder}/llada", f"{folder}/large-v3.pt", f"{folder}/pytorch_model.bin")
+    model, tokenizer = timed("load", lambda: load("diffa2", device or "cpu", None, 4, *sources))
+    lora = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    ours = {part: count(getattr(model, part)) for part in ("encoder", "semantic", "acoustic", "backbone")}
+    ours["encoder"] += model.encoder.positional_embedding.numel()
+    ours["backbone"] -= lora
+    ours["LoRA"] = lora
+    assert ours == TABLE_B3, ours
+    print("parameters        " + ", ".join(f"{part} {n:,}" for part, n in ours.items()) + ": Table B.3")
+    timed("merge LoRA", lambda: merge_lora(model))
+    clip = np.random.default_rng(0).uniform(-0.3, 0.3, 10 * SAMPLE_RATE).astype(np.float32)
+    for cache in ("none", "prefix"):
+        laps, start = Laps(device or "cpu"), time.perf_counter()
+        with Peak() as peak:
+            (answer,) = ask(
+                model, tokenizer, [clip], ["What emotion?"],
+                answer_length=16, block=16, steps=16, cache=cache, on_step=laps,
+            )  # fmt: skip
+        wall, (first, *rest) = time.perf_counter() - start, laps.seconds
+        others = f"others median {statistics.median(rest):.2f} s ({min(rest):.2f} - {max(rest):.2f})"
+        print(
+            f"16 tokens, cache {cache:8}{wall:8.1f} s   {answer.calls} calls; "
+            f"first with encoder {first:.1f} s, {others}   peak anonymous memory {peak.bytes / 1e9:.2f} GB"
+        )
+    if device and torch.device(device).type == "cuda":
+        print(f"peak GPU memory   {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
+    if not keep:
+        for path in files:
+            os.remove(path)

@@ -1,0 +1,287 @@
+"""The small model's tour: corpora, books and neural speech -> its tokenizer and the manifests of all stages.
+
+    python -m tools.prepare tour --audio DIR --text DIR --speech DIR --out data
+
+Stage 1 transcribes, stages 2 and 3 ask about clips (stage 3 by multiple choice too), stage 4 has
+preference pairs.  Stage 0 has no audio at all: the questions of the other stages with the facts that
+are known of each clip, and sentences of the books to be written out from their pieces.
+
+A clip for testing is in no other manifest, string or mixture.  The same seed writes the same bytes.
+"""
+
+import glob
+import itertools
+import json
+import os
+import random
+import re
+from collections import defaultdict
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+from data import ASR_QUESTION, BEFORE_AUDIO, LETTERS, SYSTEM, mmau_prompt, mmsu_prompt, prompt_text, read_entries
+from model import SPECIAL_TOKENS, UserError
+from tools.corpora import plain, read_corpus
+from tools.questions import (
+    CHOICE_TASKS,
+    TASKS,
+    ask,
+    askable,
+    choice_line,
+    choices_in,
+    draw_balanced,
+    line_of,
+    make_folder,
+    mix,
+    multiple_choice,
+    preference_line,
+    question_line,
+    strings,
+    write_lines,
+    write_text,
+)
+
+TOUR = ("fsdd", "speech_commands", "esc10", "ravdess", "librispeech", "berklee", "sonicpi", "speechocean762")
+SENTENCES = ("speechocean762", "neural")  # corpora of sentences, no two clips alike
+BALANCE = {  # fact -> clips drawn for it in a manifest, every value of it equally often
+    "digit": 1500, "word": 2500, "sound": 2500, "instrument": 3000,
+    "emotion": 5000, "sex": 1500, "intensity": 2000, "age": 1500,
+}  # fmt: skip
+TEST_TASKS = {  # corpus -> what its test clips are asked
+    "fsdd": ("digit",), "speech_commands": ("word",), "esc10": ("sound",), "ravdess": ("emotion", "sex", "intensity"),
+    "librispeech": ("sex",), "berklee": ("instrument",), "sonicpi": ("instrument",),
+    "speechocean762": ("asr", "sex", "age"), "neural": ("asr", "sex"),
+}  # fmt: skip
+DOMAINS = {"sound": "sound", "instrument": "music", "background": "mixture"}  # task -> domain; all else is speech
+
+
+def sentences_of(folder, most=15):
+    """Sentences of 2 to `most` words of all *.txt in a folder (a paragraph a line), in order, none twice."""
+    seen = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.txt"))):
+        with open(path, encoding="utf-8") as f:
+            for paragraph in f:
+                for sentence in re.split(r"(?<=[.!?;:])\W+", paragraph):
+                    words = plain(sentence).split()
+                    if 2 <= len(words) <= most and re.fullmatch(r"[\x20-\x7e’‘“”—]+", sentence.strip()):
+                        seen[" ".join(words)] = None
+    return list(seen)
+
+
+def compose_clips(part, n, n_mixtures, rng, folder, progress):
+    """Strings of digits and of words, and speech over sounds, made of a split's clips -> kind of composition -> clips."""
+    digits = [c for c in part if c.dataset == "fsdd"]
+    words = [c for c in part if c.dataset == "speech_commands"]
+    sounds = [c for c in part if "sound" in c.facts]
+    speech = digits + words + [c for c in part if c.dataset in ("ravdess", "librispeech", *SENTENCES)]
+    made = {"digits": [], "words": [], "mixtures": []}
+    if digits:
+        made["digits"] = list(strings(digits, n, 5, rng, f"{folder}_digits", progress))
+    if words:
+        made["words"] = list(strings(words, n // 2 + 1, 3, rng, f"{folder}_words", progress, 2))
+    if sounds and speech:
+        by_corpus = defaultdict(list)
+        for clip in speech:
+            by_corpus[clip.dataset].append(clip)
+        for i, sound in enumerate(draw_balanced(sounds, "sound", n_mixtures, rng)):
+            voice = rng.choice(by_corpus[rng.choice(sorted(by_corpus))])
+            made["mixtures"].append(mix(voice, sound, rng, f"{folder}_mixtures/{i:05}.flac"))
+            progress.update()
+    return made
+
+
+def written(line):
+    """A manifest line without its audio: what stage 0 reads in its place are the facts."""
+    return {k: v for k, v in line.items() if k not in ("audios", "duration", "offset")}
+
+
+def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
+    """Writes tokenizer.json, stage0.jsonl to stage4.jsonl, held_out.jsonl, test.jsonl, mmsu.jsonl and mmau.json.
+
+    audio: folder that holds the corpora of TOUR, or some of them.  text: folder of books.  speech: what
+    `prepare speak sentences` wrote.  n_strings: composed digit strings; all else in proportion.
+    """
+    rng, scale = random.Random(seed), n_strings / 3000
+    have = [name for name in TOUR if os.path.isdir(os.path.join(audio, name))]
+    if not have:
+        raise UserError(f"{audio}: holds none of the folders {', '.join(TOUR)}")
+    if text and not glob.glob(os.path.join(glob.escape(text), "*.txt")):
+        raise UserError(f"{text}: holds no .txt")
+    make_folder(out)
+    clips = [clip for name in have for clip in read_corpus(name, os.path.join(audio, name))]
+    if speech:
+        clips += read_corpus("neural", speech)
+    trained_on = [c for c in clips if not c.is_test]
+    held_out = {c.path for c in rng.sample(trained_on, max(1, len(trained_on) // 60))}
+    folder, here = os.path.join(out, "clips"), os.path.join(out, "manifest")  # paths are relative to the manifests
+    parts, made = {}, {}
+    with tqdm(total=int(n_strings * 2.5), desc="composing", unit=" clips") as progress:
+        for split in ("train", "test"):
+            part = [c for c in clips if c.is_test == (split == "test") and c.path not in held_out]
+            n = n_strings if split == "train" else int(200 * scale) + 1
+            parts[split] = part
+            made[split] = compose_clips(part, n, n if split == "train" else n, rng, f"{folder}/{split}", progress)
+    train, composed = parts["train"], [c for some in made["train"].values() for c in some]
+    labels = defaultdict(set)  # task -> what may stand among its choices
+    for clip in train + composed:
+        for task, fact in askable(clip, CHOICE_TASKS):
+            labels[task].add(fact)
+    sentences = [c for c in train if c.dataset in SENTENCES and not c.qa]
+    spoken_questions = [c for c in train if c.qa]
+
+    def singles(share, r):
+        """Single clips, the values of every fact equally often, each with a task that turns on the fact."""
+        for kind, n in BALANCE.items():
+            tasks = [t for t, row in TASKS.items() if row.kind == kind]
+            for clip in draw_balanced(train, kind, int(n * share * scale), r):
+                yield clip, tasks
+
+    def questions(pairs, r):
+        for clip, tasks in pairs:
+            yield question_line(clip, r, here, tasks if r.random() < 0.6 else None)
+
+    def choices(some_clips, r):
+        return (choice_line(clip, r, here, labels) for clip in some_clips)
+
+    def transcripts(r):
+        yield from ask(composed, r, here, ["asr"])
+        yield from ask(sentences * 2, r, here, ["asr"])
+        yield from (question_line(c, r, here, ["asr"]) for c, _ in singles(0.2, r))
+
+    def about_clips(share, r):
+        yield from ask(composed, r, here)
+        yield from ask(made["train"]["mixtures"], r, here, ["background"])
+        yield from questions(singles(share, r), r)
+        yield from ask(spoken_questions, r, here, ["asr"])
+        yield from ask(sentences, r, here)
+        yield from ask(sentences, r, here, ["asr"])
+
+    def by_choice(share, r):
+        yield from choices((c for c, _ in singles(share, r)), r)
+        yield from choices(composed[::2], r)
+
+    def preferences(r):
+        drawn = [c for c, _ in singles(0.15, r)] + r.sample(composed, len(composed) // 5)
+        return (preference_line(c, r, here, labels) for c in drawn)
+
+    def text_alone(r):
+        for line in itertools.chain(transcripts(r), about_clips(1, r), by_choice(0.6, r)):
+            if line:
+                yield written(line)
+        books = sentences_of(text) if text else []
+        for sentence in r.sample(books, min(len(books), int(60_000 * scale))):
+            question = r.choice((ASR_QUESTION, r.choice(TASKS["asr"].questions)))
+            asked = {"role": "user", "content": "<audio>" + question}
+            messages = [asked, {"role": "assistant", "content": sentence}]
+            yield {"messages": messages, "dataset": "books", "task": "asr", "facts": {"words": sentence}}
+
+    stages = {
+        1: transcripts,
+        2: lambda r: about_clips(1, r),
+        3: lambda r: itertools.chain(about_clips(0.7, r), by_choice(1, r)),
+        4: preferences,
+        0: text_alone,
+    }
+    for stage, lines in stages.items():
+        r = random.Random(f"{seed} stage {stage}")
+        path = f"{out}/stage{stage}.jsonl"
+        print(f"{path}: {write_lines(filter(None, lines(r)), path, r)} lines")
+    lines = [question_line(c, rng, here, sentences=0) for c in clips if c.path in held_out and not c.qa]
+    print(f"{out}/held_out.jsonl: {write_lines(filter(None, lines), f'{out}/held_out.jsonl')} lines")
+    lines = list(test_lines(parts["test"], made["test"], rng, here))
+    print(f"{out}/test.jsonl: {write_lines(lines, f'{out}/test.jsonl')} lines")
+    asked = [*parts["test"], *made["test"]["digits"], *made["test"]["mixtures"]]
+    found = benchmark(asked, labels, max(40, int(720 * scale)), rng, out)
+    print(f"{out}/mmsu.jsonl: {found[0]} questions; {out}/mmau.json: {found[1]} questions")
+    paths = [f"{out}/stage{stage}.jsonl" for stage in sorted(stages)]
+    tokenizer = train_tokenizer(entry for path in paths for _, entry in read_entries(path))
+    tokenizer.save(f"{out}/tokenizer.json")
+    print(f"{out}/tokenizer.json: {tokenizer.get_vocab_size()} entries")
+
+
+def test_lines(clips, made, rng, out):
+    """The test split: a question for each task that a corpus is tested by, spoken questions, and composed clips."""
+    for clip in clips:
+        for question, answer in clip.qa:
+            yield line_of(clip, "qa", question, answer, out)
+        for task in () if clip.qa else TEST_TASKS[clip.dataset]:
+            if askable(clip, [task]):
+                yield question_line(clip, rng, out, [task], 0)
+    for task, kind in (("asr", "digits"), ("asr", "words"), ("background", "mixtures")):
+        for clip in made[kind]:
+            yield question_line(clip, rng, out, [task], 0)
+
+
+def benchmark(clips, pools, n, rng, out):
+    """Multiple-choice questions about held-out clips, written as MMSU's and MMAU's question files.
+
+    Speech with four options goes to OUT/mmsu.jsonl; sound, music, mixtures and questions with fewer
+    options to OUT/mmau.json; every task equally often.  Audio paths are relative to OUT.
+    """
+    by_task = defaultdict(list)
+    for clip in clips:
+        for task, fact in askable(clip, CHOICE_TASKS):
+            if len(pools[task]) > 1:
+                by_task[task].append((clip, fact))
+    mmsu, mmau, tasks = [], [], sorted(by_task)
+    for i in range(n if tasks else 0):
+        task = tasks[i % len(tasks)]
+        clip, fact = rng.choice(by_task[task])
+        question, choices, right = multiple_choice(task, fact, pools[task], 4, rng)
+        path = os.path.relpath(clip.path, out)
+        if task in DOMAINS or len(choices) != 4:  # MMSU always has four
+            mmau.append({
+                "id": f"q{i:04}", "audio_id": path, "question": question, "choices": choices, "answer": choices[right],
+                "task": DOMAINS.get(task, "speech"), "difficulty": "medium", "sub-category": task, "dataset": clip.dataset,
+            })  # fmt: skip
+        else:
+            paralinguistic = task in ("emotion", "intensity", "sex", "age", "accent")
+            fields = dict(zip(("choice_a", "choice_b", "choice_c", "choice_d"), choices, strict=True))
+            mmsu.append({
+                "id": f"q{i:04}", "audio_path": path, "question": question, **fields, "answer_gt": choices[right],
+                "task_name": task, "category": "Reasoning" if task == "count" else "Perception",
+                "sub-category": "Paralinguistics" if paralinguistic else "Linguistics",
+                "sub-sub-category": "Paralinguistics" if paralinguistic else "Semantics",
+            })  # fmt: skip
+    write_lines(mmsu, os.path.join(out, "mmsu.jsonl"))
+    write_text(json.dumps(mmau, indent=1, ensure_ascii=False), os.path.join(out, "mmau.json"))
+    return len(mmsu), len(mmau)
+
+
+def train_tokenizer(lines, vocab=2000):
+    """Byte-level BPE on the prompts, answers and sentences of `lines`, with LLaDA's special tokens.
+
+    Labels count fifty times, with a space and without, in capitals and not, so that a label is one token:
+    tokens decoded together are drawn independently.  What every prompt says in the same words is one
+    token too, a small model has no positions to waste; so is a choice's letter with its dot.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+
+    def texts():
+        for line in lines:
+            question, answer = (message["content"].replace("<audio>", "") for message in line["messages"][:2])
+            yield prompt_text(question)
+            yield answer
+            if line.get("task") in ("asr", "qa"):
+                continue
+            known = [v for k, v in line.get("facts", {}).items() if k not in ("words", "speaker", "caption")]
+            for label in {answer, *choices_in(question).values(), *known}:
+                if len(label) < 40:
+                    for text in (label, f" {label}", f" {label.lower()}"):
+                        yield from [text] * 15
+
+    tokenizer.train_from_iterator(texts(), trainer)
+    fixed = [asks("", []).split("Question:")[0] + "Question:" for asks in (mmsu_prompt, mmau_prompt)]
+    letters = [f"{letter}." for letter in LETTERS]
+    whole = (SYSTEM, BEFORE_AUDIO, " <audio>.", "\n\n", *fixed, *letters)
+    tokenizer.add_tokens([AddedToken(text) for text in whole])
+    return tokenizer

@@ -1,0 +1,179 @@
+"""A language model as a writer of answers, right and wrong, about clips that it knows by their facts.
+
+    python -m tools.prepare preferences data/stage2.jsonl --out stage4.jsonl --llm URL --model NAME
+
+Every reply goes to OUT.replies.jsonl at once: a stopped run goes on where it was, nothing is asked twice.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from data import parse_example, read_entries
+from model import UserError
+from tools.endpoint import post_json
+from tools.questions import make_folder, write_lines
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An OpenAI-compatible chat endpoint."""
+
+    url: str
+    model: str
+    timeout: float = 60.0  # seconds
+    tries: int = 6
+    pause: float = 1.0  # seconds before the second try; doubled each time
+
+    def ask(self, system, user, read):
+        """One completion, `read` (text -> value, or ValueError); None when none could be read."""
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        body = {"model": self.model, "messages": messages}
+
+        def read_reply(data):
+            return read(json.loads(data)["choices"][0]["message"]["content"])
+
+        return post_json(
+            self.url, "/chat/completions", body, read_reply, self.timeout, self.tries, self.pause
+        )
+
+
+def strict_object(text, **fields):
+    """A JSON object with exactly these fields and types; ValueError for anything else."""
+    found = json.loads(text)
+    right = isinstance(found, dict) and found.keys() == fields.keys()
+    if not right or not all(type(found[name]) is kind for name, kind in fields.items()):
+        raise ValueError(f"not an object with the fields {', '.join(fields)}")
+    return found
+
+
+def describe(facts):
+    """What is known of a clip, in words, for a model that cannot hear it."""
+    names = {
+        "words": "words spoken",
+        "background": "sound in the background",
+        "instrument": "instrument or object",
+    }
+    return (
+        "; ".join(f"{names.get(kind, kind)}: {value}" for kind, value in facts.items()) or "nothing is known"
+    )
+
+
+WRITER = (  # meets what the paper's Figure A.2 does: the description stands for the audio
+    "You answer questions about a recording as if you had heard it. All you know of it is the description "
+    "that stands where the recording would. Answer the question itself, truthfully to the description, in at "
+    "most two sentences; never mention the description. "
+    'Reply with one JSON object and nothing else: {"answer": "..."}'
+)
+SPOILER = (  # meets the requirements of the paper's Figure A.4
+    "You write training data for a model that answers questions about recordings. You get what is known of "
+    "a recording, a question about it and a good answer. Write one bad answer to the same question. It reads "
+    "as fluently and sounds as plausible as the good one, and it answers the question directly; but one "
+    "thing that could be heard is wrong in it or missing: another sound, feeling, voice, order, number or "
+    "tempo. A matter of style or length is no error, nonsense and refusals are useless. "
+    "Then judge the pair: is the "
+    "good answer clearly the better one? If they are close, or you are in doubt, the pair is not usable. "
+    "Reply with one JSON object and nothing else, with exactly these fields: "
+    '{"bad_answer": "...", "explanation": "...", "usable": true or false}'
+)
+
+
+def read_answer(text):
+    return strict_object(text, answer=str)
+
+
+def read_pair(text):
+    return strict_object(text, bad_answer=str, explanation=str, usable=bool)
+
+
+def prompt_for(example, kind):
+    """-> system prompt, user prompt and how to read the reply."""
+    known = f"Recording: {describe(example.facts)}\n\nQuestion: {example.question}"
+    if kind == "answers":
+        return WRITER, known, read_answer
+    return SPOILER, f"{known}\n\nGood answer: {example.answer}", read_pair
+
+
+def read_journal(path):
+    """The replies that an earlier run has had: key -> reply."""
+    replies = {}
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                with contextlib.suppress(ValueError, KeyError):  # half a line, where a run was killed
+                    found = json.loads(line)
+                    replies[found["key"]] = found["reply"]
+    return replies
+
+
+def ask_all(endpoint, prompts, path, workers):
+    """prompts {key: prompt} -> {key: reply} of all that got one; the journal at `path` has them at once."""
+    replies = read_journal(path)
+    missing = {key: prompt for key, prompt in prompts.items() if key not in replies}
+    try:
+        journal = open(path, "a+", encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror})") from None
+    with (
+        journal,
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=len(missing), desc="asking", unit=" lines") as progress,
+    ):
+        if replies and journal.tell():
+            journal.write("\n")  # a half-written line ends here
+        jobs = {pool.submit(endpoint.ask, *prompt): key for key, prompt in missing.items()}
+        try:
+            for job in as_completed(jobs):
+                key, reply = jobs[job], job.result()
+                if reply is not None:
+                    replies[key] = reply
+                    journal.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
+                    journal.flush()
+                progress.update()
+        except UserError:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return replies
+
+
+def write_with_llm(manifest, out, endpoint, kind, workers=8, limit=None):
+    """Has a language model write answers ("answers") or worse ones ("preferences") for a manifest's lines.
+
+    Returns lines written, lines found unusable, lines without a usable reply.
+    """
+    folder, pairs = os.path.dirname(os.path.abspath(manifest)), []
+    for i, (where, entry) in enumerate(itertools.islice(read_entries(manifest), limit)):
+        pairs.append((entry, parse_example(entry, i, where, folder, None, check=False)))
+    if not any(example.facts for _, example in pairs):
+        raise UserError(f"{manifest}: no line has facts to describe its clip by")
+    new_folder = os.path.dirname(os.path.abspath(out))
+    make_folder(new_folder)
+    keys, prompts = [], {}
+    for _, example in pairs:
+        system, user, read = prompt_for(example, kind)
+        key = hashlib.sha256("\0".join((endpoint.model, system, user)).encode()).hexdigest()
+        keys.append(key)
+        prompts[key] = (system, user, read)
+    replies = ask_all(endpoint, prompts, out + ".replies.jsonl", workers)
+    lines, unusable, silent = [], 0, 0
+    for key, (entry, example) in zip(keys, pairs):
+        reply = replies.get(key)
+        audios = [os.path.relpath(example.audio, new_folder)] if example.audio else []
+        if reply is None:
+            silent += 1
+        elif kind == "answers":
+            messages = [entry["messages"][0], {"role": "assistant", "content": reply["answer"]}]
+            lines.append(entry | {"messages": messages, "audios": audios})
+        else:
+            worse = reply["bad_answer"].strip()
+            if not reply["usable"] or not worse or worse == example.answer.strip():
+                unusable += 1
+            else:
+                lines.append(entry | {"audios": audios, "rejected_response": worse})
+    return write_lines(lines, out), unusable, silent
