@@ -81,7 +81,7 @@ class QFormerLayer(nn.Module):
         self.norm = nn.LayerNorm(d, eps=1e-12)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, frames, mask):
+    def forward(self, x, frames, mask=None):
         x = self.self_attention(x, x)
         x = self.cross_attention(x, frames, mask)
         return self.norm(x + self.dropout(self.fc2(F.gelu(self.fc1(x)))))

@@ -1,5 +1,6 @@
 """The small model's manifests and tokenizer, from miniature corpora in their published layout."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -19,7 +20,7 @@ from weights import load_tokenizer
 def test_tour_never_trains_on_the_test_split(toured, corpora):
     test_clips = {
         os.path.abspath(c.path)
-        for name in TOUR
+        for name in set(TOUR) & set(os.listdir(corpora))
         for c in read_corpus(name, os.path.join(corpora, name))
         if c.is_test
     }
@@ -140,7 +141,9 @@ def test_benchmark_speaks_the_benchmarks_formats(toured):
             and q["task"] in ("sound", "music", "speech", "mixture")
             and os.path.exists(os.path.join(toured, q["audio_id"]))
         )
-    trained = {os.path.realpath(e.audio) for n in range(1, 5) for e in read_manifest(f"{toured}/stage{n}.jsonl")}
+    trained = {
+        os.path.realpath(e.audio) for n in range(1, 5) for e in read_manifest(f"{toured}/stage{n}.jsonl")
+    }
     assert not trained & {
         os.path.realpath(os.path.join(toured, q.get("audio_path") or q["audio_id"])) for q in mmsu + mmau
     }
@@ -152,7 +155,9 @@ def test_stage_0_is_text_alone(toured, tmp_path, corpora):
     assert all(e.audio is None for e in examples) and {e.task for e in examples} >= {"asr", "digit", "sex"}
     books = tmp_path / "books"
     books.mkdir()
-    (books / "a.txt").write_text("It rained. The dog, who’d been out, came home! No\n\nA very " + "long " * 20 + "one.\n")
+    (books / "a.txt").write_text(
+        "It rained. The dog, who’d been out, came home! No\n\nA very " + "long " * 20 + "one.\n"
+    )
     assert sentences_of(str(books)) == ["it rained", "the dog who'd been out came home"]
     out = str(tmp_path / "out")
     assert main(["tour", "--audio", corpora, "--out", out, "--strings", "20", "--text", str(books)]) == 0
@@ -164,6 +169,7 @@ def test_stage_0_is_text_alone(toured, tmp_path, corpora):
 def test_a_written_clip_holds_its_facts(tokenizer, config):
     """Every piece of the transcript stands in its order among the semantic tokens, equal ones parted by a blank; every
     fact among the acoustic ones; nothing else; what was written depends on the generator alone."""
+    config = dataclasses.replace(config, n_frames=500)  # room for all of it
     facts = {"words": "seven seven two rain", "sex": "speaker", "sound": "dog", "speaker": "jackson"}
     pieces = tokenizer.encode(facts["words"], add_special_tokens=False).ids
     known = [i for v in ("speaker", "dog") for i in tokenizer.encode(" " + v, add_special_tokens=False).ids]
@@ -177,8 +183,12 @@ def test_a_written_clip_holds_its_facts(tokenizer, config):
         n_first = config.n_queries if shown else config.n_soft_prompts
         firsts.add(n_first)
         if shown:
-            assert set(made["ids"][:n_first].flatten().tolist()) <= set(known) and len(set(ids[:n_first])) == len(known)
-        spoken = [key for key, _ in itertools.groupby(ids[n_first:])]  # CTC's reading: repeats, then blanks go
+            assert set(made["ids"][:n_first].flatten().tolist()) <= set(known) and len(
+                set(ids[:n_first])
+            ) == min(len(known), config.n_queries)
+        spoken = [
+            key for key, _ in itertools.groupby(ids[n_first:])
+        ]  # CTC's reading: repeats, then blanks go
         assert [i for i in spoken if i != config.eos_id] == pieces
         loud = made["weights"].sum(1)
         assert loud.min() > 0.39 and loud.max() < 1.41 and made["noise"].shape == (len(ids), config.width)

@@ -254,11 +254,7 @@ def test_ranks_share_out_the_global_batch(world, batch):
     ]
     for step in range(steps):
         ids = [i for plan in plans for s, _, micro, _ in plan if s == step for i in micro]
-        assert (
-            len(ids) == len(set(ids)) == min(batch, len(costs) - step * batch)
-            or len(ids) == batch
-            or len(ids) == len(costs) % batch
-        )
+        assert len(ids) == len(set(ids)) == min(batch, len(costs) - step * batch)
         assert all(sum(last for s, _, _, last in plan if s == step) == 1 for plan in plans)
     seen = sorted(i for plan in plans for _, _, micro, _ in plan for i in micro)
     assert seen == list(range(200))
@@ -699,17 +695,20 @@ def test_stage_0_reads_what_is_written(toured, config, tokenizer):
 
 
 def test_training_by_eq_1_memorises_an_answer(toured, config, tokenizer):
-    """Sixty steps on four questions: the loss falls to a tenth, and decoding gives the four answers."""
+    """800 steps on four questions: the loss falls to a tenth, and decoding gives the four answers."""
     from decode import generate
 
     model = build(config, seed=0)
-    examples = [e for e in read_manifest(f"{toured}/stage0.jsonl", 0) if len(e.answer) < 30][:4]
+    examples = [
+        e for e in read_manifest(f"{toured}/stage0.jsonl", 0) if e.task == "sex" and len(e.answer) < 10
+    ][:4]
     row = dataclasses.replace(SMALL_STAGES[0], trains=("backbone.",))
     chosen = trainable(model, row.trains)
     context = train.Context(model, 0, 0, row, contextlib.nullcontext, tuple(chosen.values()))
-    optimizer = torch.optim.AdamW(chosen.values(), lr=1e-2)
+    optimizer = torch.optim.AdamW(chosen.values(), lr=5e-3)
     maker, curve = Maker(tokenizer, config, row, 0), []
-    for step in range(150):
+    for step in range(800):
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 800)
         curve.append(train.sft(context, maker(examples, step)).mean().item())
         optimizer.step()
         optimizer.zero_grad()
@@ -727,6 +726,7 @@ def test_training_by_eq_1_memorises_an_answer(toured, config, tokenizer):
                 is_audio[n : n + 1],
                 [int(side["audio_at"][n])],
                 answer_length=32,
+                steps=32,
             )
             assert answer_text(tokenizer, ids[0].tolist(), config) == e.answer
 
@@ -755,7 +755,7 @@ def test_cost_counts_what_a_row_holds(toured, config):
     from weights import load_tokenizer
 
     tokenizer = load_tokenizer(toured)
-    for e in read_manifest(f"{toured}/stage3.jsonl", 3)[:40]:
+    for e in read_manifest(f"{toured}/stage2.jsonl", 2)[:40]:
         row = (
             Maker(tokenizer, config.with_tokenizer(tokenizer), SMALL_STAGES[3], 0)([e], 0)["batch"][
                 "text.ids"

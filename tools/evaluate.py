@@ -254,8 +254,8 @@ def how_of(settings):
 def report(settings, questions, lines, score, asr=False):
     """Prints the scores and break-downs; returns a summary."""
     lengths = f"answer length {settings['answer_length']}, block {settings['block']}"
-    parts = (settings["benchmark"], settings["model"], how_of(settings), lengths, f"cache {settings['cache']}")
-    print(", ".join(parts))
+    cache = f"cache {settings['cache']}"
+    print(", ".join((settings["benchmark"], settings["model"], how_of(settings), lengths, cache)))
     asked = [lines[q.id] for q in questions]
     calls = sum(line["calls"] for line in asked) / len(questions)
     audio = sum(line["audio_seconds"] for line in asked)

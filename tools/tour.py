@@ -53,6 +53,7 @@ TEST_TASKS = {  # corpus -> what its test clips are asked
     "librispeech": ("sex",), "berklee": ("instrument",), "sonicpi": ("instrument",),
     "speechocean762": ("asr", "sex", "age"), "neural": ("asr", "sex"),
 }  # fmt: skip
+TEST_LINES = 300
 DOMAINS = {"sound": "sound", "instrument": "music", "background": "mixture"}  # task -> domain; all else is speech
 
 
@@ -201,13 +202,19 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
 
 
 def test_lines(clips, made, rng, out):
-    """The test split: a question for each task that a corpus is tested by, spoken questions, and composed clips."""
+    """The test split: a question for each task that a corpus is tested by, spoken questions, and composed clips.
+
+    At most TEST_LINES of each corpus and task, drawn at random.
+    """
+    by_task = defaultdict(list)
     for clip in clips:
         for question, answer in clip.qa:
-            yield line_of(clip, "qa", question, answer, out)
+            by_task[clip.dataset, "qa"].append(line_of(clip, "qa", question, answer, out))
         for task in () if clip.qa else TEST_TASKS[clip.dataset]:
             if askable(clip, [task]):
-                yield question_line(clip, rng, out, [task], 0)
+                by_task[clip.dataset, task].append(question_line(clip, rng, out, [task], 0))
+    for _, lines in sorted(by_task.items()):
+        yield from rng.sample(lines, min(len(lines), TEST_LINES))
     for task, kind in (("asr", "digits"), ("asr", "words"), ("background", "mixtures")):
         for clip in made[kind]:
             yield question_line(clip, rng, out, [task], 0)
