@@ -103,9 +103,7 @@ def one_training_kind(args):
     model.train(stage != 4)
     made = random_questions(config, args.batch, ("chosen", "rejected") if stage == 4 else ("text",))
     made["batch"] = train.to_device(made["batch"], device)
-    # fp32 on a CPU, as train.py does unless asked
-    on_gpu = device.type == "cuda"
-    autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=on_gpu)
+    autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
     reference = tuple(p.detach().clone() for p in chosen.values()) if stage == 4 else ()
     context = train.Context(model, stage, 0, row, autocast, tuple(chosen.values()), reference)
     optimizer = torch.optim.AdamW(chosen.values(), lr=1e-5, fused=True)

@@ -20,7 +20,16 @@ from collections import defaultdict
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from data import ASR_QUESTION, BEFORE_AUDIO, LETTERS, SYSTEM, mmau_prompt, mmsu_prompt, prompt_text, read_entries
+from data import (
+    ASR_QUESTION,
+    BEFORE_AUDIO,
+    LETTERS,
+    SYSTEM,
+    mmau_prompt,
+    mmsu_prompt,
+    prompt_text,
+    read_entries,
+)
 from model import SPECIAL_TOKENS, UserError
 from tools.corpora import plain, read_corpus
 from tools.questions import (
@@ -54,7 +63,11 @@ TEST_TASKS = {  # corpus -> what its test clips are asked
     "speechocean762": ("asr", "sex", "age"), "neural": ("asr", "sex"),
 }  # fmt: skip
 TEST_LINES = 300
-DOMAINS = {"sound": "sound", "instrument": "music", "background": "mixture"}  # task -> domain; all else is speech
+DOMAINS = {
+    "sound": "sound",
+    "instrument": "music",
+    "background": "mixture",
+}  # task -> domain; all else is speech
 
 
 def sentences_of(folder, most=15):
@@ -115,14 +128,17 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
         clips += read_corpus("neural", speech)
     trained_on = [c for c in clips if not c.is_test]
     held_out = {c.path for c in rng.sample(trained_on, max(1, len(trained_on) // 60))}
-    folder, here = os.path.join(out, "clips"), os.path.join(out, "manifest")  # paths are relative to the manifests
+    folder, here = (
+        os.path.join(out, "clips"),
+        os.path.join(out, "manifest"),
+    )  # paths are relative to the manifests
     parts, made = {}, {}
     with tqdm(total=int(n_strings * 2.5), desc="composing", unit=" clips") as progress:
         for split in ("train", "test"):
             part = [c for c in clips if c.is_test == (split == "test") and c.path not in held_out]
             n = n_strings if split == "train" else int(200 * scale) + 1
             parts[split] = part
-            made[split] = compose_clips(part, n, n if split == "train" else n, rng, f"{folder}/{split}", progress)
+            made[split] = compose_clips(part, n, n, rng, f"{folder}/{split}", progress)
     train, composed = parts["train"], [c for some in made["train"].values() for c in some]
     labels = defaultdict(set)  # task -> what may stand among its choices
     for clip in train + composed:

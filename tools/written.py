@@ -35,9 +35,7 @@ def answer_written(model, tokenizer, examples, seed=0, **options):
 
 
 def main(argv=None):
-    parser = Parser(
-        prog="written", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="written", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifest")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--limit", type=int, default=100, help="questions a task and corpus (default 100)")
