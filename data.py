@@ -15,7 +15,6 @@ import json
 import math
 import os
 import random
-import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -326,7 +325,6 @@ def mmau_prompt(question, choices):
 
 
 LETTERS = "ABCDEFGHIJ"  # of multiple choice
-LISTED = re.compile(rf"(?:\n[{LETTERS}]\. .+)+")  # what `lettered` wrote, within a question
 
 
 def capital(text):

@@ -166,13 +166,11 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalize(
-                    p.grad.lerp(state["momentum"], group["momentum"])
-                )  # Nesterov's look ahead
+                # Nesterov's look ahead
+                update = orthogonalize(p.grad.lerp(state["momentum"], group["momentum"]))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(
-                    update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5
-                )  # root mean square 0.2, as AdamW's
+                # root mean square 0.2, as AdamW's
+                p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
 def orthogonalize(matrix, steps=5):
@@ -305,9 +303,8 @@ def augment(audio, config, generator, facts):
     Speed is 0.9 to 1.1, of a sound alone 0.75 to 1.25.
     """
     u = torch.rand(6, generator=generator).tolist()
-    spread = (
-        0.25 if facts.keys() & {"sound", "instrument"} else 0.1
-    )  # a voice's sex and feeling are in its pitch
+    # a voice's sex and feeling are in its pitch
+    spread = 0.25 if facts.keys() & {"sound", "instrument"} else 0.1
     if u[0] < 0.5:
         audio = soxr.resample(audio, SAMPLE_RATE, SAMPLE_RATE * (1 + spread * (2 * u[1] - 1)), quality="QQ")
     audio = audio * 10 ** ((u[2] - 0.5) * 0.8)
@@ -711,14 +708,8 @@ def held_out_loss(context, maker, examples, world, tokens):
             audio, is_audio = audio_tokens(context, batch)
             if c.causal:  # one loss, whatever t
                 n = side["is_answer"].sum(1)
-                nll = (
-                    (
-                        next_token_loss(reader(model, side, audio, is_audio), side["ids"], side["is_answer"])
-                        * n
-                    )
-                    .sum()
-                    .item()
-                )
+                predict = reader(model, side, audio, is_audio)
+                nll = (next_token_loss(predict, side["ids"], side["is_answer"]) * n).sum().item()
                 sums = [a + b for a, b in zip(sums, [nll, n.sum().item()] * len(HELD_OUT_T))]
                 continue
             for k, t in enumerate(HELD_OUT_T):
@@ -815,9 +806,8 @@ def train(world, model, tokenizer, examples, stage, row, out, options=Options(),
     row_steps = row.steps or math.ceil(row.epochs * math.ceil(len(examples) / row.batch))
     steps = o.steps or row_steps
     chosen = trainable(model, row.trains)
-    if (model.base or {}).get(
-        "name"
-    ) in RELEASES and o.precision == "bf16":  # ours keeps to the bit what it froze
+    is_released = (model.base or {}).get("name") in RELEASES
+    if is_released and o.precision == "bf16":  # ours keeps to the bit what it froze
         halve_frozen(model)
     optimizers = make_optimizers(chosen, row)
     reference = tuple(p.detach().clone() for p in chosen.values()) if row.loss == "vrpo" else ()
@@ -1094,7 +1084,8 @@ def start_from(args, stage, name, device):
     if not os.path.exists(os.path.join(init, "model.safetensors")):
         how = f"; `python train.py --stage {stage - 1} --model {name}` makes it" if stage else ""
         raise UserError(f"{init}: no checkpoint to start from{how}")
-    model, tokenizer = load(init, device, None if name in RELEASES else torch.float32)
+    dtype = None if name in RELEASES else torch.float32
+    model, tokenizer = load(init, device, dtype, llada=args.llada, whisper=args.whisper)
     if model.config.causal != causal:
         kind = "ar" if model.config.causal else "diffusion"
         raise UserError(f"{init}: a backbone of the other kind; --objective {kind} goes with it")

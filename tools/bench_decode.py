@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import random
 import statistics
@@ -16,12 +17,20 @@ from data import load_audio, read_manifest, window_seconds
 from decode import ask, choose, generate, generate_ar, schedule
 from model import DIFFA2, Cache
 from tools.benchmarks import is_transcript, read_exact, read_mmsu, score_exact, score_mmsu, wilson
-from tools.figures import new_figure, save_figure, scale_calls
 from tools.measure import SIZES, Laps, Peak, anonymous_bytes, bandwidth, clock, everywhere, machine, spread
+from train import new_figure, save_figure
 from weights import load
 
 SECONDS = 30  # of audio in the measurements of speed
 PROMPT = 40  # tokens
+
+
+def scale_calls(axis, most):
+    """A logarithmic axis of network calls, marked 1, 2, 4, ... up to `most`."""
+    ticks = [2**k for k in range(int(math.log2(most)) + 1)]
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, ticks)
+    axis.minorticks_off()
 
 
 def naive_generate(model, prompt, audio, is_audio, audio_at, answer_length, block, steps, calls=None):

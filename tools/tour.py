@@ -83,7 +83,7 @@ def sentences_of(folder, most=15):
     return list(seen)
 
 
-def compose_clips(part, n, n_mixtures, rng, folder, progress):
+def compose_clips(part, n, rng, folder, progress):
     """Strings of digits and of words, and speech over sounds, made of a split's clips -> kind of composition -> clips."""
     digits = [c for c in part if c.dataset == "fsdd"]
     words = [c for c in part if c.dataset == "speech_commands"]
@@ -98,7 +98,7 @@ def compose_clips(part, n, n_mixtures, rng, folder, progress):
         by_corpus = defaultdict(list)
         for clip in speech:
             by_corpus[clip.dataset].append(clip)
-        for i, sound in enumerate(draw_balanced(sounds, "sound", n_mixtures, rng)):
+        for i, sound in enumerate(draw_balanced(sounds, "sound", n, rng)):
             voice = rng.choice(by_corpus[rng.choice(sorted(by_corpus))])
             made["mixtures"].append(mix(voice, sound, rng, f"{folder}_mixtures/{i:05}.flac"))
             progress.update()
@@ -138,7 +138,7 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
             part = [c for c in clips if c.is_test == (split == "test") and c.path not in held_out]
             n = n_strings if split == "train" else int(200 * scale) + 1
             parts[split] = part
-            made[split] = compose_clips(part, n, n, rng, f"{folder}/{split}", progress)
+            made[split] = compose_clips(part, n, rng, f"{folder}/{split}", progress)
     train, composed = parts["train"], [c for some in made["train"].values() for c in some]
     labels = defaultdict(set)  # task -> what may stand among its choices
     for clip in train + composed:
