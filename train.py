@@ -101,11 +101,11 @@ STAGES = {
     # the same table with small numbers, and three departures that pay at this size: t is not small
     # while so little is known, CTC teaches the adapter where a word stands, Muon is the faster optimizer
     "tiny": {
-        0: Stage(("backbone.",), 2e-3, 32, 30, steps=4000, written=True, least_t=0.3, beta2=0.98, muon=True),
-        1: Stage(("semantic.", "soft_prompts"), 1.5e-3, 32, 20, steps=800, least_t=0.3, ctc=0.5, beta2=0.98),
-        2: Stage(ADAPTERS, 1.5e-3, 32, 20, steps=2000, least_t=0.3, ctc=0.5, beta2=0.98, muon=True),
-        3: Stage((*ADAPTERS, "lora"), 1e-3, 32, 10, steps=800, least_t=0.3, ctc=0.5, beta2=0.98, muon=True),
-        4: Stage((*ADAPTERS, "lora"), 5e-5, 8, 5, steps=100, loss="vrpo", beta2=0.98),
+        0: Stage(("backbone.",), 2e-3, 32, 30, steps=1200, written=True, least_t=0.3, beta2=0.98, muon=True),
+        1: Stage(("semantic.", "soft_prompts"), 1.5e-3, 32, 20, steps=220, least_t=0.3, ctc=0.5, beta2=0.98),
+        2: Stage(ADAPTERS, 1.5e-3, 32, 20, steps=620, least_t=0.3, ctc=0.5, beta2=0.98, muon=True),
+        3: Stage((*ADAPTERS, "lora"), 1e-3, 32, 10, steps=180, least_t=0.3, ctc=0.5, beta2=0.98, muon=True),
+        4: Stage((*ADAPTERS, "lora"), 5e-5, 8, 5, steps=60, loss="vrpo", beta2=0.98),
     },
 }
 

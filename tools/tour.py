@@ -187,7 +187,7 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
             if line:
                 yield written(line)
         books = sentences_of(text) if text else []
-        for sentence in r.sample(books, min(len(books), int(60_000 * scale))):
+        for sentence in r.sample(books, min(len(books), int(25_000 * scale))):
             question = r.choice((ASR_QUESTION, r.choice(TASKS["asr"].questions)))
             asked = {"role": "user", "content": "<audio>" + question}
             messages = [asked, {"role": "assistant", "content": sentence}]
