@@ -11,6 +11,7 @@ The batch that leaves `collate` is clean.  Noise is added in the training step (
 `python data.py CLIP [QUESTION]` shows what the model is given for a clip.
 """
 
+import itertools
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram
 from model import SPECIAL_TOKENS, UserError
 
 SAMPLES_PER_FRAME = 2 * HOP_LENGTH  # an encoder frame is two mel frames: 20 ms
-CANVAS = 16  # an answer's canvas is a multiple of this many tokens
+RESPONSE_UNIT = 16  # a response is a multiple of this many tokens long
 MAX_TEXT = 2048  # tokens of prompt and answer in training
 ASR_QUESTION = "Please transcribe the audio to text."
 
@@ -229,32 +230,6 @@ def is_cut_wav(path):
     return at > 0 and 0 < size < 1 << 31 and at + 8 + size > os.path.getsize(path)
 
 
-def loudest(audio, n):
-    """The n samples in a row of most energy: a bark may stand anywhere in its clip."""
-    n = min(len(audio), n)
-    energy = np.cumsum(np.concatenate([[0.0], audio.astype(np.float64) ** 2]))
-    start = int(np.argmax(energy[n:] - energy[: len(energy) - n]))
-    return audio[start : start + n]
-
-
-def loop(sound, n, voice, decibels):
-    """A sound repeated or cut to n samples, so loud that `voice` is so many decibels above it."""
-    rms = lambda x: float(np.sqrt(np.mean(x**2)) + 1e-5)
-    return np.tile(sound, -(-n // len(sound)))[:n] * (rms(voice) / rms(sound) * 10 ** (-decibels / 20))
-
-
-def lay_under(voice, sound, rng, low=-6.0, high=9.0):
-    """The sound behind a voice that is low..high dB louder -> samples (n,), where the voice starts, dB."""
-    n = max(len(voice) + int(rng.uniform(0.2, 1.5) * SAMPLE_RATE), min(len(sound), int(3.5 * SAMPLE_RATE)))
-    start, decibels = rng.randint(0, n - len(voice)), rng.uniform(low, high)
-    return loop(sound, n, voice, decibels), start, decibels
-
-
-def louder(decibels):
-    """The fact that a voice so many decibels above a sound tells; none where few would say so."""
-    return {"louder": "the voice" if decibels > 0 else "the background"} if abs(decibels) >= 2 else {}
-
-
 def window_seconds(config):
     return config.n_frames * SAMPLES_PER_FRAME / SAMPLE_RATE
 
@@ -305,38 +280,8 @@ def build_prompt(tokenizer, question, system=SYSTEM):
     return encoding.ids, audio_at
 
 
-def mmsu_prompt(question, choices):
-    """How MMSU asks, byte for byte."""
-    return (
-        "Choose the most suitable answer from options A, B, C, and D to respond the question in next line, "
-        "**you should only choose A or B or C or D.** "
-        f"Do not provide any additional explanations or content.\n\nQuestion: {question}\n\n"
-        + lettered(choices)
-    )
-
-
-def mmau_prompt(question, choices):
-    """How MMAU and MMAR ask, byte for byte."""
-    return (
-        "You are given the audio and a multiple-choice question. "
-        "Choose the best answer based only on the speech content and style.\n\n"
-        f"Question: {question}\n\nChoices:\n{lettered(choices)}\nAnswer:"
-    )
-
-
-LETTERS = "ABCDEFGHIJ"  # of multiple choice
-
-
-def capital(text):
-    return text[:1].upper() + text[1:]
-
-
-def lettered(choices):
-    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
-
-
 def answer_ids(tokenizer, answer, config):
-    """The response and its end of turn; what follows on the canvas is end marks."""
+    """The response and its end of turn; what follows in the response is end marks."""
     return tokenizer.encode(answer, add_special_tokens=False).ids + [config.eot_id]
 
 
@@ -348,11 +293,6 @@ def answer_text(tokenizer, ids, config):
             ids = ids[:i]
             break
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
-def canvas_length(n, extra, unit=CANVAS):
-    """The next multiple of `unit` after n tokens, plus `extra` further ones: an end mark always follows."""
-    return (n // unit + 1 + extra) * unit
 
 
 # ---------------------------------------------------------------------------------------------
@@ -413,62 +353,202 @@ def write_audio(facts, tokenizer, config, generator):
 
 
 # ---------------------------------------------------------------------------------------------
-# batches
+# examples -> text
 
 
-def encode_text(example, tokenizer, config, generator=None, unit=CANVAS):
-    """Prompt, answer and canvas of one example -> {"ids", "is_answer", "audio_at"}.
+def response_length(n, extra):
+    """The next multiple of RESPONSE_UNIT after n tokens, `extra` more of them: an end mark always follows."""
+    return (n // RESPONSE_UNIT + 1 + extra) * RESPONSE_UNIT
 
-    The canvas depends on the example and `generator` alone, never on the batch.  unit: of canvas_length.
+
+def encode_text(example, tokenizer, config, generator=None):
+    """Prompt, answer and end marks of one example -> {"ids", "is_answer", "audio_at"}.
+
+    The length of the response depends on the example and `generator` alone, never on the batch.
     Raises UserError when too long.
     """
     ids, audio_at = build_prompt(tokenizer, example.question)
     reply = answer_ids(tokenizer, example.answer, config)
-    extra = int(torch.randint(3, (1,), generator=generator))
-    canvas = canvas_length(len(reply), extra, unit)
+    length = response_length(len(reply), int(torch.randint(3, (1,), generator=generator)))
     if len(ids) + len(reply) > MAX_TEXT:
-        raise UserError(
-            f"{example.where}: {len(ids) + len(reply)} tokens of text; at most {MAX_TEXT} in training"
-        )
+        n = len(ids) + len(reply)
+        raise UserError(f"{example.where}: {n} tokens of text; at most {MAX_TEXT} in training")
     audio_tokens = config.n_queries + config.n_frames // 4
-    if len(ids) + audio_tokens + canvas > config.context:
+    if len(ids) + audio_tokens + length > config.context:
         raise UserError(f"{example.where}: text and audio do not fit the model's {config.context} positions")
-    is_answer = [False] * len(ids) + [True] * canvas
-    return {
-        "ids": ids + reply + [config.eos_id] * (canvas - len(reply)),
-        "is_answer": is_answer,
-        "audio_at": audio_at,
-    }
+    is_answer = [False] * len(ids) + [True] * length
+    reply += [config.eos_id] * (length - len(reply))
+    return {"ids": ids + reply, "is_answer": is_answer, "audio_at": audio_at}
+
+
+def encode_closely(example, answer, tokenizer, config):
+    """Prompt, answer and its first end mark, no padding: what VRPO scores and a causal model learns."""
+    ids, audio_at = build_prompt(tokenizer, example.question)
+    reply = answer_ids(tokenizer, answer, config) + [config.eos_id]
+    is_answer = [False] * len(ids) + [True] * len(reply)
+    return {"ids": ids + reply, "is_answer": is_answer, "audio_at": audio_at}
+
+
+def encode_question(example, tokenizer, config, generator):
+    """The texts of an example in stages 0 to 3, by name."""
+    if config.causal:
+        return {"text": encode_closely(example, example.answer, tokenizer, config)}
+    return {"text": encode_text(example, tokenizer, config, generator)}
+
+
+def encode_pair(example, tokenizer, config, generator):
+    """The texts of an example in stage 4, by name."""
+    texts = {"chosen": example.answer, "rejected": example.rejected}
+    return {name: encode_closely(example, text, tokenizer, config) for name, text in texts.items()}
+
+
+# ---------------------------------------------------------------------------------------------
+# examples -> micro-batches
+
+
+def generator_for(seed, epoch, example_id, stream=0):
+    """Randomness of an example: the same whatever batch or process it is in.
+
+    stream: 0 for what the loader draws, 1 for the noise drawn in the training step.
+    """
+    g = torch.Generator()
+    g.manual_seed((((seed * 2 + stream) * 1_000_003 + epoch) * 1_000_003 + example_id) % (1 << 63))
+    return g
+
+
+def augment(audio, config, generator, facts):
+    """Another speed, level, a moment of silence in front, a little noise: for few recordings.
+
+    Speed is 0.9 to 1.1, of a sound alone 0.75 to 1.25.
+    """
+    u = torch.rand(6, generator=generator).tolist()
+    # a voice's sex and feeling are in its pitch
+    spread = 0.25 if facts.keys() & {"sound", "instrument"} else 0.1
+    if u[0] < 0.5:
+        rate = SAMPLE_RATE * (1 + spread * (2 * u[1] - 1))
+        audio = soxr.resample(audio, SAMPLE_RATE, rate, quality="QQ")
+    audio = audio * 10 ** ((u[2] - 0.5) * 0.8)
+    if u[3] < 0.5:
+        audio = np.pad(audio, (int(u[3] * 0.6 * SAMPLE_RATE), 0))
+    if u[4] < 0.5:
+        level = 10 ** (-4 + 2 * u[5]) * torch.randn(len(audio), generator=generator).numpy()
+        audio = audio + level * max(np.abs(audio).max(), 1e-3)
+    return audio[: config.n_frames * SAMPLES_PER_FRAME].astype(np.float32)
+
+
+def mask_mel(mel, generator, n_time=2, n_freq=2, time=25, freq=8):
+    """Another microphone: treble up or down by 6 dB, bass the other way; then SpecAugment.
+
+    That blanks out bands of time and of frequency with the mean (Park et al., 2019).
+    """
+    tilt = 0.15 * (2 * torch.rand((), generator=generator) - 1)  # Whisper's log-mel has four decades in 1
+    mel = mel + tilt * torch.linspace(-1, 1, len(mel))[:, None]
+    mean = mel.mean()
+    for n, most, axis in ((n_time, time, 1), (n_freq, freq, 0)):
+        for _ in range(n):
+            width = int(torch.randint(most, (1,), generator=generator))
+            start = int(torch.randint(mel.size(axis) - width, (1,), generator=generator))
+            mel.narrow(axis, start, width).fill_(mean)
+    return mel
 
 
 def collate(items, config):
-    """Clean batch from items of encode_text, each with "mel" and "n_frames" where there is audio.
+    """Clean batch from items of encode_text: a dict of tensors.
 
-    Returns a dict: ids (B, T), valid (B, T) (False on padding: never read it off the ids, the
-    end mark is also the padding id), is_answer (B, T), audio_at (B,), and if the items have
-    audio mel (B, n_mels, 2 * n_frames), n_frames (B,).
+    ids (B, T), valid (B, T) (False on padding: never read it off the ids, the end mark is also the
+    padding id), is_answer (B, T), audio_at (B,).
     """
     T = max(len(item["ids"]) for item in items)
     pad = lambda values, fill: values + [fill] * (T - len(values))
-    batch = {
+    return {
         "ids": torch.tensor([pad(item["ids"], config.eos_id) for item in items]),
         "valid": torch.tensor([pad([True] * len(item["ids"]), False) for item in items]),
         "is_answer": torch.tensor([pad(item["is_answer"], False) for item in items]),
         "audio_at": torch.tensor([item["audio_at"] for item in items]),
     }
-    if "mel" in items[0]:
-        batch["mel"] = torch.stack([item["mel"] for item in items])
-        batch["n_frames"] = torch.tensor([item["n_frames"] for item in items])
-    return batch
 
 
 def pad_written(items):
     """Items of write_audio as one batch: ids, weights (B, A, 2), noise (B, A, width), valid (B, A)."""
     pad = torch.nn.utils.rnn.pad_sequence
     batch = {k: pad([item[k] for item in items], batch_first=True) for k in ("ids", "weights", "noise")}
-    return batch | {
-        "valid": pad([torch.ones(len(item["ids"]), dtype=torch.bool) for item in items], batch_first=True)
-    }
+    is_token = [torch.ones(len(item["ids"]), dtype=torch.bool) for item in items]
+    return batch | {"valid": pad(is_token, batch_first=True)}
+
+
+def part_of(batch, name="text"):
+    """The tensors of one text of a batch, or of "written", by name."""
+    return {k.removeprefix(name + "."): v for k, v in batch.items() if k.startswith(name + ".")}
+
+
+class BatchBuilder:
+    """Examples -> a clean micro-batch.  An example that cannot be used is left out and told of.
+
+    encode: encode_question or encode_pair.  written: clips are written down (write_audio) instead of
+    read.  is_augmented: `augment` and `mask_mel` on each clip.
+    """
+
+    def __init__(self, tokenizer, config, encode, seed, written=False, is_augmented=False):
+        self.tokenizer, self.config, self.encode, self.seed = tokenizer, config, encode, seed
+        self.written, self.is_augmented = written, is_augmented
+
+    def item(self, example, epoch):
+        """One example -> {"texts", "transcript", "seconds"} and "written", or "mel" and "n_frames"."""
+        c, generator = self.config, generator_for(self.seed, epoch, example.id)
+        words = self.tokenizer.encode(example.facts.get("words", ""), add_special_tokens=False).ids
+        item = {"texts": self.encode(example, self.tokenizer, c, generator), "transcript": words}
+        if self.written:
+            written = write_audio(example.facts, self.tokenizer, c, generator)
+            return item | {"written": written, "seconds": 0.0}
+        if example.audio is None:
+            raise UserError("has no audio")
+        audio, _ = load_audio(example.audio, example.offset, example.duration, window_seconds(c))
+        if self.is_augmented:
+            audio = augment(audio, c, generator, example.facts)
+        mel, n_frames = log_mel(audio, c)
+        if self.is_augmented:
+            mel = mask_mel(mel, generator)
+        return item | {"mel": mel, "n_frames": n_frames, "seconds": len(audio) / SAMPLE_RATE}
+
+    def __call__(self, examples, epoch):
+        """-> {"batch", "ids", "epoch", "skipped", "seconds"}; batch is None when no example is left."""
+        items, ids, skipped = [], [], []
+        for example in examples:
+            try:
+                items.append(self.item(example, epoch))
+                ids.append(example.id)
+            except (UserError, OSError, ValueError, RuntimeError) as e:
+                why = str(e).splitlines()[0] if str(e) else type(e).__name__
+                skipped.append({"id": example.id, "where": example.where, "why": why})
+        seconds = sum(item["seconds"] for item in items)
+        micro = {"ids": ids, "epoch": epoch, "skipped": skipped, "seconds": seconds, "batch": None}
+        if not items:
+            return micro
+        if self.written:
+            parts = {"written": pad_written([item["written"] for item in items])}
+            batch = {}
+        else:
+            parts = {}
+            batch = {
+                "mel": torch.stack([item["mel"] for item in items]),
+                "n_frames": torch.tensor([item["n_frames"] for item in items]),
+                "transcript": torch.tensor(
+                    [t for item in items for t in item["transcript"]], dtype=torch.long
+                ),
+                "transcript_length": torch.tensor([len(item["transcript"]) for item in items]),
+            }
+        for name in items[0]["texts"]:
+            parts[name] = collate([item["texts"][name] for item in items], self.config)
+        for name, part in parts.items():
+            batch |= {f"{name}.{k}": v for k, v in part.items()}
+        return micro | {"batch": batch}
+
+
+def cost_of(example, config):
+    """About how many positions an example takes: a quarter of its letters, its audio tokens, its response."""
+    seconds = example.duration or window_seconds(config)
+    text = len(example.question) + 2 * len(example.answer) + 2 * len(example.rejected or "")
+    return 55 + text // 4 + config.n_queries + round(12.5 * min(seconds, window_seconds(config)))
 
 
 def bucket(ids, costs, budget):
@@ -483,6 +563,51 @@ def bucket(ids, costs, budget):
         else:
             batches.append([i])
     return batches or [[]]
+
+
+def schedule_of(n_examples, batch, seed, start=0):
+    """(step, epoch, ids of the global batch) for ever, from step `start`: every example once an epoch.
+
+    A global batch is drawn from all lengths alike, and micro-batches sort it: length tells corpora
+    apart, and batches of one corpus each pull the model to and fro.
+    """
+    per_epoch = -(-n_examples // batch)
+    for epoch in itertools.count(start // per_epoch):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(n_examples, generator=generator).tolist()
+        for n in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+            if n >= start:
+                first = (n - epoch * per_epoch) * batch
+                yield n, epoch, order[first : first + batch]
+
+
+class MicroBatches(torch.utils.data.IterableDataset):
+    """What rank `rank` of `size` works on, micro-batch by micro-batch: "last" ends a step.
+
+    budget: positions in a micro-batch.  start, stop: the first step, and the one after the last.
+    """
+
+    def __init__(self, examples, builder, batch, rank, size, budget, seed, start, stop):
+        self.examples, self.builder, self.batch = examples, builder, batch
+        self.rank, self.size, self.budget, self.seed = rank, size, budget, seed
+        self.start, self.stop = start, stop
+        self.costs = [cost_of(example, builder.config) for example in examples]
+
+    def plan(self):
+        """(step, epoch, ids, whether the step ends here) of every micro-batch."""
+        for step, epoch, ids in schedule_of(len(self.costs), self.batch, self.seed, self.start):
+            if step >= self.stop:
+                return
+            parts = bucket(ids[self.rank :: self.size], self.costs, self.budget)
+            for n, part in enumerate(parts, 1):
+                yield step, epoch, part, n == len(parts)
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        for step, epoch, ids, last in itertools.islice(self.plan(), first, None, stride):
+            micro = self.builder([self.examples[i] for i in ids], epoch)
+            yield micro | {"step": step, "last": last}
 
 
 if __name__ == "__main__":

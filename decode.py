@@ -37,7 +37,6 @@ from data import SAMPLE_RATE, answer_text, build_prompt, load_audio, log_mel, wi
 from model import Cache, Parser, UserError
 from weights import load, save
 
-
 # ---------------------------------------------------------------------------------------------
 # how many tokens to keep
 

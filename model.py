@@ -316,14 +316,18 @@ class DIFFA2(nn.Module):
         self.stage = 0  # what the weights have been trained for; saved and loaded with them
         self.base = None  # where the frozen parts were loaded from, if not from the same file
         self.encoder = Encoder(c)
-        self.semantic = SemanticAdapter(c.audio_width, c.width)
-        self.acoustic = AcousticAdapter(
-            c.audio_width, c.width, len(c.taps), c.audio_heads, c.qformer_ffn, c.n_queries
-        )
-        self.soft_prompts = nn.Parameter(torch.randn(c.n_soft_prompts, c.width) * 0.02)
+        self.add_adapters()
         self.backbone = LLaDA(c)
         if lora:
             self.add_lora()
+
+    def add_adapters(self):
+        """Untrained adapters and soft prompts, in the place of those that were there."""
+        c = self.config
+        self.semantic = SemanticAdapter(c.audio_width, c.width)
+        sizes = (len(c.taps), c.audio_heads, c.qformer_ffn, c.n_queries)
+        self.acoustic = AcousticAdapter(c.audio_width, c.width, *sizes)
+        self.soft_prompts = nn.Parameter(torch.randn(c.n_soft_prompts, c.width))
 
     def add_lora(self):
         c = self.config
@@ -441,9 +445,6 @@ def build(config, device="cpu", lora=False, seed=None):
                     2 * config.layers
                 ) ** -0.5  # all layers together add about as much as was there (GPT-2)
             nn.init.normal_(p, std=std)
-    nn.init.normal_(
-        model.soft_prompts
-    )  # as loud as words: what is ten times quieter than a layer's output drowns in the first
     return model.to(device)
 
 

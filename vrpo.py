@@ -64,18 +64,18 @@ def swapped(parameters, saved):
             p.data = q
 
 
-def push(sample, n, margins, beta=BETA, weight=1.0):
+def backward_per_sample(sample, n, margins, beta=BETA, weight=1.0):
     """Adds weight * d(sum of losses)/d(parameters) to their .grad, one sample's graph at a time.
 
-    sample(side, j) -> (B,): the policy's ELBO of draw j, with gradient, side "chosen" or
+    sample(name, j) -> (B,): the policy's ELBO of draw j, with gradient, name "chosen" or
     "rejected".  margins (B,): known beforehand from the same masks.  The gradient is that of
     vrpo_loss: d loss / d margin = -beta sigmoid(-beta margin) is one number per pair, and the
     margin is a mean over samples.
     """
     slope = -beta * torch.sigmoid(-beta * margins) * weight / n  # (B,)
     for j in range(n):
-        for side, sign in (("chosen", 1.0), ("rejected", -1.0)):
-            (sign * slope * sample(side, j)).sum().backward()
+        for name, sign in (("chosen", 1.0), ("rejected", -1.0)):
+            (sign * slope * sample(name, j)).sum().backward()
 
 
 def draw_pair_masks(chosen, rejected, n, generator=None):

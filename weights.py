@@ -29,6 +29,7 @@ import json
 import math
 import os
 import pickle
+import re
 import struct
 import sys
 
@@ -66,18 +67,33 @@ def save(model, tokenizer, folder, dtype=torch.bfloat16):
 
 
 def write_file(path, write):
-    """write(temporary name), then renames: a reader finds the old file or the new, never half of one."""
+    """write(temporary name), then syncs and renames: a reader finds the old file or the new, no half one.
+
+    Raises UserError when it cannot be written, with what was there before still there.
+    """
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name}.tmp")
     try:
         os.makedirs(folder or ".", exist_ok=True)
         write(temporary)
+        sync(temporary)
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"{folder}: cannot be written ({getattr(e, 'strerror', None) or e})") from None
+        sync(folder or ".")  # the new name itself
+    except (OSError, SafetensorError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
+        why = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise UserError(f"{folder}: cannot be written ({why})") from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def sync(path):
+    """Waits until a file or a folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def save_sorted(weights, path, metadata):
@@ -185,6 +201,44 @@ def trained_part(model):
     """Names of what the authors' files and our compact checkpoints hold: adapters, soft prompts, LoRA."""
     trained = ("semantic.", "acoustic.", "soft_prompts")
     return [k for k in model.state_dict() if k.startswith(trained) or "lora_" in k]
+
+
+# ---------------------------------------------------------------------------------------------
+# checkpoints of a stage that is running: what trains, the optimizers, random states
+
+KEEP = 2  # the last ones
+
+
+def write_state(state, out, step):
+    """Writes out/state-STEP.pt and drops all but the last KEEP.
+
+    Whatever moment the process dies at, a whole checkpoint is there.  Raises UserError when the disk
+    is full; the older checkpoints stay.
+    """
+
+    def write(path):
+        with open(path, "wb") as f:
+            torch.save(state, f)
+
+    try:
+        write_file(os.path.join(out, f"state-{step:07}.pt"), write)
+    except UserError as e:
+        raise UserError(f"{e}; older checkpoints are kept") from None
+    for old in list_states(out)[:-KEEP]:
+        os.remove(old)
+
+
+def list_states(out):
+    """Checkpoints in `out`, oldest first."""
+    names = [n for n in os.listdir(out) if re.fullmatch(r"state-\d{7}\.pt", n)] if os.path.isdir(out) else []
+    return [os.path.join(out, n) for n in sorted(names)]
+
+
+def read_state(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise UserError(f"{path}: not a checkpoint of a running stage ({str(e).splitlines()[0]})") from None
 
 
 # ---------------------------------------------------------------------------------------------

@@ -17,15 +17,16 @@ from conftest import SMALL
 
 import model
 import train
+import weights
 
 # the stages of `tiny` in their order and kinds, a few steps of a few examples
 SMALL_STAGES = {
     # a small rate: Muon makes directions that are all rounding as long as the others, and no two runs would be alike
     0: train.Stage(("backbone.",), 1e-5, 6, 2, steps=20, written=True, least_t=0.2, muon=True),
-    1: train.Stage(("semantic.", "soft_prompts"), 1e-3, 7, 2, steps=20, ctc=0.5),
-    2: train.Stage(train.ADAPTERS, 1e-3, 7, 2, steps=20),
-    3: train.Stage((*train.ADAPTERS, "lora"), 1e-3, 7, 2, steps=20),
-    4: train.Stage((*train.ADAPTERS, "lora"), 1e-3, 3, 2, steps=20, loss="vrpo"),
+    1: train.Stage(("semantic.", "soft_prompts"), 1e-3, 7, 2, steps=20, ctc=0.5, augment=True),
+    2: train.Stage(train.ADAPTERS, 1e-3, 7, 2, steps=20, augment=True),
+    3: train.Stage((*train.ADAPTERS, "lora"), 1e-3, 7, 2, steps=20, augment=True),
+    4: train.Stage((*train.ADAPTERS, "lora"), 1e-3, 3, 2, steps=20, loss=train.VRPO, augment=True),
 }  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def slow_saves(pipe):
         def __exit__(self, *error):
             self.file.close()
 
-    train.open = lambda path, mode="r", **kw: (
+    weights.open = lambda path, mode="r", **kw: (
         Halting(real_open(path, mode, **kw)) if str(path).endswith(".pt.tmp") else real_open(path, mode, **kw)
     )
     os.fsync = tell("sync", os.fsync)
@@ -92,4 +93,4 @@ if __name__ == "__main__":
         code = code or train.main(argv)
     if "WORLD_SIZE" in os.environ:
         torch.distributed.destroy_process_group()
-    train.leave(code)
+    train.exit_process(code)

@@ -69,8 +69,9 @@ print(json.dumps([peak.bytes - before, weights]))
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_loading_is_lean(tmp_path, tokenizer, dtype):
     """Peak anonymous memory while loading: at most 1.1 times the weights, converted or not."""
-    from model import Config
     from test_released import EIGHT, SIZES, Authors, write_llada, write_whisper
+
+    from model import Config
 
     size = {**SIZES, "width": 512, "ffn": 2048, "layers": 12, "heads": 8, "vocab": 20000}
     c = Config(**size, **EIGHT, lora_rank=4).with_tokenizer(tokenizer)
@@ -102,14 +103,14 @@ def test_the_naive_step_computes_the_same(config, stage):
     if stage >= 3:
         model.add_lora()
     row = train.STAGES["diffa2"][stage]
-    chosen = train.trainable(model, row.trains)
+    chosen = train.freeze_all_but(model, row.trains)
     other = copy.deepcopy(model)
     with torch.no_grad():
         for p in chosen.values():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     model.eval(), other.eval()
-    made = random_questions(
-        config, 3, ("chosen", "rejected") if stage == 4 else ("text",), text=30, response=6
+    micro = random_questions(
+        config, 3, ("chosen", "rejected") if stage == 4 else ("text",), prompt=30, response=6
     )
     reference = (
         tuple(p.detach().clone() for n, p in other.named_parameters() if n in chosen) if stage == 4 else ()
@@ -123,10 +124,10 @@ def test_the_naive_step_computes_the_same(config, stage):
         tuple(chosen.values()),
         reference,
     )
-    ours = train.LOSSES[row.loss](context, made)
+    ours = row.loss.backward(context, micro)
     gradients = {n: p.grad.clone() for n, p in chosen.items() if p.grad is not None}
     model.zero_grad()
-    naive = naive_step(model, other, made, stage)
+    naive = naive_step(model, other, micro, stage)
     assert torch.allclose(ours, naive, rtol=1e-4), (ours, naive)
     naive.sum().backward()
     for n, g in gradients.items():

@@ -12,13 +12,22 @@ import soundfile
 import torch
 
 from decode import (
-    Options, ask, choose, close_after_end, count_by_factor, count_by_threshold, generate, generate_ar,
-    length_for, main, most_confident, schedule,
+    Options,
+    ask,
+    choose,
+    close_after_end,
+    count_by_factor,
+    count_by_threshold,
+    generate,
+    generate_ar,
+    length_for,
+    main,
+    most_confident,
+    schedule,
 )  # fmt: skip
 from model import Cache, UserError, build, rope_table
 from tools.bench_decode import naive_generate
 from weights import load
-
 
 # ---------------------------------------------------------------------------------- a slow reference
 

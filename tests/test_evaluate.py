@@ -12,14 +12,27 @@ import numpy as np
 import pytest
 import soundfile
 
-from data import LETTERS, read_manifest
+from data import read_manifest
 from model import UserError
 from tools import evaluate
 from tools.benchmarks import (
-    BENCHMARKS, VOICEBENCH_DECODING, Question, letter_of, mapped, mcnemar, mmau_raw, mmsu_letter, normalise,
-    score_mmau, score_mmsu, score_voicebench, wilson, word_errors,
+    BENCHMARKS,
+    VOICEBENCH_DECODING,
+    Question,
+    letter_of,
+    mapped,
+    mcnemar,
+    mmau_raw,
+    mmsu_letter,
+    normalise,
+    score_mmau,
+    score_mmsu,
+    score_voicebench,
+    wilson,
+    word_errors,
 )  # fmt: skip
 from tools.evaluate import PAPER, main, overall, read_answers
+from tools.prompts import LETTERS
 
 MMAU = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "benchmarks", "mmau-test-mini.json")
 

@@ -10,22 +10,21 @@ from collections import Counter
 import numpy as np
 from conftest import sound
 
-from data import load_audio, mmau_prompt, mmsu_prompt, read_manifest
+from data import load_audio, read_manifest
+from tools.compose import compose, mix, sequence
 from tools.corpora import DIGITS, Clip, read_corpus
 from tools.prepare import main
+from tools.prompts import mmau_prompt, mmsu_prompt
 from tools.questions import (
     CHOICE_TASKS,
     TASKS,
     choice_line,
-    compose,
     derived,
     description_of,
     distractors,
     draw_question,
-    mix,
     multiple_choice,
     preference_line,
-    sequence,
     write_lines,
 )
 from tools.toy import TOY_INSTRUMENTS, TOY_SOUNDS, synthesize

@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 import whisper.audio
 from safetensors.torch import save_file
+from test_decode import reference
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
 from transformers.models.bert.modeling_bert import BertLayer
 
@@ -26,7 +27,6 @@ from data import build_prompt, log_mel
 from decode import ask, generate, main
 from diffusion import sft_loss
 from model import PRESETS, Config, UserError
-from test_decode import reference
 from weights import assemble, load, load_released, released_name, save
 
 SIZES = dict(qformer_ffn=24, n_queries=6, n_soft_prompts=4, width=32, layers=2, heads=2, ffn=48, audio_width=16, audio_heads=2, vocab=320)

@@ -10,11 +10,13 @@ import torch
 from tqdm import tqdm
 
 from adapters import merge_lora
-from data import LETTERS, load_audio, mmau_prompt, mmsu_prompt
+from data import load_audio
 from decode import ask
 from tools.benchmarks import mmau_raw, word_errors
+from tools.compose import strings
 from tools.corpora import DIGITS, read_corpus
-from tools.questions import askable, draw_question, strings
+from tools.prompts import LETTERS, mmau_prompt, mmsu_prompt
+from tools.questions import askable, draw_question
 from tools.speech import speak
 from weights import load
 

@@ -18,30 +18,33 @@ import torch
 from runner import SMALL_STAGES, install
 
 import train
-from data import answer_text, read_manifest
+from data import (
+    BatchBuilder,
+    Example,
+    MicroBatches,
+    answer_text,
+    augment,
+    cost_of,
+    generator_for,
+    mask_mel,
+    part_of,
+    read_manifest,
+    schedule_of,
+)
 from decode import ask
 from model import PRESETS, build
 from train import (
     STAGES,
-    Maker,
-    MicroBatches,
     Options,
     Stage,
-    World,
-    augment,
-    cost_of,
-    generator_for,
+    freeze_all_but,
     learning_rate,
-    list_states,
     main,
     make_optimizers,
-    mask_mel,
-    read_state,
-    schedule_of,
-    trainable,
-    write_state,
+    parse,
+    row_of,
 )  # fmt: skip
-from weights import load
+from weights import list_states, load, read_state, write_state
 
 RUNNER = os.path.join(os.path.dirname(__file__), "runner.py")
 
@@ -52,6 +55,11 @@ def small_preset():
     install()
     yield
     torch.set_num_threads(threads)
+
+
+def builder_for(tokenizer, config, row, seed):
+    """What `train` makes micro-batches of a row with."""
+    return BatchBuilder(tokenizer, config, row.loss.encode, seed, row.written, row.augment)
 
 
 def arguments(toured, out, stage, *extra):
@@ -146,7 +154,7 @@ def test_gradients_and_optimizer_state_are_the_named_parts(one, toured, tmp_path
         for n, _ in model.named_parameters()
         if any(n.startswith(part) or (part == "lora_" and part in n) for part in TRAINED[stage])
     }
-    assert set(state["trained"]) == named == set(trainable(model, SMALL_STAGES[stage].trains))
+    assert set(state["trained"]) == named == set(freeze_all_but(model, SMALL_STAGES[stage].trains))
     (optimizer,) = state["optimizers"]
     assert len(optimizer["state"]) == len(named)
     shapes = sorted(tuple(s["exp_avg"].shape) for s in optimizer["state"].values())
@@ -157,7 +165,7 @@ def test_gradients_and_optimizer_state_are_the_named_parts(one, toured, tmp_path
 def test_two_processes_train_like_one(one, toured, tmp_path_factory):
     """The same losses and weights after 20 steps of every part of every stage, to 1e-5, under torchrun and gloo.
 
-    But for single weights whose gradient is nearly zero, such as a rare token's embedding or an entry of LoRA's A while B
+    But for single weights whose gradient is nearly zero, such as a rare token's embedding or an entry of LoRA while B
     is small: AdamW makes whole steps of its rounding, and that differs from run to run.
     """
     folder = tmp_path_factory.mktemp("two")
@@ -178,7 +186,7 @@ def test_two_processes_train_like_one(one, toured, tmp_path_factory):
             if name.endswith("key.bias"):  # its true gradient is zero: Adam makes steps of the rounding
                 continue
             apart = (value - theirs[name]).abs()
-            share = 5e-3 if stage == 0 else 1e-3 if "lora_A" in name else 0.0
+            share = 5e-3 if stage == 0 else 1e-2 if "lora_" in name else 0.0
             assert apart.max() < 1e-5 or (apart > 1e-5).double().mean() < share, (
                 f"stage {stage}: {name} {apart.max()}"
             )
@@ -188,7 +196,7 @@ def test_muon_takes_the_matrices_of_the_blocks(config):
     """Each parameter has one optimizer; Muon's first step is the nearest orthogonal matrix, about as long as AdamW's."""
     model = build(config, seed=0)
     row = Stage(("acoustic.", "backbone."), 1e-3, 4, 2, muon=True)
-    chosen = trainable(model, row.trains)
+    chosen = freeze_all_but(model, row.trains)
     adamw, muon = make_optimizers(chosen, row)
     held = {o: [id(p) for group in o.param_groups for p in group["params"]] for o in (adamw, muon)}
     assert sorted(held[adamw] + held[muon]) == sorted(map(id, chosen.values()))
@@ -221,13 +229,28 @@ def test_paper_values_are_the_defaults():
         from model import DIFFA2
 
         model = DIFFA2(PRESETS["diffa2"], lora=True)
-    count = lambda n: sum(p.numel() for p in trainable(model, rows[n].trains).values())
+    count = lambda n: sum(p.numel() for p in freeze_all_but(model, rows[n].trains).values())
     assert [count(n) for n in (1, 2, 3, 4)] == [
         36_392_448 + 81_920,
         36_392_448 + 47_892_992,
         98_965_504,
         98_965_504,
     ]
+
+
+def test_the_command_line_overrides_the_row(one, toured, tmp_path, capsys):
+    """What is used is printed; a warm-up is at most a tenth of the run; epochs count the manifest."""
+    given = ("--lr", "0.002", "--batch", "5", "--epochs", "0.2", "--weight-decay", "0.5", "--no-augment")
+    args = parse(arguments(toured, tmp_path, 2, "--init", f"{one}/stage1", *given))
+    row = row_of(args)
+    assert (row.lr, row.batch, row.weight_decay, row.augment) == (0.002, 5, 0.5, False)
+    assert main(arguments(toured, tmp_path, 2, "--init", f"{one}/stage1", *given)) == 0
+    n = len(read_manifest(f"{toured}/stage2.jsonl", 2))
+    steps = math.ceil(0.2 * math.ceil(n / 5))
+    said = capsys.readouterr().out
+    assert f"on {n} examples, {steps} steps of 5" in said
+    assert f"learning rate 0.002 after {max(1, min(2, steps // 10))} steps, weight decay 0.5" in said
+    assert len(losses(f"{tmp_path}/stage2")) == steps
 
 
 def test_learning_rate_warms_up_and_falls():
@@ -245,13 +268,14 @@ def test_learning_rate_warms_up_and_falls():
 @pytest.mark.parametrize("world, batch", [(8, 196), (8, 4), (3, 7), (1, 5)])
 def test_ranks_share_out_the_global_batch(world, batch):
     """Every example once an epoch, whatever the number of ranks; every rank ends every step."""
-    costs = [100 + i % 37 for i in range(200)]
-    row, device = Stage((), 1.0, batch, 0), torch.device("cpu")
+    config = PRESETS["tiny"]
+    examples = [Example(i, "clip.wav", "Hm?", "a" * (i % 37), duration=2.0) for i in range(200)]
+    costs = [cost_of(example, config) for example in examples]
+    builder = BatchBuilder(None, config, None, 0)
     steps = -(-len(costs) // batch)
-    plans = [
-        list(MicroBatches([], costs, None, row, World(r, world, device), 500, 3, 0, steps).plan())
-        for r in range(world)
-    ]
+    plans = []
+    for rank in range(world):
+        plans.append(list(MicroBatches(examples, builder, batch, rank, world, 500, 3, 0, steps).plan()))
     for step in range(steps):
         ids = [i for plan in plans for s, _, micro, _ in plan if s == step for i in micro]
         assert len(ids) == len(set(ids)) == min(batch, len(costs) - step * batch)
@@ -278,8 +302,8 @@ def test_schedule_goes_on_where_it_was():
 def test_an_example_is_made_by_its_own_seed(toured, config, tokenizer):
     """The same noise in any batch; other noise in another epoch."""
     examples = read_manifest(f"{toured}/stage2.jsonl", 2)[:3]
-    maker = Maker(tokenizer, config, SMALL_STAGES[2], 0)
-    together, alone = maker(examples, 0)["batch"], maker(examples[1:2], 0)["batch"]
+    builder = builder_for(tokenizer, config, SMALL_STAGES[2], 0)
+    together, alone = builder(examples, 0)["batch"], builder(examples[1:2], 0)["batch"]
     assert (
         torch.equal(together["mel"][1], alone["mel"][0]) and together["n_frames"][1] == alone["n_frames"][0]
     )
@@ -287,7 +311,7 @@ def test_an_example_is_made_by_its_own_seed(toured, config, tokenizer):
     assert torch.equal(together["text.ids"][1, :n], alone["text.ids"][0]) and torch.equal(
         together["text.is_answer"][1, :n], alone["text.is_answer"][0]
     )
-    assert not torch.equal(maker(examples[1:2], 1)["batch"]["mel"], alone["mel"])
+    assert not torch.equal(builder(examples[1:2], 1)["batch"]["mel"], alone["mel"])
     draws = {
         tuple(torch.rand(2, generator=generator_for(*key)).tolist())
         for key in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 0, 1))
@@ -601,13 +625,6 @@ def test_held_out_loss_is_fixed_and_shared_out(one, toured, tmp_path):
         assert math.isclose(a["held_out"], np.mean(list(a["held_out_t"].values())), rel_tol=1e-6)
 
 
-def test_plot_draws_the_logs(one, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(["--plot", f"{one}/stage0", f"{one}/stage1"]) == 0
-    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG" and os.listdir(tmp_path) == ["curves.png"]
-    assert main(["--plot", str(tmp_path)]) == 2
-
-
 def test_tensorboard_is_optional(one, toured, tmp_path, capsys):
     import importlib.util
 
@@ -636,14 +653,14 @@ def test_a_micro_batch_with_nothing_hidden_is_no_error(one, toured, monkeypatch)
     model, tokenizer = load(f"{one}/stage2", "cpu", torch.float32)
     example = read_manifest(f"{toured}/stage2.jsonl", 2)[0]
     row = SMALL_STAGES[2]
-    chosen = trainable(model, row.trains)
+    chosen = freeze_all_but(model, row.trains)
     context = train.Context(model, 2, 0, row, contextlib.nullcontext, tuple(chosen.values()))
-    maker = Maker(tokenizer, model.config, row, 0)
+    builder = builder_for(tokenizer, model.config, row, 0)
     monkeypatch.setattr(train, "draw_t", lambda n, generators: torch.full((n,), 1e-9))
-    assert train.sft(context, maker([example], 0)).tolist() == [0.0]
+    assert train.sft(context, builder([example], 0)).tolist() == [0.0]
     assert all(p.grad is None for p in chosen.values())
     monkeypatch.setattr(train, "draw_t", lambda n, generators: torch.ones(n))
-    assert train.sft(context, maker([example], 0)).item() > 0 and any(
+    assert train.sft(context, builder([example], 0)).item() > 0 and any(
         p.grad is not None for p in chosen.values()
     )
 
@@ -683,13 +700,13 @@ def test_stage_0_reads_what_is_written(toured, config, tokenizer):
     model.encoder = None
     examples = read_manifest(f"{toured}/stage0.jsonl", 0)[:4]
     assert all(e.audio is None for e in examples)
-    made = Maker(tokenizer, config, SMALL_STAGES[0], 0)(examples, 0)
+    micro = builder_for(tokenizer, config, SMALL_STAGES[0], 0)(examples, 0)
     context = train.Context(model, 0, 0, SMALL_STAGES[0], contextlib.nullcontext)
-    audio, is_audio = train.audio_tokens(context, made["batch"])
-    w, ids, wte = made["batch"]["written.weights"], made["batch"]["written.ids"], model.backbone.wte.weight
+    audio, is_audio = train.audio_tokens(context, micro["batch"])
+    w, ids, wte = micro["batch"]["written.weights"], micro["batch"]["written.ids"], model.backbone.wte.weight
     mixed = wte[ids[..., 0]] * w[..., :1] + wte[ids[..., 1]] * w[..., 1:]
-    assert torch.allclose(audio, mixed + wte.pow(2).mean().sqrt() * made["batch"]["written.noise"], atol=1e-5)
-    alone = Maker(tokenizer, config, SMALL_STAGES[0], 0)(examples[2:3], 0)
+    assert torch.allclose(audio, mixed + wte.pow(2).mean().sqrt() * micro["batch"]["written.noise"], atol=1e-5)
+    alone = builder_for(tokenizer, config, SMALL_STAGES[0], 0)(examples[2:3], 0)
     n = int(is_audio[2].sum())
     assert is_audio[2, :n].all() and torch.equal(alone["batch"]["written.ids"][0], ids[2, :n])
 
@@ -703,20 +720,20 @@ def test_training_by_eq_1_memorises_an_answer(toured, config, tokenizer):
         e for e in read_manifest(f"{toured}/stage0.jsonl", 0) if e.task == "sex" and len(e.answer) < 10
     ][:4]
     row = dataclasses.replace(SMALL_STAGES[0], trains=("backbone.",))
-    chosen = trainable(model, row.trains)
+    chosen = freeze_all_but(model, row.trains)
     context = train.Context(model, 0, 0, row, contextlib.nullcontext, tuple(chosen.values()))
     optimizer = torch.optim.AdamW(chosen.values(), lr=5e-3)
-    maker, curve = Maker(tokenizer, config, row, 0), []
+    builder, curve = builder_for(tokenizer, config, row, 0), []
     for step in range(800):
         optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 800)
-        curve.append(train.sft(context, maker(examples, step)).mean().item())
+        curve.append(train.sft(context, builder(examples, step)).mean().item())
         optimizer.step()
         optimizer.zero_grad()
     assert np.mean(curve[-10:]) < 0.1 * np.mean(curve[:3])
-    batch = maker(examples, 0)["batch"]
+    batch = builder(examples, 0)["batch"]
     with torch.no_grad():
         audio, is_audio = train.audio_tokens(context, batch)
-        side = train.side_of(batch)
+        side = part_of(batch)
         for n, e in enumerate(examples):
             prompt = side["ids"][n][side["valid"][n] & ~side["is_answer"][n]].tolist()
             ids, _ = generate(
@@ -757,7 +774,7 @@ def test_cost_counts_what_a_row_holds(toured, config):
     tokenizer = load_tokenizer(toured)
     for e in read_manifest(f"{toured}/stage2.jsonl", 2)[:40]:
         row = (
-            Maker(tokenizer, config.with_tokenizer(tokenizer), SMALL_STAGES[3], 0)([e], 0)["batch"][
+            builder_for(tokenizer, config.with_tokenizer(tokenizer), SMALL_STAGES[3], 0)([e], 0)["batch"][
                 "text.ids"
             ].size(1)
             + config.n_queries
@@ -779,7 +796,12 @@ def test_cost_counts_what_a_row_holds(toured, config):
         (["--model", "tiny"], "give a stage"),
         (["--stage", "4", "--model", "tiny", "--objective", "ar"], "stages 0 to 3"),
         (["--stage", "1", "--objective", "ar"], "small model"),
-        (["--plot", "nowhere"], "no log.jsonl"),
+        (["--stage", "1", "--lr", "0"], "must be positive"),
+        (["--stage", "1", "--lr", "nan"], "must be positive"),
+        (["--stage", "1", "--batch", "0"], "at least 1"),
+        (["--stage", "1", "--epochs", "-1"], "must be positive"),
+        (["--stage", "1", "--warmup", "0"], "at least 1"),
+        (["--stage", "1", "--weight-decay", "-0.1"], "0 or more"),
     ],
 )
 def test_one_line_for_what_is_wrong(argv, says, toured, tmp_path, capsys, monkeypatch):

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn as nn
 
+from data import BatchBuilder, encode_pair, generator_for, part_of, read_manifest
 from diffusion import Toy, draw_counts, elbo
 from model import build
-from train import Context, Maker, Stage, generator_for, side_of, trainable, vrpo
-from vrpo import BETA, SAMPLES, draw_pair_masks, margin, push, score, swapped, vrpo_loss
+from train import VRPO, Context, Stage, freeze_all_but, vrpo
+from vrpo import BETA, SAMPLES, backward_per_sample, draw_pair_masks, margin, score, swapped, vrpo_loss
 
 
 class Net(nn.Module):
@@ -67,7 +68,7 @@ def test_pushing_sample_by_sample_is_the_plain_gradient(n):
     policy.zero_grad()
     with torch.no_grad():
         m = margins_of(policy, reference, ids, masks)
-    push(lambda side, j: score(policy, ids[side], masks[side], policy.mask_id, j), n, m)
+    backward_per_sample(lambda side, j: score(policy, ids[side], masks[side], policy.mask_id, j), n, m)
     for p, e in zip(policy.parameters(), expected):
         assert torch.allclose(p.grad, e, atol=1e-6), (p.grad - e).abs().max()  # cross-entropy is fp32
     assert max(e.abs().max() for e in expected) > 1e-3
@@ -106,7 +107,7 @@ def test_memory_does_not_grow_with_the_number_of_samples():
     for n in (2, 8):
         masks = draw_pair_masks(is_answer, is_answer, n, torch.Generator().manual_seed(3))
         sample = lambda side, j: score(net, ids[side], masks[side], net.mask_id, j)
-        peaks.append(live_bytes_at_most(lambda: push(sample, n, torch.zeros(3))))
+        peaks.append(live_bytes_at_most(lambda: backward_per_sample(sample, n, torch.zeros(3))))
         plain.append(live_bytes_at_most(lambda: vrpo_loss(margins_of(net, net, ids, masks)).sum().backward()))
     # a sample with all tokens masked keeps a little more than one with few
     assert peaks[1] < 1.3 * peaks[0] and plain[1] > 3.5 * plain[0]
@@ -178,24 +179,19 @@ def test_chosen_gains_on_rejected():
                 old = {side: score(net, ids[side], masks[side], net.mask_id) for side in ids}
         m = margin(mine["chosen"], mine["rejected"], old["chosen"], old["rejected"])
         optimizer.zero_grad()
-        push(lambda side, j: score(net, ids[side], masks[side], net.mask_id, j), SAMPLES, m)
+        backward_per_sample(lambda side, j: score(net, ids[side], masks[side], net.mask_id, j), SAMPLES, m)
         optimizer.step()
     assert (m > 5).all()
 
 
 @pytest.fixture
 def pairs(toured, config, tokenizer):
-    from data import read_manifest
-
     examples = read_manifest(f"{toured}/stage4.jsonl", 4)[:3]
-    return Maker(tokenizer, config, Stage((), 1.0, 3, 0, loss="vrpo"), 0)(examples, 0) | {
-        "step": 0,
-        "last": True,
-    }
+    return BatchBuilder(tokenizer, config, encode_pair, 0, is_augmented=True)(examples, 0)
 
 
 def test_scored_are_the_response_and_its_first_end_mark(pairs, config):
-    side = side_of(pairs["batch"], "rejected")
+    side = part_of(pairs["batch"], "rejected")
     for ids, is_answer, valid in zip(side["ids"], side["is_answer"], side["valid"]):
         scored = ids[is_answer].tolist()
         assert (
@@ -208,10 +204,10 @@ def test_whole_model_step_is_the_plain_formula(pairs, config):
     """train.vrpo (samples into a detached leaf, then once through the adapters) against autograd on Eq. 4 and 5."""
     model = build(config, seed=0)
     model.add_lora()
-    chosen = trainable(model, ("semantic.", "acoustic.", "lora"))
+    chosen = freeze_all_but(model, ("semantic.", "acoustic.", "lora"))
     reference = tuple(p.detach().clone() for p in chosen.values())
     model.eval()
-    row = Stage((), 1.0, 3, 0, loss="vrpo")
+    row = Stage((), 1.0, 3, 0, loss=VRPO)
     context = Context(
         model,
         4,
@@ -232,7 +228,7 @@ def test_whole_model_step_is_the_plain_formula(pairs, config):
     got = {n: p.grad.clone() for n, p in chosen.items()}
     model.zero_grad()
 
-    batch, sides = pairs["batch"], {name: side_of(pairs["batch"], name) for name in ("chosen", "rejected")}
+    batch, sides = pairs["batch"], {name: part_of(pairs["batch"], name) for name in ("chosen", "rejected")}
     masks = draw_pair_masks(
         *(sides[n]["is_answer"] for n in sides),
         SAMPLES,

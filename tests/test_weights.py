@@ -7,6 +7,7 @@ import struct
 
 import pytest
 import torch
+from conftest import SMALL, lively
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import WhisperConfig, WhisperModel
@@ -14,7 +15,6 @@ from whisper.model import AudioEncoder
 
 import weights
 from adapters import merge_lora
-from conftest import SMALL, lively
 from model import DIFFA2, PRESETS, Encoder, UserError, build
 from weights import (
     TINY_ENCODER,

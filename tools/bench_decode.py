@@ -17,8 +17,8 @@ from data import load_audio, read_manifest, window_seconds
 from decode import ask, choose, generate, generate_ar, schedule
 from model import DIFFA2, Cache
 from tools.benchmarks import is_transcript, read_exact, read_mmsu, score_exact, score_mmsu, wilson
+from tools.figures import new_figure, save_figure
 from tools.measure import SIZES, Laps, Peak, anonymous_bytes, bandwidth, clock, everywhere, machine, spread
-from train import new_figure, save_figure
 from weights import load
 
 SECONDS = 30  # of audio in the measurements of speed

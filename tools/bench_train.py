@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import train
 import vrpo
-from data import read_manifest
+from data import BatchBuilder, encode_pair, generator_for, part_of, read_manifest
 from diffusion import corrupt, draw_counts, draw_t
 from model import DIFFA2
 from tools.measure import SIZES, Peak, everywhere, machine
@@ -29,28 +29,28 @@ from weights import load
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def random_questions(config, batch, sides, text=80, response=32, seed=0):
-    """A micro-batch as train.Maker makes them: noise, `text` tokens of prompt, `response` of answer."""
+def random_questions(config, batch, names, prompt=80, response=32, seed=0):
+    """A micro-batch as data.BatchBuilder makes them: noise, so many tokens of prompt and of response."""
     g = torch.Generator().manual_seed(seed)
-    made = {
+    micro = {
         "mel": torch.randn(batch, config.n_mels, 2 * config.n_frames, generator=g),
         "n_frames": torch.full((batch,), config.n_frames),
     }
-    for side in sides:
-        ids = torch.randint(min(10_000, config.vocab), (batch, text + response), generator=g)
-        is_answer = torch.arange(text + response).expand(batch, -1) >= text
-        made |= {
-            f"{side}.ids": ids,
-            f"{side}.valid": torch.ones_like(is_answer),
-            f"{side}.is_answer": is_answer,
-            f"{side}.audio_at": torch.full((batch,), 20),
+    for name in names:
+        ids = torch.randint(min(10_000, config.vocab), (batch, prompt + response), generator=g)
+        is_answer = torch.arange(prompt + response).expand(batch, -1) >= prompt
+        micro |= {
+            f"{name}.ids": ids,
+            f"{name}.valid": torch.ones_like(is_answer),
+            f"{name}.is_answer": is_answer,
+            f"{name}.audio_at": torch.full((batch,), 20),
         }
-    return {"batch": made, "ids": list(range(batch)), "epoch": 0, "step": 1}
+    return {"batch": micro, "ids": list(range(batch)), "epoch": 0, "step": 1}
 
 
-def naive_nll(model, ids, noisy, is_masked, side, audio, is_audio):
+def naive_nll(model, ids, noisy, is_masked, text, audio, is_audio):
     """Cross-entropy of the masked tokens (B,), out of the logits of all positions."""
-    logits, order = everywhere(model, noisy, side, audio, is_audio)
+    logits, order = everywhere(model, noisy, text, audio, is_audio)
 
     def spliced(x):
         """(B, T) -> (B, T + A), zeros where the audio is."""
@@ -60,33 +60,33 @@ def naive_nll(model, ids, noisy, is_masked, side, audio, is_audio):
     return (loss * spliced(is_masked)).sum(1)
 
 
-def naive_step(model, other, made, stage, seed=0):
-    """The loss of a step as one writes it first; the same numbers as train.LOSSES, all of it in fp32."""
-    batch = made["batch"]
-    noise = [train.generator_for(seed, 0, i, stream=1) for i in made["ids"]]
+def naive_step(model, other, micro, stage, seed=0):
+    """The loss of a step as one writes it first; the same numbers as the losses of train.py, all of it in fp32."""
+    batch = micro["batch"]
+    noise = [generator_for(seed, 0, i, stream=1) for i in micro["ids"]]
 
     def audio_of(m):
         return m.adapt(*m.encode(batch["mel"], batch["n_frames"]), batch["n_frames"], stage)
 
     if stage < 4:
-        side, t = train.side_of(batch), draw_t(len(made["ids"]), noise)
-        noisy, is_masked = corrupt(side["ids"], side["is_answer"], model.config.mask_id, t, generator=noise)
-        nll = naive_nll(model, side["ids"], noisy, is_masked, side, *audio_of(model))
-        return nll / t.to(noisy.device) / side["is_answer"].sum(1)
-    sides = {name: train.side_of(batch, name) for name in ("chosen", "rejected")}
-    masks = vrpo.draw_pair_masks(*(s["is_answer"] for s in sides.values()), vrpo.SAMPLES, noise)
+        text, t = part_of(batch), draw_t(len(micro["ids"]), noise)
+        noisy, is_masked = corrupt(text["ids"], text["is_answer"], model.config.mask_id, t, generator=noise)
+        nll = naive_nll(model, text["ids"], noisy, is_masked, text, *audio_of(model))
+        return nll / t.to(noisy.device) / text["is_answer"].sum(1)
+    texts = {name: part_of(batch, name) for name in ("chosen", "rejected")}
+    masks = vrpo.draw_pair_masks(*(s["is_answer"] for s in texts.values()), vrpo.SAMPLES, noise)
 
     def scores(m, name):
         """ELBO samples (n, B), Eq. 3."""
-        audio, side, samples = audio_of(m), sides[name], []
+        audio, text, samples = audio_of(m), texts[name], []
         for is_masked, weight in zip(*masks[name]):
-            noisy = torch.where(is_masked, m.config.mask_id, side["ids"])
-            samples.append(-weight * naive_nll(m, side["ids"], noisy, is_masked, side, *audio))
+            noisy = torch.where(is_masked, m.config.mask_id, text["ids"])
+            samples.append(-weight * naive_nll(m, text["ids"], noisy, is_masked, text, *audio))
         return torch.stack(samples)
 
     with torch.no_grad():
-        reference = [scores(other, name) for name in sides]
-    return vrpo.vrpo_loss(vrpo.margin(*(scores(model, name) for name in sides), *reference))
+        reference = [scores(other, name) for name in texts]
+    return vrpo.vrpo_loss(vrpo.margin(*(scores(model, name) for name in texts), *reference))
 
 
 def one_training_kind(args):
@@ -96,17 +96,17 @@ def one_training_kind(args):
     torch.manual_seed(0)
     with torch.device(device):
         model = DIFFA2(config, lora=stage >= 3)
-    chosen = train.trainable(model, row.trains)
+    trained = train.freeze_all_but(model, row.trains)
     if not naive:
         train.halve_frozen(model)
     other = copy.deepcopy(model) if naive and stage == 4 else None
     model.train(stage != 4)
-    made = random_questions(config, args.batch, ("chosen", "rejected") if stage == 4 else ("text",))
-    made["batch"] = train.to_device(made["batch"], device)
+    micro = random_questions(config, args.batch, ("chosen", "rejected") if stage == 4 else ("text",))
+    micro["batch"] = train.to_device(micro["batch"], device)
     autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
-    reference = tuple(p.detach().clone() for p in chosen.values()) if stage == 4 else ()
-    context = train.Context(model, stage, 0, row, autocast, tuple(chosen.values()), reference)
-    optimizer = torch.optim.AdamW(chosen.values(), lr=1e-5, fused=True)
+    reference = tuple(p.detach().clone() for p in trained.values()) if stage == 4 else ()
+    context = train.Context(model, stage, 0, row, autocast, tuple(trained.values()), reference)
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-5, fused=True)
     if args.recompute and not naive:
         train.recompute(model)
     seconds = []
@@ -116,9 +116,9 @@ def one_training_kind(args):
         for _ in range(1 + args.repeats):  # the first one warms up
             start = time.perf_counter()
             if naive:
-                naive_step(model, other, made, stage).sum().backward()
+                naive_step(model, other, micro, stage).sum().backward()
             else:
-                train.LOSSES[row.loss](context, made)
+                row.loss.backward(context, micro)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if device.type == "cuda":
@@ -175,33 +175,33 @@ def train_bench(args):
 # VRPO's estimators
 
 
-def draw_masks(side, n, is_stratified, mask_id, generator):
+def draw_masks(text, n, is_stratified, mask_id, generator):
     """is_masked (n, B, T) and weight (n, B) of an estimate: stratified exact counts, or t drawn n times."""
     if is_stratified:
-        return draw_counts(side["is_answer"], n, generator)
+        return draw_counts(text["is_answer"], n, generator)
     t = torch.stack([draw_t(1, generator) for _ in range(n)])  # (n, 1)
-    masks = [corrupt(side["ids"], side["is_answer"], mask_id, x, generator=generator)[1] for x in t]
+    masks = [corrupt(text["ids"], text["is_answer"], mask_id, x, generator=generator)[1] for x in t]
     return torch.stack(masks), 1 / t
 
 
-def estimates(model, example, chosen, reference, times, is_shared, is_stratified, generator):
+def estimates(model, example, trained, reference, times, is_shared, is_stratified, generator):
     """Variance of the margin of one pair, and of its loss's gradient (trace), over `times` estimates.
 
-    example: a collated batch of one pair.  chosen: the parameters that train; reference: their values
+    example: a batch of one pair.  trained: the parameters that train; reference: their values
     in the reference model.  is_shared: policy and reference meet the same masks (Eq. 4).
     """
     c, n, names = model.config, vrpo.SAMPLES, ("chosen", "rejected")
-    sides = {name: train.side_of(example, name) for name in names}
+    texts = {name: part_of(example, name) for name in names}
     encoded = model.encode(example["mel"], example["n_frames"])
 
     def draw():
-        return {name: draw_masks(sides[name], n, is_stratified, c.mask_id, generator) for name in names}
+        return {name: draw_masks(texts[name], n, is_stratified, c.mask_id, generator) for name in names}
 
     def scores(masks):
         audio, found = model.adapt(*encoded, example["n_frames"], 4), []
         for name in names:
-            predict = train.reader(model, sides[name], *audio)
-            found.append(vrpo.score(predict, sides[name]["ids"], masks[name], c.mask_id))
+            predict = train.predictor(model, texts[name], *audio)
+            found.append(vrpo.score(predict, texts[name]["ids"], masks[name], c.mask_id))
         return found
 
     margins, mean, square = [], 0.0, 0.0
@@ -209,10 +209,10 @@ def estimates(model, example, chosen, reference, times, is_shared, is_stratified
         masks = draw()
         other_masks = masks if is_shared else draw()
         policy = scores(masks)
-        with torch.no_grad(), vrpo.swapped(chosen, reference):
+        with torch.no_grad(), vrpo.swapped(trained, reference):
             old = scores(other_masks)
         margin = vrpo.margin(*policy, *old)
-        parts = torch.autograd.grad(vrpo.vrpo_loss(margin).sum(), chosen, allow_unused=True)
+        parts = torch.autograd.grad(vrpo.vrpo_loss(margin).sum(), trained, allow_unused=True)
         gradient = torch.cat([x.flatten() for x in parts if x is not None])
         margins.append(margin.item())
         mean, square = mean + gradient, square + gradient**2
@@ -229,14 +229,14 @@ def variance_bench(args):
     if not any("lora_" in n for n, _ in model.named_parameters()):
         model.add_lora()
     row = train.STAGES["tiny"][4]
-    chosen = list(train.trainable(model, row.trains).values())
+    trained = list(train.freeze_all_but(model, row.trains).values())
     examples = read_manifest(args.manifest, 4)[: args.pairs]
-    reference = [p.detach().clone() for p in chosen]
+    reference = [p.detach().clone() for p in trained]
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():  # a policy some steps away: as far as steps of 3e-5 would bring every weight
-        for p in chosen:
+        for p in trained:
             p.add_(args.distance * torch.randn(p.shape, generator=g))
-    maker = train.Maker(tokenizer, model.config, row, 0, augmented=False)
+    builder = BatchBuilder(tokenizer, model.config, encode_pair, 0)
     what = f"{args.repeats} estimates of {vrpo.SAMPLES} samples each"
     print(f"{args.model}, {len(examples)} pairs, {what}, policy {args.distance:g} (std) from the reference\n")
     print(f"{'masks':14}{'t':22}{'variance of the margin':>24}{'of the gradient (trace)':>26}")
@@ -244,9 +244,9 @@ def variance_bench(args):
         for is_stratified in (True, False):
             found = []
             for example in examples:
-                batch = maker([example], 0)["batch"]
+                batch = builder([example], 0)["batch"]
                 kind = (args.repeats, is_shared, is_stratified, g)
-                found.append(estimates(model, batch, chosen, reference, *kind))
+                found.append(estimates(model, batch, trained, reference, *kind))
             margin, trace = (statistics.mean(values) for values in zip(*found))
             name = f"{'shared' if is_shared else 'independent':14}"
             name += f"{'stratified counts' if is_stratified else 'independent t':22}"

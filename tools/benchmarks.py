@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import jiwer
 from whisper.normalizers import EnglishTextNormalizer
 
-from data import ASR_QUESTION, LETTERS, mmau_prompt, mmsu_prompt, read_entries, read_manifest
+from data import ASR_QUESTION, read_entries, read_manifest
 from model import UserError
-
+from tools.prompts import LETTERS, mmau_prompt, mmsu_prompt
 
 # ---------------------------------------------------------------------------------------------
 # questions

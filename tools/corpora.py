@@ -19,8 +19,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Callable
 
-from data import LETTERS, capital, lettered
 from model import UserError
+from tools.prompts import LETTERS, capital, format_choices
 from tools.side_files import (
     esc50_side,
     iemocap_side,
@@ -304,7 +304,7 @@ def neural_qa(row):
 
 def audiomcq_qa(row):
     letter = LETTERS[row["choices"].index(row["answer"])]
-    return ((f"{row['question']}\n{lettered(row['choices'])}", f"{letter}. {row['answer']}"),)
+    return ((f"{row['question']}\n{format_choices(row['choices'])}", f"{letter}. {row['answer']}"),)
 
 
 def caption_of(*columns):

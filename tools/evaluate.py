@@ -44,7 +44,7 @@ from tools.benchmarks import (
 )
 from tools.questions import write_lines, write_text
 from tools.writer import Endpoint, strict_object
-from train import join_world, leave
+from train import exit_process, process_group
 from weights import load
 
 # rows of the paper's tables: benchmark -> {"table", "columns", "rows": model -> its scores}
@@ -118,7 +118,7 @@ def read_answers(path, settings=None):
     return header, found
 
 
-def answer_all(world, model, tokenizer, questions, journal, settings, batch, allow_bad=0.01, running=None):
+def answer_all(group, model, tokenizer, questions, journal, settings, batch, allow_bad=0.01, running=None):
     """Asks what `journal` does not hold yet, this process its share; returns {id: line} of this process.
 
     Longest clips last; every batch is written before the next begins.  A clip that cannot be read is
@@ -160,7 +160,7 @@ def answer_all(world, model, tokenizer, questions, journal, settings, batch, all
                 raise UserError(f"{share}; the last: {e} (--allow-bad takes another share)") from None
     loaded.sort(key=lambda pair: (len(pair[1]), len(pair[0].prompt)))
     right, scored, done = 0, 0, len(questions) - len(loaded)
-    with tqdm(total=len(questions), initial=done, unit=" questions", disable=world.rank != 0) as progress:
+    with tqdm(total=len(questions), initial=done, unit=" questions", disable=group.rank != 0) as progress:
         for i in range(0, len(loaded), batch):
             asked, clips = zip(*loaded[i : i + batch])
             prompts = [q.prompt for q in asked]
@@ -473,8 +473,8 @@ def resampled(array, rate, config):
 # the command line
 
 
-def wait_for(world):
-    world.add([0.0])
+def wait_for(group):
+    group.sum([0.0])
 
 
 def read_questions(args):
@@ -534,19 +534,19 @@ def run(args):
     is_voicebench = args.benchmark == "voicebench"
     score = functools.partial(score_voicebench, subset) if is_voicebench else bench.score
     check_voicebench(args, is_voicebench and subset in OFFICIAL)
-    with join_world(args.device) as world:
+    with process_group(args.device) as group:
         files = (args.llada, args.whisper, args.diffa)
-        model, tokenizer = load(args.model, world.device, None, args.stage, *files)
+        model, tokenizer = load(args.model, group.device, None, args.stage, *files)
         merge_lora(model)
         journal = args.out and args.out + ".answers.jsonl"
-        mine = journal if world.size == 1 or not journal else f"{journal}.{world.rank}-of-{world.size}"
-        share, batch = questions[world.rank :: world.size], args.batch or bench.batch
-        lines = answer_all(world, model, tokenizer, share, mine, settings, batch, args.allow_bad, score)
+        mine = journal if group.size == 1 or not journal else f"{journal}.{group.rank}-of-{group.size}"
+        share, batch = questions[group.rank :: group.size], args.batch or bench.batch
+        lines = answer_all(group, model, tokenizer, share, mine, settings, batch, args.allow_bad, score)
         everything = {}
-        for part in world.gather(lines):
+        for part in group.gather(lines):
             everything |= part
-        if world.rank:
-            wait_for(world)
+        if group.rank:
+            wait_for(group)
             return
         for q in questions:
             mark = score(q, everything[q.id]["answer"])
@@ -565,12 +565,12 @@ def run(args):
         summary = report(settings, questions, everything, score, args.benchmark == "asr") | trained
         if args.out:
             write_results(args, settings, questions, everything, summary)
-            if world.size > 1:
-                for r in range(world.size):
-                    os.remove(f"{journal}.{r}-of-{world.size}")
+            if group.size > 1:
+                for r in range(group.size):
+                    os.remove(f"{journal}.{r}-of-{group.size}")
             if args.voicebench:
                 print(official_score(args.voicebench, subset, args.out))
-        wait_for(world)
+        wait_for(group)
 
 
 def main(argv=None):
@@ -628,4 +628,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

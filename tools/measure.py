@@ -91,13 +91,13 @@ def machine(device):
     return f"{torch.get_num_threads()} CPU threads"
 
 
-def everywhere(model, noisy, side, audio, is_audio):
+def everywhere(model, noisy, text, audio, is_audio):
     """The naive forward pass: logits (B, T + A, vocab) in fp32 at every position, and the splice's order.
 
     order (B, T + A): where each column comes from, as an index into [text | audio].
     """
-    order = splice_order(noisy.size(1), audio.size(1), side["audio_at"])
+    order = splice_order(noisy.size(1), audio.size(1), text["audio_at"])
     x = torch.cat([model.backbone.wte(noisy), audio], 1)
     x = x.gather(1, order[:, :, None].expand(-1, -1, x.size(2)))
-    valid = torch.cat([side["valid"], is_audio], 1).gather(1, order)
+    valid = torch.cat([text["valid"], is_audio], 1).gather(1, order)
     return model.backbone.ff_out(model.backbone(x, valid)).float(), order

@@ -1,7 +1,7 @@
-"""Clips -> questions about them: the lines of manifests, and the clips that are composed for them.
+"""Clips -> questions about them: the lines of manifests.
 
 A question is a row of TASKS: the fact it asks about, wordings, full answers.  Everything else is
-shared: which questions a clip allows, multiple choice, preference pairs, strings, mixtures, writing.
+shared: which questions a clip allows, multiple choice, preference pairs, writing.
 All that is drawn is drawn from an `rng` that the caller gives: the same seed writes the same bytes.
 """
 
@@ -14,25 +14,12 @@ from array import array
 from collections import defaultdict
 from dataclasses import dataclass
 
-import numpy as np
 import soundfile
 
-from data import (
-    ASR_QUESTION,
-    LETTERS,
-    SAMPLE_RATE,
-    capital,
-    lay_under,
-    lettered,
-    load_audio,
-    loop,
-    louder,
-    loudest,
-    mmau_prompt,
-    mmsu_prompt,
-)
+from data import ASR_QUESTION
 from model import UserError
-from tools.corpora import DIGITS, Clip
+from tools.corpora import DIGITS
+from tools.prompts import LETTERS, capital, format_choices, mmau_prompt, mmsu_prompt
 
 # ---------------------------------------------------------------------------------------------
 # tasks.  {} is the fact, with its capital where it begins the answer.
@@ -419,7 +406,7 @@ def choice_line(clip, rng, out, pools):
     task, fact = rng.choice(allowed)
     style, n = rng.choice(CHOICE_STYLES), rng.choice(CHOICE_COUNTS)
     question, choices, right = multiple_choice(task, fact, pools[task], 4 if style == "mmsu" else n, rng)
-    letter, text, listed = LETTERS[right] + ".", choices[right] + ".", lettered(choices)
+    letter, text, listed = LETTERS[right] + ".", choices[right] + ".", format_choices(choices)
     # letter and text where the question leaves it open: a masked-diffusion model can fill in the text
     # first and its letter after it
     if style == "mmsu":
@@ -519,66 +506,7 @@ def make_folder(path):
 
 
 # ---------------------------------------------------------------------------------------------
-# composing
-
-
-def level(audio, rng, low=-0.8, high=-0.1):
-    """The clip at a peak drawn between 10^low and 10^high."""
-    return audio / max(np.abs(audio).max(), 1e-3) * 10 ** rng.uniform(low, high)
-
-
-def silence(rng, low, high):
-    """low..high seconds of it."""
-    return np.zeros(int(rng.uniform(low, high) * SAMPLE_RATE), np.float32)
-
-
-def write_clip(audio, path):
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    soundfile.write(path, audio.clip(-1, 1), SAMPLE_RATE)
-
-
-def compose(clips, rng, path):
-    """Joins the clips with random gaps and levels under a little noise; writes a FLAC at `path`."""
-    noise = 10 ** rng.uniform(-4, -2.5)
-    parts = [silence(rng, 0.0, 0.3)]
-    for clip in clips:
-        parts.append(level(load_audio(clip.path)[0], rng))
-        parts.append(silence(rng, 0.02, 0.4))
-    audio = np.concatenate(parts)
-    generator = np.random.default_rng(rng.getrandbits(32))
-    audio += noise * generator.standard_normal(len(audio), dtype=np.float32)
-    write_clip(audio, path)
-    words = " ".join(clip.facts["words"] for clip in clips)
-    return Clip(path, clips[0].dataset + "_strings", {"words": words})
-
-
-def sequence(sounds, rng, path):
-    """Sounds one after the other, a second or two of each; writes a FLAC at `path`."""
-    parts = []
-    for clip in sounds:
-        part = loudest(load_audio(clip.path)[0], int(rng.uniform(1.0, 2.5) * SAMPLE_RATE))
-        parts.append(level(part, rng))
-        parts.append(silence(rng, 0.05, 0.4))
-    write_clip(np.concatenate(parts), path)
-    names = [clip.facts["sound"] for clip in sounds]
-    facts = {"first_sound": names[0], "last_sound": names[-1], "sound_count": DIGITS[len(names)]}
-    return Clip(path, "sequences", facts)
-
-
-def mix(speech, sound, rng, path, music=None, low=-6.0, high=9.0, seconds=8.0):
-    """Speech low..high dB above a sound, music if given 0-6 dB below that; writes a FLAC at `path`."""
-    voice = load_audio(speech.path, limit=seconds)[0]
-    under = load_audio(sound.path, limit=seconds)[0]
-    mixed, start, ratio = lay_under(voice, under, rng, low, high)
-    facts = speech.facts | {"background": sound.facts["sound"]} | louder(ratio)
-    if music is not None:
-        mixed = mixed + loop(
-            load_audio(music.path, limit=seconds)[0], len(mixed), voice, ratio + rng.uniform(0, 6)
-        )
-        facts["music"] = music.facts["instrument"]
-    mixed[start : start + len(voice)] += voice
-    write_clip(level(mixed, rng), path)
-    return Clip(path, "mixtures", facts)
+# drawing
 
 
 def by_fact(clips, kind):
@@ -597,12 +525,3 @@ def draw_balanced(clips, kind, n, rng):
     names = sorted(groups)
     return [rng.choice(groups[names[i % len(names)]]) for i in range(n)] if names else []
 
-
-def strings(clips, n, most, rng, folder, progress, least=1):
-    """n strings of least..most clips, their words drawn uniformly."""
-    groups = by_fact(clips, "words")
-    names = sorted(groups)
-    for i in range(n):
-        chosen = [rng.choice(groups[rng.choice(names)]) for _ in range(rng.randint(least, most))]
-        yield compose(chosen, rng, os.path.join(folder, f"{i:05}.flac"))
-        progress.update()

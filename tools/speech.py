@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from data import SAMPLE_RATE, load_audio
 from model import UserError
+from tools.compose import write_clip
 from tools.corpora import Clip, audio_files
 from tools.endpoint import post_json
-from tools.questions import line_of, make_folder, seconds_of, write_clip, write_lines
+from tools.questions import line_of, make_folder, seconds_of, write_lines
 from tools.side_files import rows_of
 from tools.spoken_questions import (
     INSTRUCTIONS,

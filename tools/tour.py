@@ -23,15 +23,14 @@ from tqdm import tqdm
 from data import (
     ASR_QUESTION,
     BEFORE_AUDIO,
-    LETTERS,
     SYSTEM,
-    mmau_prompt,
-    mmsu_prompt,
     prompt_text,
     read_entries,
 )
 from model import SPECIAL_TOKENS, UserError
+from tools.compose import mix, strings
 from tools.corpora import plain, read_corpus
+from tools.prompts import LETTERS, mmau_prompt, mmsu_prompt
 from tools.questions import (
     CHOICE_TASKS,
     TASKS,
@@ -42,11 +41,9 @@ from tools.questions import (
     draw_balanced,
     line_of,
     make_folder,
-    mix,
     multiple_choice,
     preference_line,
     question_line,
-    strings,
     write_lines,
     write_text,
 )

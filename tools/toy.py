@@ -11,9 +11,11 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from data import SAMPLE_RATE, capital
+from data import SAMPLE_RATE
+from tools.compose import level, write_clip
 from tools.corpora import DIGITS
-from tools.questions import level, make_folder, write_clip
+from tools.prompts import capital
+from tools.questions import make_folder
 from tools.speech import draw_voice, speak
 
 TOY_SOUNDS = ("clock tick", "helicopter", "rain", "sea waves", "siren")

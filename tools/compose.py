@@ -1,0 +1,108 @@
+"""New clips out of clips: strings of words, sounds one after the other, speech over sounds.
+
+All that is drawn is drawn from an `rng` that the caller gives: the same seed writes the same samples.
+"""
+
+import os
+
+import numpy as np
+import soundfile
+
+from data import SAMPLE_RATE, load_audio
+from tools.corpora import DIGITS, Clip
+from tools.questions import by_fact
+
+
+def level(audio, rng, low=-0.8, high=-0.1):
+    """The clip at a peak drawn between 10^low and 10^high."""
+    return audio / max(np.abs(audio).max(), 1e-3) * 10 ** rng.uniform(low, high)
+
+
+def silence(rng, low, high):
+    """low..high seconds of it."""
+    return np.zeros(int(rng.uniform(low, high) * SAMPLE_RATE), np.float32)
+
+
+def write_clip(audio, path):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    soundfile.write(path, audio.clip(-1, 1), SAMPLE_RATE)
+
+
+def loudest(audio, n):
+    """The n samples in a row of most energy: a bark may stand anywhere in its clip."""
+    n = min(len(audio), n)
+    energy = np.cumsum(np.concatenate([[0.0], audio.astype(np.float64) ** 2]))
+    start = int(np.argmax(energy[n:] - energy[: len(energy) - n]))
+    return audio[start : start + n]
+
+
+def loop(sound, n, voice, decibels):
+    """A sound repeated or cut to n samples, so loud that `voice` is so many decibels above it."""
+    rms = lambda x: float(np.sqrt(np.mean(x**2)) + 1e-5)
+    return np.tile(sound, -(-n // len(sound)))[:n] * (rms(voice) / rms(sound) * 10 ** (-decibels / 20))
+
+
+def lay_under(voice, sound, rng, low=-6.0, high=9.0):
+    """The sound behind a voice that is low..high dB louder -> samples (n,), where the voice starts, dB."""
+    n = max(len(voice) + int(rng.uniform(0.2, 1.5) * SAMPLE_RATE), min(len(sound), int(3.5 * SAMPLE_RATE)))
+    start, decibels = rng.randint(0, n - len(voice)), rng.uniform(low, high)
+    return loop(sound, n, voice, decibels), start, decibels
+
+
+def louder(decibels):
+    """The fact that a voice so many decibels above a sound tells; none where few would say so."""
+    return {"louder": "the voice" if decibels > 0 else "the background"} if abs(decibels) >= 2 else {}
+
+
+def compose(clips, rng, path):
+    """Joins the clips with random gaps and levels under a little noise; writes a FLAC at `path`."""
+    noise = 10 ** rng.uniform(-4, -2.5)
+    parts = [silence(rng, 0.0, 0.3)]
+    for clip in clips:
+        parts.append(level(load_audio(clip.path)[0], rng))
+        parts.append(silence(rng, 0.02, 0.4))
+    audio = np.concatenate(parts)
+    generator = np.random.default_rng(rng.getrandbits(32))
+    audio += noise * generator.standard_normal(len(audio), dtype=np.float32)
+    write_clip(audio, path)
+    words = " ".join(clip.facts["words"] for clip in clips)
+    return Clip(path, clips[0].dataset + "_strings", {"words": words})
+
+
+def sequence(sounds, rng, path):
+    """Sounds one after the other, a second or two of each; writes a FLAC at `path`."""
+    parts = []
+    for clip in sounds:
+        part = loudest(load_audio(clip.path)[0], int(rng.uniform(1.0, 2.5) * SAMPLE_RATE))
+        parts.append(level(part, rng))
+        parts.append(silence(rng, 0.05, 0.4))
+    write_clip(np.concatenate(parts), path)
+    names = [clip.facts["sound"] for clip in sounds]
+    facts = {"first_sound": names[0], "last_sound": names[-1], "sound_count": DIGITS[len(names)]}
+    return Clip(path, "sequences", facts)
+
+
+def mix(speech, sound, rng, path, music=None, low=-6.0, high=9.0, seconds=8.0):
+    """Speech low..high dB above a sound, music if given 0-6 dB below that; writes a FLAC at `path`."""
+    voice = load_audio(speech.path, limit=seconds)[0]
+    under = load_audio(sound.path, limit=seconds)[0]
+    mixed, start, ratio = lay_under(voice, under, rng, low, high)
+    facts = speech.facts | {"background": sound.facts["sound"]} | louder(ratio)
+    if music is not None:
+        mixed = mixed + loop(
+            load_audio(music.path, limit=seconds)[0], len(mixed), voice, ratio + rng.uniform(0, 6)
+        )
+        facts["music"] = music.facts["instrument"]
+    mixed[start : start + len(voice)] += voice
+    write_clip(level(mixed, rng), path)
+    return Clip(path, "mixtures", facts)
+
+
+def strings(clips, n, most, rng, folder, progress, least=1):
+    """n strings of least..most clips, their words drawn uniformly."""
+    groups = by_fact(clips, "words")
+    names = sorted(groups)
+    for i in range(n):
+        chosen = [rng.choice(groups[rng.choice(names)]) for _ in range(rng.randint(least, most))]
+        yield compose(chosen, rng, os.path.join(folder, f"{i:05}.flac"))
+        progress.update()
