@@ -62,8 +62,8 @@ class QFormerAttention(nn.Module):
 
     def forward(self, x, context, mask=None):
         """x (B, Q, d) attends to context (B, F, d), where mask (B, 1, 1, F) is True.  Returns (B, Q, d)."""
-        heads = lambda y: y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, H, length, d/H)
-        q, k, v = heads(self.query(x)), heads(self.key(context)), heads(self.value(context))
+        q, k, v = self.query(x), self.key(context), self.value(context)
+        q, k, v = (y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, n, d/H)
         dropout = self.p if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         y = y.transpose(1, 2).flatten(2)  # (B, Q, d)
@@ -135,7 +135,7 @@ class LoRALinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         # trained in fp32 even beside bf16 weights: steps of 1e-5 would round to nothing in bf16
-        new = dict(device=linear.weight.device, dtype=torch.float32)
+        new = {"device": linear.weight.device, "dtype": torch.float32}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **new))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, **new))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -172,7 +172,10 @@ def _replace(module, kind, make):
 
 def add_lora(module, r=8, alpha=16, dropout=0.05, targets=LORA_TARGETS):
     """Replaces, in place, every Linear whose last name is in `targets`.  Returns the module."""
-    wrap = lambda leaf, linear: LoRALinear(linear, r, alpha, dropout) if leaf in targets else None
+
+    def wrap(leaf, linear):
+        return LoRALinear(linear, r, alpha, dropout) if leaf in targets else None
+
     return _replace(module, nn.Linear, wrap)
 
 
@@ -189,18 +192,15 @@ def count(module):
 if __name__ == "__main__":
     with torch.device("meta"):
         D, ffn = 4096, 12288
-        shapes = dict(q_proj=(D, D), k_proj=(D, D), v_proj=(D, D), ff_proj=(D, ffn), up_proj=(D, ffn))
-        backbone = nn.ModuleList(
-            nn.ModuleDict({n: nn.Linear(*s, bias=False) for n, s in shapes.items()}) for _ in range(32)
-        )
+        outputs = {"q_proj": D, "k_proj": D, "v_proj": D, "ff_proj": ffn, "up_proj": ffn}
+        backbone = nn.ModuleList()
+        for _ in range(32):
+            backbone.append(nn.ModuleDict({n: nn.Linear(D, o, bias=False) for n, o in outputs.items()}))
         frozen = count(backbone)
+        semantic, acoustic = SemanticAdapter(1280, D), AcousticAdapter(1280, D, n_taps=8, n_heads=20)
         rows = [
-            ("semantic adapter, 1280 -> 4096", "36.4M", count(SemanticAdapter(1280, D))),
-            (
-                "acoustic adapter, 8 taps, 64 queries",
-                "47.9M",
-                count(AcousticAdapter(1280, D, n_taps=8, n_heads=20)),
-            ),
+            ("semantic adapter, 1280 -> 4096", "36.4M", count(semantic)),
+            ("acoustic adapter, 8 taps, 64 queries", "47.9M", count(acoustic)),
             ("LoRA, rank 8, 5 matrices in 32 layers", "14.7M", count(add_lora(backbone)) - frozen),
         ]
     rows.append(("trained in stages 3 and 4", "99.0M", sum(n for *_, n in rows)))

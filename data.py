@@ -45,9 +45,8 @@ class Example:
     question: str
     answer: str
     rejected: str | None = None  # stage 4
-    facts: dict = field(
-        default_factory=dict
-    )  # what is known of the clip, by kind ("words", "emotion", ...): for stage 0's heads
+    # what is known of the clip, by kind ("words", "emotion", ...): stage 0 reads it in the audio's place
+    facts: dict = field(default_factory=dict)
     dataset: str = ""
     task: str = ""
     offset: float = 0.0  # seconds into the file
@@ -93,59 +92,79 @@ def read_entries(path):
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file") from None
     except json.JSONDecodeError as e:
-        raise UserError(f"{path}:{e.lineno if not n else n}: not JSON ({e.msg})") from None
+        raise UserError(f"{path}:{n or e.lineno}: not JSON ({e.msg})") from None
+
+
+def need(entry, field, where, kind=str):
+    """entry[field], which must be there and of this kind."""
+    value = entry.get(field)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UserError(f"{where}: field {field!r} is missing or not of the right type")
+    return value
+
+
+def seconds_in(entry, field, where, default):
+    """A length of time in a manifest, or the default where there is none."""
+    if entry.get(field) is None:
+        return default
+    value = need(entry, field, where, (int, float))
+    if not (math.isfinite(value) and value >= 0):
+        raise UserError(f"{where}: {field} is {value}")
+    return value
+
+
+# One parser a format: (entry, where, stage) -> audio, question, answer, rejected answer.
+
+
+def parse_messages(entry, where, stage):
+    """ms-swift's and LLaMA-Factory's: {"messages": [user, assistant], "audios": [path]}."""
+    roles = UserError(f"{where}: messages must be one of role user and one of role assistant")
+    by_role = {}
+    for message in need(entry, "messages", where, list):
+        if not isinstance(message, dict) or message.get("role") not in ("user", "assistant"):
+            raise roles
+        if message["role"] in by_role:
+            raise roles
+        by_role[message["role"]] = need(message, "content", where)
+    if len(by_role) != 2:
+        raise roles
+    audios = entry.get("audios") or []
+    if not isinstance(audios, list) or not all(isinstance(audio, str) for audio in audios):
+        raise UserError(f"{where}: audios must be a list of paths")
+    question = by_role["user"]
+    if len(audios) > 1 or question.count("<audio>") > 1:
+        raise UserError(f"{where}: more than one audio in an example")
+    question = question.replace("<audio>", "").strip()
+    return audios[0] if audios else None, question, by_role["assistant"], entry.get("rejected_response")
+
+
+def parse_nemo(entry, where, stage):
+    """NeMo's: {"audio_filepath", "text"}: speech recognition."""
+    return need(entry, "audio_filepath", where), ASR_QUESTION, need(entry, "text", where), None
+
+
+def parse_authors(entry, where, stage):
+    """The authors': {"audio_id", "audio_filepath", "input", "target", "transcription", "rejected"}."""
+    need(entry, "audio_id", where, (str, int))
+    question = entry.get("input")
+    if not isinstance(question, str) or not question.strip():
+        question = ASR_QUESTION
+    answer = need(entry, "transcription" if stage == 1 else "target", where)
+    rejected = need(entry, "rejected", where) if stage == 4 else None
+    return need(entry, "audio_filepath", where), question, answer, rejected
 
 
 def parse_example(entry, id, where, folder, stage=None, check=True):
     """One manifest entry -> Example.  Raises UserError for what cannot be used."""
     if not isinstance(entry, dict):
         raise UserError(f"{where}: not a JSON object")
-
-    def need(field, kind=str, of=None):
-        value = (entry if of is None else of).get(field)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise UserError(f"{where}: field {field!r} is missing or not of the right type")
-        return value
-
-    def number(field, default):
-        value = need(field, (int, float)) if entry.get(field) is not None else default
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise UserError(f"{where}: {field} is {value}")
-        return value
-
     if "messages" in entry:
-        by_role = {}
-        for message in need("messages", list):
-            if (
-                not isinstance(message, dict)
-                or message.get("role") not in ("user", "assistant")
-                or message["role"] in by_role
-            ):
-                raise UserError(f"{where}: messages must be one of role user and one of role assistant")
-            by_role[message["role"]] = need("content", of=message)
-        if len(by_role) != 2:
-            raise UserError(f"{where}: messages must be one of role user and one of role assistant")
-        question, answer, rejected = by_role["user"], by_role["assistant"], entry.get("rejected_response")
-        audios = entry.get("audios") or []
-        if not isinstance(audios, list) or not all(isinstance(a, str) for a in audios):
-            raise UserError(f"{where}: audios must be a list of paths")
-        if len(audios) > 1 or question.count("<audio>") > 1:
-            raise UserError(f"{where}: more than one audio in an example")
-        audio = audios[0] if audios else None
-        question = question.replace("<audio>", "").strip()
-    elif "audio_filepath" in entry and "text" in entry:
-        audio, question, answer, rejected = need("audio_filepath"), ASR_QUESTION, need("text"), None
+        parse = parse_messages
     elif "audio_filepath" in entry:
-        need("audio_id", (str, int))
-        audio, rejected = need("audio_filepath"), None
-        question = (
-            entry["input"] if isinstance(entry.get("input"), str) and entry["input"].strip() else ASR_QUESTION
-        )
-        answer = need("transcription" if stage == 1 else "target")
-        if stage == 4:
-            rejected = need("rejected")
+        parse = parse_nemo if "text" in entry else parse_authors
     else:
         raise UserError(f"{where}: has neither 'messages' nor 'audio_filepath'")
+    audio, question, answer, rejected = parse(entry, where, stage)
     if stage == 4 and not isinstance(rejected, str):
         raise UserError(f"{where}: stage 4 needs a rejected_response")
     if not question.strip():
@@ -156,12 +175,19 @@ def parse_example(entry, id, where, folder, stage=None, check=True):
         audio = os.path.join(folder, audio)
         if check and not os.path.isfile(audio):
             raise UserError(f"{where}: no such audio file: {audio}")
-    facts = need("facts", dict) if "facts" in entry else {}
     return Example(
-        id, audio, question, answer, rejected, facts,
-        str(entry.get("dataset", "")), str(entry.get("task", "")),
-        number("offset", 0.0), number("duration", None), where,
-    )  # fmt: skip
+        id=id,
+        audio=audio,
+        question=question,
+        answer=answer,
+        rejected=rejected,
+        facts=need(entry, "facts", where, dict) if "facts" in entry else {},
+        dataset=str(entry.get("dataset", "")),
+        task=str(entry.get("task", "")),
+        offset=seconds_in(entry, "offset", where, 0.0),
+        duration=seconds_in(entry, "duration", where, None),
+        where=where,
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -230,6 +256,24 @@ def is_cut_wav(path):
     return at > 0 and 0 < size < 1 << 31 and at + 8 + size > os.path.getsize(path)
 
 
+def split_clip(audio, config, quiet=0.3):
+    """A clip that may be longer than the window -> [(start, end)], samples, cut at its quietest moments.
+
+    Each piece fits the window, none is shorter than half of it but the last, and every sample is in one
+    piece.  A cut lies in the middle of the `quiet` seconds of least energy in the window's second half.
+    """
+    window, width = config.n_frames * SAMPLES_PER_FRAME, round(quiet * SAMPLE_RATE)
+    energy = np.concatenate([[0.0], np.cumsum(np.square(audio, dtype=np.float64))])
+    pieces, start = [], 0
+    while len(audio) - start > window:
+        first, last = start + window // 2, start + window - width  # where the quiet stretch may begin
+        loudness = energy[first + width : last + width + 1] - energy[first : last + 1]
+        cut = first + int(loudness.argmin()) + width // 2
+        pieces.append((start, cut))
+        start = cut
+    return [*pieces, (start, len(audio))]
+
+
 def window_seconds(config):
     return config.n_frames * SAMPLES_PER_FRAME / SAMPLE_RATE
 
@@ -263,7 +307,10 @@ def refuse_special_tokens(text, where):
 
 def prompt_text(question, system=SYSTEM):
     """LLaDA's chat format, byte for byte; the literal <audio> stays."""
-    header = lambda role: f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+
+    def header(role):
+        return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+
     return (
         f"<|startoftext|>{header('system')}{system}<|eot_id|>"
         f"{header('user')}{BEFORE_AUDIO} <audio>. {question}<|eot_id|>{header('assistant')}"
@@ -278,6 +325,11 @@ def build_prompt(tokenizer, question, system=SYSTEM):
     at = len(prompt_text("", system).split(" <audio>")[0])  # in characters; not searched for in the question
     audio_at = next(i for i, (_, end) in enumerate(encoding.offsets) if end > at)
     return encoding.ids, audio_at
+
+
+def is_transcription(question):
+    """Whether a question asks for the words, so that the answers about the pieces of a clip can be joined."""
+    return "transcri" in question.lower() or "what is said" in question.lower()
 
 
 def answer_ids(tokenizer, answer, config):
@@ -459,7 +511,10 @@ def collate(items, config):
     padding id), is_answer (B, T), audio_at (B,).
     """
     T = max(len(item["ids"]) for item in items)
-    pad = lambda values, fill: values + [fill] * (T - len(values))
+
+    def pad(values, fill):
+        return values + [fill] * (T - len(values))
+
     return {
         "ids": torch.tensor([pad(item["ids"], config.eos_id) for item in items]),
         "valid": torch.tensor([pad([True] * len(item["ids"]), False) for item in items]),

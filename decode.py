@@ -16,6 +16,9 @@ How many stay is the whole difference between the samplers:
 Cheaper calls: --cache prefix keeps keys and values of prompt and audio while a block is filled, --cache
 dual those of later blocks too.  Fewer: --answer-length auto fits the response to the clip.
 
+A clip beyond the window (30 s; 10 s of the small model) is answered piece by piece, see --long.  With
+--block below --answer-length, --stream prints each block as soon as it is final.
+
 Two defects of the released sampler are not here: when only the last candidate fails Eq. 8 it is
 not kept all the same, and an early end leaves no [MASK] in later blocks.
 """
@@ -30,11 +33,21 @@ import sys
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from adapters import merge_lora
-from data import SAMPLE_RATE, answer_text, build_prompt, load_audio, log_mel, window_seconds
-from model import Cache, Parser, UserError
+from data import (
+    SAMPLE_RATE,
+    answer_text,
+    build_prompt,
+    is_transcription,
+    load_audio,
+    log_mel,
+    split_clip,
+    window_seconds,
+)
+from model import Cache, Parser, UserError, exit_status
 from weights import load, save
 
 # ---------------------------------------------------------------------------------------------
@@ -159,7 +172,8 @@ def choose(logits, mask_id, temperature=0.0, rows=None, generator=None):
             own = generator[row] if isinstance(generator, (list, tuple)) else generator
             u = torch.rand(int(at.sum()), logits.size(1), dtype=torch.float64, generator=own)
             noise[at] = -torch.log(-torch.log(u.clamp(min=1e-300)))
-        token = (logits.double() + temperature * noise.to(logits.device)).argmax(1)
+        # on the CPU, where the noise is: some devices have no float64
+        token = (logits.cpu().double() + temperature * noise).argmax(1).to(logits.device)
     else:
         token = logits.argmax(1)
     confidence = (logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(1)).exp()
@@ -215,12 +229,12 @@ def lay_out(prompts, lengths, mark, audio, is_audio, audio_at, config, device):
     """
     P, L = max(map(len, prompts)), max(lengths)
     ids, valid, at = [], [], None
-    for prompt, length in zip(prompts, lengths):
+    for prompt, length in zip(prompts, lengths, strict=True):
         before, after = P - len(prompt), L - length
         ids.append([config.eos_id] * before + list(prompt) + [mark] * length + [config.eos_id] * after)
         valid.append([False] * before + [True] * (len(prompt) + length) + [False] * after)
     if audio_at is not None:
-        at = torch.tensor([P - len(p) + a for p, a in zip(prompts, audio_at)], device=device)
+        at = torch.tensor([P - len(p) + a for p, a in zip(prompts, audio_at, strict=True)], device=device)
     ids, valid = torch.tensor(ids, device=device), torch.tensor(valid, device=device)
     if valid.all() and (audio is None or is_audio.all()):
         valid = None
@@ -268,9 +282,17 @@ class BlockReader:
 
 @torch.no_grad()
 def generate(
-    model, prompts, audio=None, is_audio=None, audio_at=None, options=Options(), generator=None, on_step=None,
+    model,
+    prompts,
+    audio=None,
+    is_audio=None,
+    audio_at=None,
+    options=Options(),
+    generator=None,
+    on_step=None,
+    on_block=None,
     **fields,
-):  # fmt: skip
+):
     """Answers a batch of prompts (paper 3.6, B.4).  Each row gets what it would get alone.
 
     prompts: B lists of token ids.  audio (B, A, D), is_audio (B, A), audio_at (list of B): as
@@ -278,6 +300,7 @@ def generate(
     options: an Options; single fields of it may be given by name.
     generator: one, or a list of B, for temperatures above 0.
     on_step(response (B, L), confidence (B, L), call): after each call.
+    on_block(response (B, L), end): when a block is final; columns before `end` change no more.
     Returns answers (B, L), L the longest length, and the number of network calls each row needed (B,).
     Raises UserError for options that do not fit together.
     """
@@ -286,7 +309,7 @@ def generate(
     c, device, block = model.config, next(model.parameters()).device, options.block
     B, P, L = len(prompts), max(map(len, prompts)), options.longest
     lengths = options.answer_length if isinstance(options.answer_length, list) else [L] * B
-    if min(lengths) < L and (options.steps is not None or L > block):
+    if min(lengths) < L and (options.steps is not None or block < L):
         raise UserError("answers of different lengths go with factor or threshold and a single block")
     rule = rule_of(options)
     batch = lay_out(prompts, lengths, c.mask_id, audio, is_audio, audio_at, c, device)
@@ -319,14 +342,22 @@ def generate(
             step += 1
             if on_step is not None:
                 on_step(response, confidence, int(calls.max()))
+        if on_block is not None:
+            on_block(response, first + block)
     return response.clone(), calls.to(device)
 
 
 @torch.no_grad()
 def generate_ar(
-    model, prompts, audio=None, is_audio=None, audio_at=None, answer_length=32, temperature=0.0,
+    model,
+    prompts,
+    audio=None,
+    is_audio=None,
+    audio_at=None,
+    answer_length=32,
+    temperature=0.0,
     generator=None,
-):  # fmt: skip
+):
     """The autoregressive baseline (Config.causal): one token a call, left to right, with a K/V cache.
 
     Arguments and results as `generate`'s; a row ends at its end mark.  Raises UserError for a model that
@@ -363,10 +394,14 @@ def generate_ar(
 
 @dataclass
 class Answer:
+    """What a clip was answered, and what it cost."""
+
     text: str
     calls: int  # network calls
     seconds: float  # from mel to text, shared evenly by the clips of a batch
     audio_seconds: float
+    confidence: list  # of each token, end mark included; empty for an autoregressive model
+    pieces: list  # of a clip beyond the window: [(start, end in seconds, text)]; empty otherwise
 
     @property
     def rtf(self):
@@ -375,24 +410,88 @@ class Answer:
 
 
 def ask(
-    model, tokenizer, audios, questions, stage=None, options=Options(), generator=None, on_step=None, **fields
-):  # fmt: skip
-    """Answers questions[i] about audios[i] (16 kHz arrays), as one batch.  Returns a list of Answers.
+    model,
+    tokenizer,
+    audios,
+    questions,
+    stage=None,
+    options=Options(),
+    generator=None,
+    on_step=None,
+    on_block=None,
+    long="split",
+    batch=16,
+    **fields,
+):
+    """Answers questions about clips.  Returns a list of Answers, or one for one clip.
 
-    stage: reads the audio as that stage does; by default the model's.  options, generator, on_step, fields:
-    as of `generate`; an autoregressive model takes length, temperature and generator from them.
-    answer_length="auto" gives each clip `length_for` its seconds, as one block.
-    Raises UserError when prompt, audio and answer exceed the context.
+    audios: a path, an array (n,) of 16 kHz samples, or a list of them.  questions: one for all clips, or a
+    list.  A clip beyond the window is answered piece by piece (data.split_clip): a transcript is joined,
+    another answer is given for each piece with its time.  long="cut": its beginning alone is answered.
+    stage: reads the audio as that stage does; by default the model's.  options, generator (one or a list,
+    one a clip), on_step, on_block, fields: as of `generate`; an autoregressive model takes length,
+    temperature and generator from them.  answer_length="auto" gives each clip `length_for` its seconds, as
+    one block.  batch: clips (or pieces) that pass the network together.
+    Raises UserError for a clip that cannot be read, and when prompt, audio and answer exceed the context.
     """
-    c, start = model.config, time.perf_counter()
+    is_one = isinstance(audios, (str, os.PathLike, np.ndarray, torch.Tensor))
+    audios = [audios] if is_one else audios
+    questions = [questions] * len(audios) if isinstance(questions, str) else questions
     options = dataclasses.replace(options, **fields)
-    weight = next(model.parameters())
-    mels, n_frames = zip(*(log_mel(a, c) for a in audios))
-    prompts, audio_at = zip(*(build_prompt(tokenizer, q) for q in questions))
+    window = round(window_seconds(model.config) * SAMPLE_RATE)
+    jobs = []  # (clip's number, start, end, samples)
+    for n, audio in enumerate(audios):
+        if isinstance(audio, (str, os.PathLike)):
+            audio, _ = load_audio(os.fspath(audio))
+        audio = np.asarray(audio, dtype=np.float32)
+        spans = split_clip(audio, model.config) if long == "split" else [(0, min(len(audio), window))]
+        jobs += [(n, start, end, audio[start:end]) for start, end in spans]
+    found = [[] for _ in audios]  # (start, end, answer) of each clip
+    for i in range(0, len(jobs), batch):
+        some = jobs[i : i + batch]
+        own = [generator[n] for n, *_ in some] if isinstance(generator, (list, tuple)) else generator
+        asked = [questions[n] for n, *_ in some]
+        samples = [piece for *_, piece in some]
+        answers = ask_pieces(model, tokenizer, samples, asked, stage, options, own, on_step, on_block)
+        for (n, start, end, _), answer in zip(some, answers, strict=True):
+            found[n].append((start / SAMPLE_RATE, end / SAMPLE_RATE, answer))
+    answers = [join_pieces(*some) for some in zip(found, questions, strict=True)]
+    return answers[0] if is_one else answers
+
+
+def join_pieces(pieces, question):
+    """The Answers of a clip's pieces, (start, end, answer) in order, as one."""
+    if len(pieces) == 1:
+        return pieces[0][2]
+    if is_transcription(question):
+        text = " ".join(answer.text for *_, answer in pieces if answer.text)
+    else:
+        text = "\n".join(f"{clock(start, end)} {answer.text}" for start, end, answer in pieces)
+    return Answer(
+        text=text,
+        calls=sum(answer.calls for *_, answer in pieces),
+        seconds=sum(answer.seconds for *_, answer in pieces),
+        audio_seconds=sum(answer.audio_seconds for *_, answer in pieces),
+        confidence=[c for *_, answer in pieces for c in answer.confidence],
+        pieces=[(start, end, answer.text) for start, end, answer in pieces],
+    )
+
+
+def clock(start, end):
+    """[minutes:seconds - minutes:seconds]."""
+    minutes = [f"{int(t) // 60}:{int(t) % 60:02}" for t in (start, end)]
+    return f"[{minutes[0]} - {minutes[1]}]"
+
+
+@torch.no_grad()
+def ask_pieces(model, tokenizer, audios, questions, stage, options, generator, on_step, on_block):
+    """`ask` of arrays that fit the window, as one batch."""
+    c, began, weight = model.config, time.perf_counter(), next(model.parameters())
+    mels, n_frames = zip(*(log_mel(a, c) for a in audios), strict=True)
+    prompts, audio_at = zip(*(build_prompt(tokenizer, q) for q in questions), strict=True)
     n_frames = torch.tensor(n_frames, device=weight.device)
     taps, final = model.encode(torch.stack(mels).to(weight.device, weight.dtype), n_frames)
-    with torch.no_grad():
-        audio, is_audio = model.adapt(taps, final, n_frames, stage or model.stage)
+    audio, is_audio = model.adapt(taps, final, n_frames, stage or model.stage)
     if options.answer_length == "auto":
         lengths = [length_for(len(a) / SAMPLE_RATE) for a in audios]
         options = dataclasses.replace(options, answer_length=lengths, block=max(lengths))
@@ -400,15 +499,27 @@ def ask(
     if total > c.context:
         needs = f"question, audio and answer need {total} positions; the model has {c.context}"
         raise UserError(f"{needs}: shorten the question")
-    inputs = (prompts, audio, is_audio, audio_at)
+    inputs, sure = (prompts, audio, is_audio, audio_at), None
     if c.causal:
         ids, calls = generate_ar(model, *inputs, options.longest, options.temperature, generator)
     else:
-        ids, calls = generate(model, *inputs, options, generator, on_step)
-    texts = [answer_text(tokenizer, row, c) for row in ids.tolist()]
-    seconds = (time.perf_counter() - start) / len(audios)
-    clips = zip(texts, calls.tolist(), audios)
-    return [Answer(text, n, seconds, len(audio) / SAMPLE_RATE) for text, n, audio in clips]
+
+        def note(response, confidence, call):
+            nonlocal sure
+            sure = confidence
+            if on_step is not None:
+                on_step(response, confidence, call)
+
+        ids, calls = generate(model, *inputs, options, generator, note, on_block)
+    seconds = (time.perf_counter() - began) / len(audios)
+    answers = []
+    for row, samples in enumerate(audios):
+        tokens = ids[row].tolist()
+        n = next((i for i, token in enumerate(tokens, 1) if token in (c.eot_id, c.eos_id)), len(tokens))
+        confidence = [] if sure is None else sure[row, :n].tolist()
+        text = answer_text(tokenizer, tokens, c)
+        answers.append(Answer(text, int(calls[row]), seconds, len(samples) / SAMPLE_RATE, confidence, []))
+    return answers
 
 
 # ---------------------------------------------------------------------------------------------
@@ -428,7 +539,7 @@ class Screen:
         """response, confidence (1, L), after network call `call`; `generate`'s on_step."""
         pieces, width = [], 0
         room = shutil.get_terminal_size().columns - 8 if self.is_terminal else 10**9
-        for token, sure in zip(response[0].tolist(), confidence[0].tolist()):
+        for token, sure in zip(response[0].tolist(), confidence[0].tolist(), strict=True):
             if token in (self.config.eos_id, self.config.eot_id):
                 continue
             masked = token == self.config.mask_id
@@ -447,6 +558,25 @@ class Screen:
     def finish(self):
         if self.is_terminal:
             self.stream.write("\n")
+
+
+class Stream:
+    """Prints an answer's text as far as its blocks are final; what it has printed adds up to the answer."""
+
+    def __init__(self, tokenizer, config, out):
+        self.tokenizer, self.config, self.out, self.printed = tokenizer, config, out, ""
+
+    def show(self, response, end):
+        """response (1, L): final before column `end`; `generate`'s on_block."""
+        text = answer_text(self.tokenizer, response[0, :end].tolist(), self.config)
+        if end < response.size(1):
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # half of a letter: the rest is in the next block
+        self.out.write(text[len(self.printed) :])
+        self.out.flush()
+        self.printed = text
+        if end == response.size(1):  # the answer about the next piece of the clip begins anew
+            self.out.write("\n")
+            self.printed = ""
 
 
 def length_option(text):
@@ -488,7 +618,11 @@ def parse(argv):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device")
     parser.add_argument("--compile", action="store_true", help="torch.compile the backbone's blocks")
-    parser.add_argument("--show", action="store_true", help="watch the answer emerge")
+    text = "clips beyond the window: answered piece by piece (default), or cut to their beginning"
+    parser.add_argument("--long", choices=("split", "cut"), default="split", help=text)
+    live = parser.add_mutually_exclusive_group()
+    live.add_argument("--show", action="store_true", help="watch the answer emerge")
+    live.add_argument("--stream", action="store_true", help="print each block as soon as it is final")
     parser.add_argument("--json", action="store_true", help="one JSON object a clip")
     parser.add_argument("--export", metavar="DIR", help="write the model as a compact bf16 checkpoint")
     args = parser.parse_args(argv)
@@ -499,6 +633,8 @@ def parse(argv):
             raise UserError("the question is empty")
     if args.answer_length == "auto" and (args.block or args.steps):
         raise UserError("--answer-length auto is one block, without --steps")
+    if args.stream and args.json:
+        raise UserError("--stream prints text as it becomes final; --json comes after it")
     args.block = args.block or (32 if args.answer_length == "auto" else min(32, args.answer_length))
     return args
 
@@ -536,26 +672,47 @@ def run(args):
     merge_lora(model)
     if args.compile:
         compile_blocks(model)
-    clips = []
+    clips, limit = [], window_seconds(model.config)
     for path in paths:
-        audio, notes = load_audio(path, limit=window_seconds(model.config))
+        audio, notes = load_audio(path, limit=limit if args.long == "cut" else None)
         clips.append(audio)
+        seconds = len(audio) / SAMPLE_RATE
+        if seconds > limit:
+            notes.append(f"{path}: {seconds:.1f} s long; answered in pieces of at most {limit:g} s")
         for note in notes:
             print(f"decode.py: {note}", file=sys.stderr)
-    size = 1 if args.show else 16
+    size = 1 if args.show or args.stream else 16
     for i in range(0, len(clips), size):
         batch = clips[i : i + size]
         generator = [torch.Generator().manual_seed(args.seed) for _ in batch]
         screen = Screen(tokenizer, model.config, sys.stderr if args.json else sys.stdout)
-        on_step = screen.draw if args.show else None
-        questions = [question] * len(batch)
-        answers = ask(model, tokenizer, batch, questions, args.stage, options, generator, on_step)
+        stream = Stream(tokenizer, model.config, sys.stdout)
+        if args.stream and len(paths) > 1:
+            print(f"{paths[i]}: ", end="")
+        answers = ask(
+            model,
+            tokenizer,
+            batch,
+            [question] * len(batch),
+            args.stage,
+            options,
+            generator,
+            on_step=screen.draw if args.show else None,
+            on_block=stream.show if args.stream else None,
+            long=args.long,
+            batch=size,
+        )
         if args.show:
             screen.finish()
-        for path, answer in zip(paths[i : i + size], answers):
+        for path, answer in zip(paths[i : i + size], answers, strict=True):
             if args.json:
                 line = {"audio": path, "question": question, "answer": answer.text, "calls": answer.calls}
-                print(json.dumps(line | {"seconds": round(answer.seconds, 4), "rtf": round(answer.rtf, 4)}))
+                line |= {"seconds": round(answer.seconds, 4), "rtf": round(answer.rtf, 4)}
+                if answer.pieces:
+                    line["pieces"] = [{"start": a, "end": b, "answer": text} for a, b, text in answer.pieces]
+                print(json.dumps(line))
+            elif args.stream:
+                continue  # it stands there already
             elif len(paths) > 1:
                 print(f"{path}: {answer.text}")
             else:
@@ -563,15 +720,27 @@ def run(args):
 
 
 def main(argv=None):
-    try:
-        run(parse(argv))
-    except UserError as e:
-        print(f"decode.py: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status("decode.py", lambda: run(parse(argv)))
+
+
+def tutorial():
+    """What `python decode.py` alone shows: how many of six guesses each rule keeps, then a real answer."""
+    confidence = torch.tensor([[0.99, 0.97, 0.93, 0.85, 0.6, 0.3]])
+    print("Six [MASK]s were guessed with these confidences:", *(f"{c:.2f}" for c in confidence[0]))
+    print("Each rule says how many of them stay; the others are masked again.\n")
+    rules = {
+        "--steps 3 of 6 (two a call)": Options(6, 6, steps=3),
+        "--factor 0.5 (Eq. 8)": Options(6, 6, factor=0.5),
+        "--factor 1": Options(6, 6, factor=1.0),
+        "--factor 2": Options(6, 6, factor=2.0),
+        "--threshold 0.9": Options(6, 6, threshold=0.9),
+    }
+    for name, options in rules.items():
+        print(f"  {name:30} keeps {int(rule_of(options)(confidence, step=0))}")
+    clip = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "demo", "digits.wav")
+    print(f"\nThe small model, {os.path.basename(clip)}, call by call (_ is a [MASK]):\n")
+    return main([clip, "What is said?", "--model", "tiny", "--show"])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main() if len(sys.argv) > 1 else tutorial())

@@ -76,7 +76,7 @@ def sft_loss(predict, ids, is_answer, mask_id, t=None, is_masked=None, generator
 
     ids, is_answer: (B, T), the clean batch and where its answers stand, end marks included.
     t (B,) may be given, or t and is_masked (B, T) together; what is not given is drawn.
-    per_token divides by the length of each answer's canvas, as LLaDA's guidelines do; without
+    per_token divides by the length of each response, as LLaDA's guidelines do; without
     it the value is the paper's plain sum, an upper bound on -log p(answer).
     Returns (B,): one loss per example.  Average it over the GLOBAL batch, not per process.
     """
@@ -92,7 +92,7 @@ def sft_loss(predict, ids, is_answer, mask_id, t=None, is_masked=None, generator
 
 
 def next_token_loss(predict, ids, is_answer):
-    """What the autoregressive twin minimises on the same batch: each answer token from all before it.
+    """What the autoregressive baseline minimises on the same batch: each answer token from all before it.
 
     predict(ids (B, T), where (B, T)) must be causal; it is asked at the token before each answer token.
     Returns (B,), the mean over each answer.
@@ -143,7 +143,7 @@ def elbo(predict, ids, is_masked, weight, mask_id):
     n is the estimate of Eq. 3.  Not divided by the answer's length.
     """
     samples = []
-    for masks, w in zip(is_masked, weight):
+    for masks, w in zip(is_masked, weight, strict=True):
         noisy, masks = corrupt(ids, masks, mask_id, is_masked=masks)
         samples.append(-w * masked_nll(predict, ids, noisy, masks))
     return torch.stack(samples)
@@ -177,16 +177,15 @@ class Toy:
 
 
 if __name__ == "__main__":
-    sentence = "the speaker sounds happy and a dog barks in the background".split()
+    text = "the speaker sounds happy and a dog barks in the background"
+    sentence = text.split()
     ids, is_answer = torch.arange(len(sentence))[None], torch.ones(1, len(sentence), dtype=torch.bool)
     generator = torch.Generator().manual_seed(0)
     print("Forward: every token is hidden with probability t.\n")
     for t in (0.1, 0.4, 0.7, 1.0):
         noisy, _ = corrupt(ids, is_answer, -1, torch.tensor([t]), generator=generator)
-        print(
-            f"  t = {t:.1f}  "
-            + " ".join(sentence[i] if i >= 0 else "_" * len(w) for w, i in zip(sentence, noisy[0]))
-        )
+        shown = ["_" * len(word) if i < 0 else word for word, i in zip(sentence, noisy[0], strict=True)]
+        print(f"  t = {t:.1f}  {' '.join(shown)}")
 
     toy = Toy()
     x = toy.all[(toy.p - toy.p.median()).abs().argmin()]
@@ -205,6 +204,6 @@ if __name__ == "__main__":
     }
     for name, values in estimates.items():
         values = torch.cat(values)
-        print(
-            f"  {name:18} {values.mean():.4f} +- {values.std() / len(values) ** 0.5:.4f}   one estimate's deviation {values.std():.3f}"
-        )
+        mean, deviation = values.mean(), values.std()
+        error = deviation / len(values) ** 0.5
+        print(f"  {name:18} {mean:.4f} +- {error:.4f}   one estimate's deviation {deviation:.3f}")

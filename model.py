@@ -18,6 +18,8 @@ Weights on disk, ours and others', are weights.py's business.
 
 import argparse
 import dataclasses
+import functools
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +39,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(message)
+
+
+def exit_status(program, run):
+    """run() as a program: its status (None is 0); 2 and one line for a UserError, 130 for Ctrl-C."""
+    try:
+        return run() or 0
+    except UserError as e:
+        print(f"{program}: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,7 @@ class Config:
     rope_theta: float = 500000.0
     norm_eps: float = 1e-5
     context: int = 4096  # audio + prompt + answer
-    causal: bool = False  # True: the autoregressive twin
+    causal: bool = False  # True: the autoregressive baseline
     # LoRA (rank 0: none)
     lora_rank: int = 8
     lora_alpha: float = 16.0
@@ -110,12 +123,32 @@ PRESETS = {
     # Short windows spare a laptop two thirds of the encoder's work; tiny.en's last state has a channel of 310
     # beside a root mean square of 1.2, which keeps a small Q-Former from learning: hence norm_taps.
     "tiny": Config(
-        n_mels=80, n_frames=500, audio_width=384, audio_heads=6, audio_layers=4, taps=(2, 4), qformer_ffn=768,
-        pad_to=125, norm_taps=True, n_queries=16, n_soft_prompts=4,
-        vocab=2048, width=256, layers=6, heads=8, ffn=512, rope_theta=10000.0, context=1024,
-        bos_id=0, eos_id=1, mask_id=2, start_header_id=3, end_header_id=4, eot_id=5,
+        n_mels=80,
+        n_frames=500,
+        audio_width=384,
+        audio_heads=6,
+        audio_layers=4,
+        taps=(2, 4),
+        qformer_ffn=768,
+        pad_to=125,
+        norm_taps=True,
+        n_queries=16,
+        n_soft_prompts=4,
+        vocab=2048,
+        width=256,
+        layers=6,
+        heads=8,
+        ffn=512,
+        rope_theta=10000.0,
+        context=1024,
+        bos_id=0,
+        eos_id=1,
+        mask_id=2,
+        start_header_id=3,
+        end_header_id=4,
+        eot_id=5,
     ),
-}  # fmt: skip
+}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -207,8 +240,12 @@ class Cache:
 
     def keep(self, rows):
         """Drops all rows but these (indices on any device): whoever has finished leaves the batch."""
-        take = lambda x: None if x is None else x.index_select(0, rows.to(x.device))
-        self.k, self.v = ({layer: take(x) for layer, x in part.items()} for part in (self.k, self.v))
+
+        def take(x):
+            return None if x is None else x.index_select(0, rows.to(x.device))
+
+        self.k = {layer: take(k) for layer, k in self.k.items()}
+        self.v = {layer: take(v) for layer, v in self.v.items()}
         self.valid, self.position = take(self.valid), take(self.position)
 
 
@@ -228,25 +265,28 @@ class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.heads = c.heads
-        linear = lambda i, o: nn.Linear(i, o, bias=False)
+        linear = functools.partial(nn.Linear, bias=False)
         self.attn_norm, self.ff_norm = RMSNorm(c.width, c.norm_eps), RMSNorm(c.width, c.norm_eps)
         self.q_proj, self.k_proj, self.v_proj = (linear(c.width, c.width) for _ in range(3))
         self.attn_out = linear(c.width, c.width)
         self.ff_proj, self.up_proj = linear(c.width, c.ffn), linear(c.width, c.ffn)  # gate and value
         self.ff_out = linear(c.ffn, c.width)
 
+    def split(self, x):
+        """(B, T, C) -> (B, H, T, head_dim)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
     def forward(self, x, rope, mask, cache=None, layer=None, start=None, read_from=0):
         """x (B, T, C) -> (B, T - read_from, C): columns before read_from are only looked at."""
-        heads = lambda z: z.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, head_dim)
         y = self.attn_norm(x)
-        k, v = heads(self.k_proj(y)), heads(self.v_proj(y))
+        k, v = self.split(self.k_proj(y)), self.split(self.v_proj(y))
         k = rotate(k, rope)
         if cache is not None:
             k, v = cache.update(layer, k, v, start)
         if read_from:
             x, y, rope = x[:, read_from:], y[:, read_from:], [table[:, :, read_from:] for table in rope]
             mask = mask[:, :, read_from:] if mask is not None and mask.size(2) > 1 else mask
-        q = rotate(heads(self.q_proj(y)), rope)
+        q = rotate(self.split(self.q_proj(y)), rope)
         y = attend(q, k, v, mask)  # every token sees every token
         x = x + self.attn_out(y.transpose(1, 2).flatten(2))
         y = self.ff_norm(x)
@@ -339,11 +379,8 @@ class DIFFA2(nn.Module):
         c = self.config
         if not c.pad_to:
             return torch.full_like(n_frames, c.n_frames)
-        return (
-            ((n_frames + c.pad_to // 5).div(c.pad_to, rounding_mode="floor") + 1)
-            .mul(c.pad_to)
-            .clamp(max=c.n_frames)
-        )
+        with_silence = n_frames + c.pad_to // 5
+        return ((with_silence // c.pad_to + 1) * c.pad_to).clamp(max=c.n_frames)
 
     @torch.no_grad()
     def encode(self, mel, n_frames):
@@ -400,7 +437,7 @@ class DIFFA2(nn.Module):
     ):
         """Logits (N, vocab) at the N text positions `where` is True, in row-major order.
 
-        ids, valid, where: (B, T) text, canvas included.  audio (B, A, D) and is_audio (B, A) go in
+        ids, valid, where: (B, T) text, the response included.  audio (B, A, D) and is_audio (B, A) go in
         front of text token audio_at (B,); audio=None is text alone.  The spliced row has T + A
         columns.  With `cache`, see LLaDA.forward; `start` counts spliced columns, and ids, valid,
         where are then just the columns to recompute, all of them text.
@@ -419,9 +456,8 @@ class DIFFA2(nn.Module):
             valid = None if valid is None else torch.cat([valid, is_audio], 1).gather(1, order)
             column = column + audio.size(1) * (column >= audio_at[row])
         h = self.backbone(x, valid, cache, start, read_from)
-        return self.backbone.ff_out(
-            h[row, column - read_from]
-        )  # rows that nobody reads never meet the vocabulary
+        # rows that nobody reads never meet the vocabulary
+        return self.backbone.ff_out(h[row, column - read_from])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -441,17 +477,17 @@ def build(config, device="cpu", lora=False, seed=None):
         if p.dim() == 2 and "lora" not in name:
             std = {"wte.weight": 1.0, "ff_out.weight": 0.02}.get(name, p.size(1) ** -0.5)
             if name.endswith((".attn_out.weight", ".ff_out.weight")):
-                std *= (
-                    2 * config.layers
-                ) ** -0.5  # all layers together add about as much as was there (GPT-2)
+                # all layers together add about as much as was there (GPT-2)
+                std *= (2 * config.layers) ** -0.5
             nn.init.normal_(p, std=std)
     return model.to(device)
 
 
 def pick_device(name=None):
-    """A torch.device; by default the GPU if there is one."""
+    """A torch.device; by default a GPU of NVIDIA's, else of Apple's (not tested), else the CPU."""
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name or found)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ValueError) as e:
         raise UserError(f"device {name!r} cannot be used: {str(e).splitlines()[0]}") from None

@@ -58,7 +58,7 @@ from data import (
     read_manifest,
 )
 from diffusion import corrupt, draw_t, masked_nll, next_token_loss, sft_loss
-from model import DIFFA2, PRESETS, Parser, UserError, build, pick_device
+from model import DIFFA2, PRESETS, Parser, UserError, build, exit_status, pick_device
 from vrpo import BETA, SAMPLES, backward_per_sample, draw_pair_masks, margin, score, swapped, vrpo_loss
 from weights import (
     ASSETS,
@@ -83,7 +83,11 @@ from weights import (
 
 @dataclass(frozen=True)
 class Context:
-    """What a loss needs beside its micro-batch."""
+    """What a loss needs beside its micro-batch.
+
+    Handed over as an argument, so that a loss can be called from a test or a notebook with a model of
+    any size and no training loop around it.
+    """
 
     model: nn.Module
     stage: int
@@ -109,6 +113,7 @@ def audio_tokens(context, batch):
     if "mel" in batch:
         taps, final = model.encode(batch["mel"], batch["n_frames"])
         return model.adapt(taps, final, batch["n_frames"], context.stage)
+    # stage 0: nothing is heard; word embeddings, mixed and blurred, stand where audio tokens will
     written = part_of(batch, "written")
     return model.embed_written(written["ids"], written["weights"], written["noise"]), written["valid"]
 
@@ -139,12 +144,17 @@ def question_loss(context, batch, audio, is_audio, generators):
     predict = predictor(model, text, audio, is_audio)
     if model.config.causal:
         return next_token_loss(predict, text["ids"], text["is_answer"])
+    # one t for each example: a batch then holds easy and hard versions of the same task side by side
     t = least_t + (1 - least_t) * draw_t(len(text["ids"]), generators)
     return sft_loss(predict, text["ids"], text["is_answer"], model.config.mask_id, t, generator=generators)
 
 
 def sft(context, micro):
-    """Stages 0-3: Eq. 1, 2, and CTC beside it where the row says so."""
+    """Stages 0-3: Eq. 1, 2, and CTC beside it where the row says so.
+
+    Pre-training and fine-tuning are one function: what differs is which parameters train, which
+    examples are read, and that only the answer's tokens are ever hidden.
+    """
     batch = micro["batch"]
     with context.autocast():
         audio, is_audio = audio_tokens(context, batch)
@@ -175,15 +185,18 @@ def vrpo(context, micro):
             return score(predict, texts[name]["ids"], masks[name], model.config.mask_id, j)
 
     with context.autocast():
-        encoded = model.encode(batch["mel"], batch["n_frames"])
+        encoded = model.encode(batch["mel"], batch["n_frames"])  # frozen: once for policy and reference
     audio, is_audio = adapted()
+    # first pass, without gradients: the margins of Eq. 4 under one set of masks
     with torch.no_grad():
         policy = {name: elbo_of(name, audio) for name in texts}
         with swapped(context.trained, context.reference):
             reference_audio, _ = adapted()
             reference = {name: elbo_of(name, reference_audio) for name in texts}
     margins = margin(policy["chosen"], policy["rejected"], reference["chosen"], reference["rejected"])
-    # samples send their gradients as far as the audio tokens, whose own graph is walked once
+    # second pass, with gradients: d loss / d margin is known by now, so each sample is sent back on its
+    # own and memory does not grow with their number.  Samples send their gradients as far as the audio
+    # tokens, whose own graph (the adapters') is walked once.
     leaf = audio.detach().requires_grad_()
     backward_per_sample(lambda name, j: elbo_of(name, leaf, j), SAMPLES, margins, BETA)
     audio.backward(leaf.grad)
@@ -211,6 +224,8 @@ VRPO = Loss(vrpo, encode_pair, has_reference=True, has_dropout=False, has_held_o
 
 @dataclass(frozen=True)
 class Stage:
+    """A row of the table: what trains, how fast, by which loss.  A stage has no code of its own."""
+
     trains: tuple  # prefixes of the names of the parameters that train; all else is frozen
     lr: float
     batch: int  # examples in a step, whatever the number of GPUs
@@ -227,6 +242,9 @@ class Stage:
     augment: bool = False  # other speeds and levels, noise, SpecAugment: for a few hours of recordings
 
 
+# Stage 1 teaches the semantic adapter to say what is said, in embeddings that LLaDA reads as words; the
+# acoustic adapter joins in stage 2, when there is something to attach "how it sounds" to; only then may
+# LLaDA itself move, by LoRA (stage 3); and stage 4 polishes by comparison what stage 3 has learned.
 ADAPTERS = ("semantic.", "acoustic.")
 # three departures that pay at this size: t is not small while so little is known, CTC teaches the
 # adapter where a word stands, Muon is the faster optimizer
@@ -245,7 +263,7 @@ STAGES = {
     "tiny": {
         0: Stage(("backbone.",), lr=2e-3, batch=32, warmup=30, steps=1200, written=True, **TINY),
         1: Stage(("semantic.", "soft_prompts"), lr=1.5e-3, batch=32, warmup=20, steps=220, **HEARING),
-        2: Stage(ADAPTERS, lr=1.5e-3, batch=32, warmup=20, steps=620, **HEARING),
+        2: Stage(ADAPTERS, lr=1.5e-3, batch=32, warmup=20, steps=760, **HEARING),
         3: Stage((*ADAPTERS, "lora"), lr=1e-3, batch=32, warmup=10, steps=180, **HEARING),
         4: Stage((*ADAPTERS, "lora"), 5e-5, 8, warmup=5, steps=60, loss=VRPO, beta2=0.98, augment=True),
     },
@@ -256,6 +274,7 @@ def freeze_all_but(model, prefixes):
     """Freezes everything but the named parts; returns the parameters that train, by name."""
     trained = {}
     for name, p in model.named_parameters():
+        # LoRA's matrices live inside the backbone's layers ("backbone.blocks.0.q_proj.lora_A")
         part = "lora" if "lora_" in name else name
         p.requires_grad_(any(part.startswith(prefix) for prefix in prefixes))
         if p.requires_grad:
@@ -264,7 +283,10 @@ def freeze_all_but(model, prefixes):
 
 
 def halve_frozen(model):
-    """Frozen matrices in bf16; vectors stay as they are (Whisper's norms want fp32, and weigh nothing)."""
+    """Frozen matrices in bf16; vectors stay as they are (Whisper's norms want fp32, and weigh nothing).
+
+    What trains stays in fp32: a step of 1e-5 on a weight of 0.1 is less than bf16 can tell apart.
+    """
     for p in model.parameters():
         if not p.requires_grad and p.dim() > 1:
             p.data = p.data.to(torch.bfloat16)
@@ -272,6 +294,9 @@ def halve_frozen(model):
 
 def recompute(model):
     """Activation checkpointing: each block's inside is computed again for the backward pass.
+
+    The backbone is frozen, but gradients pass through it on their way to the adapters, so without this
+    the activations of all its layers wait in memory.  Costs a third more time.
 
     Returns a stack that undoes it.
     """
@@ -287,7 +312,7 @@ def recompute(model):
 
 
 def learning_rate(step, row, steps):
-    """Linear warm-up, then a cosine down to zero."""
+    """Linear warm-up, then a cosine down to zero.  step counts from 0, steps is the length of the run."""
     if step < row.warmup:
         return row.lr * (step + 1) / row.warmup
     return row.lr * 0.5 * (1 + math.cos(math.pi * (step - row.warmup) / max(1, steps - row.warmup)))
@@ -331,7 +356,11 @@ def orthogonalize(matrix, steps=5):
 
 
 def make_optimizers(trained, row):
-    """AdamW for `trained` (name -> parameter); with row.muon Muon for the matrices of the blocks."""
+    """AdamW for `trained` (name -> parameter); with row.muon Muon for the matrices of the blocks.
+
+    Muon is for matrices that map hidden states to hidden states.  Embeddings, the head, convolutions and
+    vectors stay with AdamW, as Muon's authors advise.
+    """
     in_blocks = re.compile(r"(backbone\.blocks|acoustic\.layers)\.\d+\..*weight$")
     by_muon = {name for name, p in trained.items() if row.muon and p.dim() == 2 and in_blocks.match(name)}
     rest = [p for name, p in trained.items() if name not in by_muon]
@@ -347,7 +376,9 @@ def make_optimizers(trained, row):
 
 
 # ---------------------------------------------------------------------------------------------
-# processes
+# processes.  torchrun starts one a GPU and tells each its rank in the environment.  All of them hold
+# the whole model (the trained 1 % makes gradients small: 400 MB in fp32 for diffa2), read their own
+# share of every global batch, and take the same optimizer step on the same summed gradient.
 
 
 @dataclass(frozen=True)
@@ -566,7 +597,11 @@ def held_out_loss(context, builder, examples, group, tokens):
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of a run that are not the stage's; the command line's, by name."""
+    """Settings of a run that are not the stage's; the command line's, by name.
+
+    None of them changes what is learned but `seed`, `max_steps`, `dropout` and, in the last digits,
+    `precision`: micro-batches, workers and processes only decide how fast.
+    """
 
     seed: int = 42
     max_steps: int | None = None  # ends the schedule here
@@ -595,6 +630,7 @@ def train(group, model, tokenizer, examples, stage, row, out, options, state=Non
 
     state: what write_state wrote, to go on from.
     """
+    # ---- what trains, and with what
     device, steps = group.device, options.max_steps or total_steps(row, len(examples))
     trained = freeze_all_but(model, row.trains)
     is_released = (model.base or {}).get("name") in RELEASES
@@ -604,6 +640,9 @@ def train(group, model, tokenizer, examples, stage, row, out, options, state=Non
     reference = tuple(p.detach().clone() for p in trained.values()) if row.loss.has_reference else ()
     step, skipped_ids, bad_steps, hours = 0, set(), 0, 0.0
     torch.manual_seed(options.seed + group.rank)  # dropout: all other randomness has generators of its own
+
+    # ---- going on: weights, moments, random states, and the place in the data (the step says it all,
+    # for the order of an epoch is drawn from the seed alone)
     if state is not None:
         step, hours, skipped_ids = state["step"], state["hours"], set(state["skipped"])
         for name, p in trained.items():
@@ -616,6 +655,7 @@ def train(group, model, tokenizer, examples, stage, row, out, options, state=Non
             if device.type == "cuda" and state["random_cuda"]:
                 torch.cuda.set_rng_state(state["random_cuda"][group.rank], device)
 
+    # ---- how it computes, and what feeds it
     undo = recompute(model) if options.recompute else contextlib.ExitStack()
     if options.compile:
         for block in model.backbone.blocks:
@@ -655,7 +695,7 @@ def train(group, model, tokenizer, examples, stage, row, out, options, state=Non
     def save_checkpoint():
         random_states = group.gather(torch.get_rng_state())
         random_cuda = group.gather(torch.cuda.get_rng_state(device)) if device.type == "cuda" else []
-        whole = {
+        whole = {  # tensors, numbers and lists alone: it is read back with weights_only=True
             "step": step,
             "stage": stage,
             "hours": hours,
@@ -682,8 +722,9 @@ def train(group, model, tokenizer, examples, stage, row, out, options, state=Non
                 continue
 
             # ---- the global batch is complete: what every rank has to say, in one reduction
-            loss = torch.cat(losses).double() if losses else torch.zeros(0)
+            loss = torch.cat(losses).cpu().double() if losses else torch.zeros(0)
             is_bad = not bool(loss.isfinite().all())
+            # a NaN on one rank must not enter the others' sums, and a signal to one of them stops all
             mine = [0.0 if is_bad else float(loss.sum()), len(loss), seconds]
             mine += [is_bad, len(skipped), stop.received]
             loss_sum, n, all_seconds, n_bad, n_skipped, n_stop = group.sum(mine)
@@ -705,7 +746,7 @@ def train(group, model, tokenizer, examples, stage, row, out, options, state=Non
                 if p.grad is None:
                     p.grad = torch.zeros_like(p)
             group.all_reduce_gradients(trained.values())
-            for p in trained.values():
+            for p in trained.values():  # n counts what could be used: skipped clips do not dilute the mean
                 p.grad.div_(max(n, 1))
             norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)
             is_good = n > 0 and not n_bad and bool(norm.isfinite())
@@ -748,6 +789,7 @@ def train(group, model, tokenizer, examples, stage, row, out, options, state=Non
                     shown["skipped"] = len(skipped_ids)
                 progress.set_postfix(shown, refresh=False)
                 progress.update()
+            # ---- now and then: the held-out loss, a checkpoint
             is_due = step % options.held_out_every == 0 or step == steps
             if len(held_out) and row.loss.has_held_out and is_due:
                 value, per_t = held_out_loss(context, plain_builder, held_out, group, options.tokens)
@@ -803,7 +845,11 @@ def with_fresh_adapters(model, seed):
 
 
 def start_from(args, device):
-    """The model a stage begins with, and its tokenizer."""
+    """The model a stage begins with, and its tokenizer.
+
+    In this order: fresh weights (stage 0), frozen parts as published and fresh adapters (stage 1), the
+    authors' released model (--init diffa2), the folder of the stage before or of --init.
+    """
     stage, name, is_causal = args.stage, args.model, args.objective == "ar"
     if stage == 0 and not args.init:
         tokenizer = load_tokenizer(os.path.dirname(args.data) or ".")
@@ -817,9 +863,12 @@ def start_from(args, device):
         llada, whisper, _ = fetch(name, None, args.llada, args.whisper, adapters=False)
         model, tokenizer = assemble(PRESETS[name], llada, whisper, None, device, torch.bfloat16, 1, name)
         return with_fresh_adapters(model, args.seed), tokenizer
+    if args.init in RELEASES:  # fine-tuning: the authors' last stage, or their stage 1
+        released_stage = 1 if stage == 2 else 4
+        return load(args.init, device, None, released_stage, args.llada, args.whisper, args.diffa)
     init = args.init or f"out/{name}{OBJECTIVES[args.objective]}/stage{stage - 1}"
     if stage == 1 and name in ASSETS and not args.init and not is_causal:
-        init = ASSETS[name]  # the shipped backbone, as it was before anything was heard
+        init = ASSETS[name]  # the shipped backbone, as it was before any audio
     if not os.path.exists(os.path.join(init, "model.safetensors")):
         how = f"; `python train.py --stage {stage - 1} --model {name}` makes it" if stage else ""
         raise UserError(f"{init}: no checkpoint to start from{how}")
@@ -834,7 +883,7 @@ def start_from(args, device):
 
 
 def row_of(args):
-    """The table's row, with what the command line says otherwise."""
+    """The table's row, with what the command line says otherwise: fine-tuning wants its own numbers."""
     row = STAGES[args.model][args.stage]
     for name in ("lr", "batch", "warmup", "weight_decay", "augment"):
         if getattr(args, name) is not None:
@@ -853,6 +902,8 @@ def run(args):
     stage, name = args.stage, args.model
     if stage not in STAGES.get(name, {}):
         raise UserError(f"there is no stage {stage} for {name}; there are {sorted(STAGES.get(name, {}))}")
+    if args.init in RELEASES and args.init != name:
+        raise UserError(f"--init {args.init} goes with --model {args.init}")
     if args.objective == "ar" and (name in RELEASES or stage == 4):
         raise UserError("the autoregressive baseline is a small model's, stages 0 to 3")
     args.data = args.data or f"data/stage{stage}.jsonl"
@@ -921,10 +972,12 @@ def parse(argv):
     option("--objective", choices=sorted(OBJECTIVES), default="diffusion", help=text)
     option("--data", help="manifest (default: data/stageN.jsonl)")
     option("--held-out", help="manifest of held-out examples (default: held_out.jsonl beside --data)")
-    option("--init", help="checkpoint to start from (default: out/MODEL/stage(N-1))")
+    text = "checkpoint to start from, or diffa2: the released one (default: out/MODEL/stage(N-1))"
+    option("--init", help=text)
     option("--out", help="folder to write (default: out/MODEL/stageN)")
     option("--llada", help="diffa1, diffa2: folder of LLaDA-8B-Instruct, instead of the hub's")
     option("--whisper", help="the encoder's file, instead of the hub's or the shipped one")
+    option("--diffa", help="with --init diffa2: the authors' pytorch_model.bin, instead of the hub's")
     option("--resume", action="store_true", help="go on with the run that --out holds")
     option("--restart", action="store_true", help="begin anew over the run that --out holds")
     option("--lr", type=float, help="learning rate, instead of the table's")
@@ -968,14 +1021,26 @@ def parse(argv):
 
 
 def main(argv=None):
-    try:
-        return run(parse(argv))
-    except UserError as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return exit_status("train.py", lambda: run(parse(argv)))
+
+
+def tutorial():
+    """What `python train.py` alone shows: the table of stages, and what each of them trains."""
+    for name, stages in STAGES.items():
+        with torch.device("meta"):
+            model = DIFFA2(PRESETS[name], lora=True)
+        total = sum(p.numel() for p in model.parameters())
+        print(f"{name}: {total:,} parameters\n")
+        print(f"  {'stage':7}{'trains':36}{'parameters':>12}{'share':>8}{'rate':>9}{'batch':>7}  loss")
+        for stage, row in stages.items():
+            n = sum(p.numel() for p in freeze_all_but(model, row.trains).values())
+            parts = ", ".join(prefix.rstrip(".") for prefix in row.trains)
+            loss = "VRPO, Eq. 4 and 5" if row.loss is VRPO else "Eq. 1 and 2"
+            loss += f" + {row.ctc:g} CTC" if row.ctc else ""
+            print(f"  {stage:<7}{parts:36}{n:>12,}{n / total:>8.1%}{row.lr:>9g}{row.batch:>7}  {loss}")
+        print()
+    print("python train.py --stage N --model tiny   trains one of them; --help lists the options")
 
 
 if __name__ == "__main__":
-    exit_process(main())
+    exit_process(main() if len(sys.argv) > 1 else tutorial())

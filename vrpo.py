@@ -56,11 +56,11 @@ def swapped(parameters, saved):
         raise ValueError(f"{len(parameters)} parameters, {len(saved)} saved tensors")
     mine = [p.data for p in parameters]
     try:
-        for p, q in zip(parameters, saved):
+        for p, q in zip(parameters, saved, strict=True):
             p.data = q
         yield
     finally:
-        for p, q in zip(parameters, mine):
+        for p, q in zip(parameters, mine, strict=True):
             p.data = q
 
 
@@ -79,7 +79,7 @@ def backward_per_sample(sample, n, margins, beta=BETA, weight=1.0):
 
 
 def draw_pair_masks(chosen, rejected, n, generator=None):
-    """Masks for both sides of a batch of pairs: {"chosen": (is_masked, weight), "rejected": ...}.
+    """Masks for both answers of a batch of pairs: {"chosen": (is_masked, weight), "rejected": ...}.
 
     chosen, rejected: is_answer (B, T+), (B, T-).  Shared by policy, reference and gradient.
     """
@@ -87,7 +87,7 @@ def draw_pair_masks(chosen, rejected, n, generator=None):
 
 
 def score(predict, ids, masks, mask_id, j=None):
-    """ELBO samples (n, B) of one side under draw_pair_masks; j: that draw alone, (B,)."""
+    """ELBO samples (n, B) of one answer under draw_pair_masks; j: that draw alone, (B,)."""
     is_masked, weight = masks
     if j is None:
         return elbo(predict, ids, is_masked, weight, mask_id)
@@ -108,32 +108,39 @@ if __name__ == "__main__":
 
     def iid(predict, x, t, is_masked):
         """The 1/t estimate with independent coin flips, what stratified exact counts replace."""
-        return torch.stack(
-            [
-                -masked_nll(predict, x, *corrupt(x, everything, 3, t[j], m)) / t[j]
-                for j, m in enumerate(is_masked)
-            ]
-        )
+        samples = []
+        for s, mask in zip(t, is_masked, strict=True):
+            noisy, _ = corrupt(x, everything, 3, s, mask)
+            samples.append(-masked_nll(predict, x, noisy, mask) / s)
+        return torch.stack(samples)
 
     def draw_iid():
         t = [draw_t(1, g) for _ in range(n)]
         return t, [torch.rand(1, 4, generator=g) < s for s in t]
 
-    def one(shared, stratified):
+    def draw_stratified():
+        return draw_counts(everything, n, g)
+
+    def stratified_samples(predict, x, is_masked, weight):
+        return elbo(predict, x, is_masked, weight, 3)
+
+    def one(is_shared, draw, samples):
+        """One estimate of the margin: masks from `draw`, ELBO samples of them from `samples`."""
         values = []
         for x in (good, bad):
-            draw = (lambda: draw_counts(everything, n, g)) if stratified else draw_iid
-            first = draw()
-            second = first if shared else draw()
-            samples = (lambda f, d: elbo(f, x, *d, 3)) if stratified else (lambda f, d: iid(f, x, *d))
-            values += [samples(policy, first), samples(reference, second)]
+            masks = draw()
+            other_masks = masks if is_shared else draw()
+            values += [samples(policy, x, *masks), samples(reference, x, *other_masks)]
         return margin(values[0], values[2], values[1], values[3])
 
     print(f"margin of a toy pair, {n} samples an estimate, 300 estimates; exact value {exact:.4f}\n")
-    for shared in (False, True):
-        for stratified in (False, True):
-            found = torch.cat([one(shared, stratified) for _ in range(300)])
-            name = f"{'shared' if shared else 'independent'} masks, {'stratified exact counts' if stratified else 'independent t'}"
-            print(
-                f"  {name:48} {found.mean():8.4f} +- {found.std() / 300**0.5:.4f}   variance {found.var():10.5f}"
-            )
+    kinds = (
+        ("independent t", draw_iid, iid),
+        ("stratified exact counts", draw_stratified, stratified_samples),
+    )
+    for is_shared in (False, True):
+        for kind, draw, samples in kinds:
+            found = torch.cat([one(is_shared, draw, samples) for _ in range(300)])
+            name = f"{'shared' if is_shared else 'independent'} masks, {kind}"
+            error = found.std() / len(found) ** 0.5
+            print(f"  {name:48} {found.mean():8.4f} +- {error:.4f}   variance {found.var():10.5f}")

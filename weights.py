@@ -18,8 +18,9 @@ Loading is strict: each tensor of a file has a place and each place gets a tenso
 message names the one that is wrong.  Each format's names turn into ours in one table and one function.
 A model is built on the meta device and filled from mapped files, so no second copy of 8 B parameters
 exists at any time; `from_pretrained` of transformers does the same for one library's own format.
-A checkpoint leaves out what was never trained and lies elsewhere (`model.base` says where): the small
-model's holds no Whisper, the released ones' neither Whisper nor LLaDA.
+A checkpoint leaves out what was never trained and lies elsewhere: the small model's holds no Whisper, the
+released ones' neither Whisper nor LLaDA.  It says what they are (`model.base`: a name and a fingerprint of
+the weights), never where they lie, so that it can be given to somebody else.
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from whisper.model import sinusoids
 
-from model import DIFFA2, PRESETS, SPECIAL_TOKENS, Config, Parser, UserError, pick_device
+from model import DIFFA2, PRESETS, SPECIAL_TOKENS, Config, Parser, UserError, exit_status, pick_device
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ASSETS = {"tiny": os.path.join(HERE, "assets", "tiny")}  # presets whose weights come with the code
@@ -125,8 +126,8 @@ def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=
     Strict: every key and shape is accounted for.  LoRA, if the checkpoint has it, is kept apart;
     adapters.merge_lora(model) folds it in.  dtype: the backbone's (default fp32 on a CPU, bf16 on
     a GPU; the released models bf16 everywhere); encoder and adapters of the released models stay
-    in fp32.  stage, llada, whisper, diffa: see `assemble`; files not given come from the hub, or
-    from where the checkpoint says that its frozen parts lie.
+    in fp32.  stage, llada, whisper, diffa: see `assemble`; files not given are looked for beside the
+    checkpoint (FOLDER/llada, FOLDER/whisper), then in the hub's cache, then on the hub.
     Raises UserError with one line for anything wrong.
     """
     device = pick_device(device)
@@ -149,7 +150,7 @@ def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=
         raise UserError(f"{path}: has no Config in its header; it was not written by this code")
     fields = json.loads(header["config"])
     config = Config(**{**fields, "taps": tuple(fields["taps"])})
-    base = json.loads(header.get("base", "{}"))  # where the frozen parts lie
+    base = json.loads(header.get("base", "{}"))  # what the frozen parts are
     for part, given in (("llada", llada), ("whisper", whisper), ("diffa", diffa)):
         if given and part not in base:
             raise UserError(
@@ -158,15 +159,24 @@ def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=
             )
     if "llada" in base:
         dtype = dtype or torch.bfloat16
-        files = llada or base["llada"], whisper or base["whisper"], None
+        beside = {part: os.path.join(folder, part) for part in ("llada", "whisper")}
+        beside = {part: where if os.path.exists(where) else None for part, where in beside.items()}
+        files = llada or beside["llada"], whisper or beside["whisper"]
+        if None in files:
+            files = fetch(base["name"], None, *files, adapters=False)
         model, _ = assemble(config, *files, device, dtype, int(header["stage"]), base["name"])
+        for part, where in (("llada", files[0]), ("whisper", files[1])):
+            check_fingerprint(name_or_path, part, where, model.base[part], base[part])
         dtype = torch.float32  # that of everything trained
     else:
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         with torch.device("meta"):
             model = DIFFA2(config, lora=any("lora_A" in k for k in weights))
         if base:
-            load_tiny_encoder(model, whisper or base["whisper"], device, dtype)
+            if not whisper and base["whisper"] != TINY_ENCODER:
+                raise UserError(f"{name_or_path}: was trained on another encoder; give its file by --whisper")
+            load_tiny_encoder(model, whisper, device, dtype)
+            check_fingerprint(name_or_path, "whisper", whisper, model.base["whisper"], base["whisper"])
     model.stage = int(header["stage"])
     load_strictly(model, weights, path, device, dtype, expected=saved_part(model))
     fix_positions(model)
@@ -176,16 +186,34 @@ def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=
 def load_tiny_encoder(model, whisper=None, device=None, dtype=None):
     """Gives a model of preset tiny the shipped encoder of Whisper tiny.en, or that of another file.
 
-    model.base then says where it came from, and `save` leaves it out.  The shipped one goes by its name
-    alone, so that a checkpoint finds it wherever the code lies.
+    model.base then says which it is, and `save` leaves it out.
     """
     weight = model.encoder.conv1.weight
-    if whisper in (None, TINY_ENCODER):
-        where, path = TINY_ENCODER, os.path.join(HERE, "assets", TINY_ENCODER)
-    else:
-        where = path = os.path.abspath(whisper)
-    load_whisper(model, path, device or weight.device, dtype or weight.dtype)
-    model.base = {"name": "tiny", "whisper": where}
+    shipped = os.path.join(HERE, "assets", TINY_ENCODER)
+    load_whisper(model, whisper or shipped, device or weight.device, dtype or weight.dtype)
+    model.base = {"name": "tiny", "whisper": fingerprint(model.encoder) if whisper else TINY_ENCODER}
+
+
+def fingerprint(module):
+    """What tells one set of frozen weights from another: a hash of the first numbers of each tensor, in bf16.
+
+    The same for every file format and precision that the weights were read from.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        if "lora_" not in name:
+            digest.update(name.encode())
+            digest.update(value.flatten()[:256].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_fingerprint(checkpoint, part, where, found, wanted):
+    """Raises UserError when a frozen part is not the one that a checkpoint was trained on."""
+    if found != wanted:
+        raise UserError(
+            f"{where or 'the shipped encoder'}: not the weights that {checkpoint} was trained on "
+            f"({part} {found}, wanted {wanted})"
+        )
 
 
 def saved_part(model):
@@ -296,10 +324,15 @@ def fix_positions(model):
 
 
 WHISPER_NAMES = {  # transformers' -> openai-whisper's
-    "self_attn.q_proj": "attn.query", "self_attn.k_proj": "attn.key", "self_attn.v_proj": "attn.value",
-    "self_attn.out_proj": "attn.out", "self_attn_layer_norm": "attn_ln", "fc1": "mlp.0", "fc2": "mlp.2",
+    "self_attn.q_proj": "attn.query",
+    "self_attn.k_proj": "attn.key",
+    "self_attn.v_proj": "attn.value",
+    "self_attn.out_proj": "attn.out",
+    "self_attn_layer_norm": "attn_ln",
+    "fc1": "mlp.0",
+    "fc2": "mlp.2",
     "final_layer_norm": "mlp_ln",
-}  # fmt: skip
+}
 
 
 def whisper_name(key):
@@ -314,10 +347,15 @@ def whisper_name(key):
 
 
 CTRANSLATE2_NAMES = {  # CTranslate2's -> openai-whisper's; q, k and v are one matrix there
-    "self_attention/layer_norm": "attn_ln", "self_attention/linear_0": "attn.qkv",
-    "self_attention/linear_1": "attn.out", "ffn/layer_norm": "mlp_ln", "ffn/linear_0": "mlp.0",
-    "ffn/linear_1": "mlp.2", "gamma": "weight", "beta": "bias",
-}  # fmt: skip
+    "self_attention/layer_norm": "attn_ln",
+    "self_attention/linear_0": "attn.qkv",
+    "self_attention/linear_1": "attn.out",
+    "ffn/layer_norm": "mlp_ln",
+    "ffn/linear_0": "mlp.0",
+    "ffn/linear_1": "mlp.2",
+    "gamma": "weight",
+    "beta": "bias",
+}
 
 
 def ctranslate2_name(name):
@@ -341,10 +379,14 @@ def read_ctranslate2(path):
     follows.  Of the decoder only the headers are read.
     """
     try:
-        size = os.path.getsize(path)
-        f = open(path, "rb")
+        with open(path, "rb") as f:
+            return parse_ctranslate2(f, os.path.getsize(path), path)
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+
+
+def parse_ctranslate2(f, size, path):
+    """read_ctranslate2 of an open file of `size` bytes."""
 
     def check(n):
         if n > size - f.tell():
@@ -361,41 +403,40 @@ def read_ctranslate2(path):
         return f.read(n).rstrip(b"\0").decode(errors="replace")
 
     weights = {}
-    with f:
-        version = number("I")
-        if version != 6:
-            raise UserError(f"{path}: version {version} of CTranslate2's format, or another one; 6 is read")
-        kind = string()
-        if kind != "WhisperSpec":
-            raise UserError(f"{path}: holds a {kind[:40]!r}, not a WhisperSpec")
-        number("I")  # revision
-        for _ in range(number("I")):
-            name = string()
-            shape = [number("I") for _ in range(number("B"))]
-            dtype, n = number("B"), number("I")
-            check(n)
-            is_scalar = not shape  # settings, such as the number of heads
-            if is_scalar or not name.startswith("encoder/") or name == "encoder/position_encodings/encodings":
-                f.seek(n, os.SEEK_CUR)
-                continue
-            if dtype not in CTRANSLATE2_TYPES:
-                raise UserError(f"{path}: {name} is of type {dtype}, which is unknown")
-            dtype = CTRANSLATE2_TYPES[dtype]
-            if not dtype.is_floating_point:
-                raise UserError(f"{path}: {name} is quantised; convert the model with --quantization float16")
-            if n == 0 or n != math.prod(shape) * dtype.itemsize:
-                raise UserError(f"{path}: {name} has {n} bytes for the shape {tuple(shape)}")
-            weights[ctranslate2_name(name)] = torch.frombuffer(bytearray(f.read(n)), dtype=dtype).view(shape)
-        for _ in range(number("I")):
-            string()
-            string()
-        if f.tell() != size:
-            raise UserError(f"{path}: {size - f.tell()} bytes follow the last alias")
+    version = number("I")
+    if version != 6:
+        raise UserError(f"{path}: version {version} of CTranslate2's format, or another one; 6 is read")
+    kind = string()
+    if kind != "WhisperSpec":
+        raise UserError(f"{path}: holds a {kind[:40]!r}, not a WhisperSpec")
+    number("I")  # revision
+    for _ in range(number("I")):
+        name = string()
+        shape = [number("I") for _ in range(number("B"))]
+        dtype, n = number("B"), number("I")
+        check(n)
+        is_scalar = not shape  # settings, such as the number of heads
+        if is_scalar or not name.startswith("encoder/") or name == "encoder/position_encodings/encodings":
+            f.seek(n, os.SEEK_CUR)
+            continue
+        if dtype not in CTRANSLATE2_TYPES:
+            raise UserError(f"{path}: {name} is of type {dtype}, which is unknown")
+        dtype = CTRANSLATE2_TYPES[dtype]
+        if not dtype.is_floating_point:
+            raise UserError(f"{path}: {name} is quantised; convert the model with --quantization float16")
+        if n == 0 or n != math.prod(shape) * dtype.itemsize:
+            raise UserError(f"{path}: {name} has {n} bytes for the shape {tuple(shape)}")
+        weights[ctranslate2_name(name)] = torch.frombuffer(bytearray(f.read(n)), dtype=dtype).view(shape)
+    for _ in range(number("I")):
+        string()
+        string()
+    if f.tell() != size:
+        raise UserError(f"{path}: {size - f.tell()} bytes follow the last alias")
     for name in [k for k in weights if ".attn.qkv." in k]:
         stacked = weights.pop(name)
         if len(stacked) % 3:
             raise UserError(f"{path}: {name} has {len(stacked)} rows, which are not q, k and v")
-        for part, value in zip(("query", "key", "value"), stacked.chunk(3)):
+        for part, value in zip(("query", "key", "value"), stacked.chunk(3), strict=True):
             weights[name.replace("qkv", part)] = value.clone()
         if name.endswith(".bias") and weights.pop(name.replace("qkv", "key")).any():
             raise UserError(f"{path}: {name} has a bias for the keys, which Whisper has not")
@@ -517,17 +558,23 @@ def load_llada(model, folder, device, dtype):
 
 
 SEMANTIC_NAMES = {
-    "conv.0": "conv1", "conv.2": "conv2", "linear_connector.0": "fc1", "linear_connector.2": "fc2",
+    "conv.0": "conv1",
+    "conv.2": "conv2",
+    "linear_connector.0": "fc1",
+    "linear_connector.2": "fc2",
     "layernorm": "norm",
-}  # fmt: skip
+}
 QFORMER_NAMES = {  # transformers' BertLayer -> ours
     **{f"attention.self.{n}": f"self_attention.{n}" for n in ("query", "key", "value")},
     **{f"crossattention.self.{n}": f"cross_attention.{n}" for n in ("query", "key", "value")},
-    "attention.output.dense": "self_attention.out", "attention.output.LayerNorm": "self_attention.norm",
+    "attention.output.dense": "self_attention.out",
+    "attention.output.LayerNorm": "self_attention.norm",
     "crossattention.output.dense": "cross_attention.out",
     "crossattention.output.LayerNorm": "cross_attention.norm",
-    "intermediate.dense": "fc1", "output.dense": "fc2", "output.LayerNorm": "norm",
-}  # fmt: skip
+    "intermediate.dense": "fc1",
+    "output.dense": "fc2",
+    "output.LayerNorm": "norm",
+}
 
 
 def released_name(key):
@@ -604,14 +651,18 @@ def load_released(model, path, device=None):
 
 RELEASES = {  # preset -> where its three parts lie, and what they weigh in GB
     "diffa2": {
-        "llada": ("GSAI-ML/LLaDA-8B-Instruct", 16.0), "whisper": ("openai/whisper-large-v3", 3.1),
-        "diffa": ("zhoujiaming777/DIFFA-2", 0.4), "memory": 20,
+        "llada": ("GSAI-ML/LLaDA-8B-Instruct", 16.0),
+        "whisper": ("openai/whisper-large-v3", 3.1),
+        "diffa": ("zhoujiaming777/DIFFA-2", 0.4),
+        "memory": 20,
     },
     "diffa1": {
-        "llada": ("GSAI-ML/LLaDA-8B-Instruct", 16.0), "whisper": ("openai/whisper-small", 1.0),
-        "diffa": ("zhoujiaming777/DIFFA", 0.15), "memory": 17,
+        "llada": ("GSAI-ML/LLaDA-8B-Instruct", 16.0),
+        "whisper": ("openai/whisper-small", 1.0),
+        "diffa": ("zhoujiaming777/DIFFA", 0.15),
+        "memory": 17,
     },
-}  # fmt: skip
+}
 PATTERNS = {  # files of each repository that are needed; stage 1 of DIFFA-2 has a folder of its own
     "llada": ["*.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json"],
     "whisper": ["model.safetensors"],
@@ -674,9 +725,10 @@ def assemble(config, llada, whisper, diffa, device, dtype, stage, name=None):
     with torch.device("meta"):
         model = DIFFA2(config, lora=stage >= 3)
     model.stage = stage
-    model.base = {"name": name, "llada": os.path.abspath(llada), "whisper": os.path.abspath(whisper)}
     load_llada(model, llada, device, dtype)
     load_whisper(model, whisper, device, torch.float32)
+    prints = {"llada": fingerprint(model.backbone), "whisper": fingerprint(model.encoder)}
+    model.base = {"name": name} | prints
     if diffa is not None:
         load_released(model, diffa, device)
     return model.eval(), tokenizer
@@ -686,15 +738,40 @@ def main(argv=None):
     parser = Parser(prog="weights.py", description="Whisper tiny.en's encoder as preset tiny reads it.")
     parser.add_argument("--whisper", required=True, help="tiny.en: .pt, .safetensors or model.bin")
     parser.add_argument("--out", required=True, metavar="DIR", help="where encoder.safetensors is written")
-    try:
+
+    def run():
         args = parser.parse_args(argv)
         source, result = export_encoder(args.whisper, args.out)
-    except UserError as e:
-        print(f"weights.py: {e}", file=sys.stderr)
-        return 2
-    print(f"{source}  {args.whisper}\n{result}  {os.path.join(args.out, 'encoder.safetensors')}")
+        print(f"{source}  {args.whisper}\n{result}  {os.path.join(args.out, 'encoder.safetensors')}")
+
+    return exit_status("weights.py", run)
+
+
+def tutorial():
+    """What `python weights.py` alone shows: what lies in the small model's checkpoint, and what does not."""
+    path = os.path.join(ASSETS["tiny"], "model.safetensors")
+    with open_safetensors(path) as f:
+        header = f.metadata()
+        shapes = {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}
+    print(f"{os.path.relpath(path, HERE)}: {len(shapes)} tensors, trained up to stage {header['stage']}\n")
+    print(f"{'part':12}{'tensors':>9}{'parameters':>13}   the largest")
+    for part in sorted({key.split(".")[0] for key in shapes}):
+        mine = {key: shape for key, shape in shapes.items() if key.split(".")[0] == part}
+        largest = max(mine, key=lambda key: math.prod(mine[key]))
+        total = sum(math.prod(shape) for shape in mine.values())
+        print(f"{part:12}{len(mine):>9}{total:>13,}   {largest} {mine[largest]}")
+    if "base" in header:
+        print(f"\nnot in it, because it was never trained here: {header['base']}")
+    model, tokenizer = load("tiny", "cpu")
+    print(f"\nload('tiny'): every tensor in its place; {tokenizer.get_vocab_size()} kinds of tokens")
+    print("Names of other formats that `load` turns into ours, one of each:")
+    print("  transformers' Whisper   layers.0.fc1.weight         ->", whisper_name("layers.0.fc1.weight"))
+    name = "encoder/layer_0/ffn/linear_0/weight"
+    print(f"  CTranslate2's Whisper   {name[8:]:27} ->", ctranslate2_name(name))
+    name = "acoustic_connector.proj.1.weight"
+    print(f"  the authors' adapters   {name[9:]:27} ->", released_name(name))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main() if len(sys.argv) > 1 else tutorial())

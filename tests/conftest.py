@@ -1,6 +1,7 @@
 """Small things that several test files need: a random model of the real classes, and its tokenizer."""
 
 import dataclasses
+import json
 import os
 import sys
 
@@ -33,7 +34,10 @@ def shared_audio():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    words = "zero one two three four five six seven rain dog what digit sound is this do you hear a speaker says the"
+    words = (
+        "zero one two three four five six seven rain dog "
+        "what digit sound is this do you hear a speaker says the"
+    )
     lines = [
         {"messages": [{"content": f"{a} {b}?"}, {"content": f"{b.capitalize()}."}], "task": "x", "facts": {}}
         for a in words.split()
@@ -43,10 +47,24 @@ def tokenizer():
 
 
 SMALL = Config(
-    n_mels=80, n_frames=100, audio_width=16, audio_heads=2, audio_layers=3, taps=(0, 2, 3), qformer_ffn=24,
-    n_queries=5, n_soft_prompts=4, vocab=320, width=32, layers=2, heads=2, ffn=48, rope_theta=10000.0, context=512,
+    n_mels=80,
+    n_frames=100,
+    audio_width=16,
+    audio_heads=2,
+    audio_layers=3,
+    taps=(0, 2, 3),
+    qformer_ffn=24,
+    n_queries=5,
+    n_soft_prompts=4,
+    vocab=320,
+    width=32,
+    layers=2,
+    heads=2,
+    ffn=48,
+    rope_theta=10000.0,
+    context=512,
     lora_rank=4,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +99,12 @@ def small_folder(tmp_path_factory, config, tokenizer):
     return str(folder)
 
 
+def read_lines(path):
+    """The objects of a file of JSON lines."""
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
 def sound(path, seconds=0.2):
     """A short noise at `path`."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -108,7 +132,8 @@ def corpora(tmp_path_factory):
     for speaker in ("14", "16", "17", "20"):
         sound(f"{root}/librispeech/train-clean-100/{speaker}/100/{speaker}-100-0000.flac", 0.4)
     (root / "librispeech" / "SPEAKERS.TXT").write_text(
-        "; a comment\n14   | F | train-clean-360  | 25.03 | A Reader\n16   | F | x | 1 | B\n17   | M | x | 1 | C\n20   | M | x | 1 | D\n"
+        "; a comment\n14   | F | train-clean-360  | 25.03 | A Reader\n"
+        "16   | F | x | 1 | B\n17   | M | x | 1 | C\n20   | M | x | 1 | D\n"
     )
     for name in ("bell_1a", "bell3", "guitar_chord1", "malevoice_aa_A1", "glass_tone13"):
         sound(f"{root}/berklee/{name}.wav", 0.3)

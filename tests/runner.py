@@ -9,8 +9,8 @@ import os
 import sys
 import time
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:0] = [HERE, os.path.dirname(HERE)]
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import torch
 from conftest import SMALL
@@ -21,13 +21,14 @@ import weights
 
 # the stages of `tiny` in their order and kinds, a few steps of a few examples
 SMALL_STAGES = {
-    # a small rate: Muon makes directions that are all rounding as long as the others, and no two runs would be alike
+    # a small rate: Muon makes directions that are all rounding as long as the others, and no two runs
+    # would be alike
     0: train.Stage(("backbone.",), 1e-5, 6, 2, steps=20, written=True, least_t=0.2, muon=True),
     1: train.Stage(("semantic.", "soft_prompts"), 1e-3, 7, 2, steps=20, ctc=0.5, augment=True),
     2: train.Stage(train.ADAPTERS, 1e-3, 7, 2, steps=20, augment=True),
     3: train.Stage((*train.ADAPTERS, "lora"), 1e-3, 7, 2, steps=20, augment=True),
     4: train.Stage((*train.ADAPTERS, "lora"), 1e-3, 3, 2, steps=20, loss=train.VRPO, augment=True),
-}  # fmt: skip
+}
 
 
 def install():
@@ -37,8 +38,11 @@ def install():
 
 
 def slow_saves(pipe):
-    """Wraps the calls that a save consists of: each tells the pipe that it has begun, waits, and is really made."""
-    out = open(pipe, "w", buffering=1)
+    """Wraps the calls that a save consists of.
+
+    Each tells the pipe that it has begun, waits, and is really made.
+    """
+    out = open(pipe, "w", buffering=1)  # noqa: SIM115 - open as long as the process lives
 
     def tell(what, call, wanted=lambda *_: True):
         def told(*args, **kwargs):

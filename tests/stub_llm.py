@@ -21,11 +21,14 @@ class Handler(BaseHTTPRequestHandler):
         user = body["messages"][1]["content"]
         with lock:
             n = asked[user] = asked.get(user, 0) + 1
+            entry = {"user": user, "system": body["messages"][0]["content"], "model": body["model"]}
+            entry["key"] = self.headers.get("Authorization")
             with open(sys.argv[1], "a") as f:
-                f.write(json.dumps({"user": user, "system": body["messages"][0]["content"], "model": body["model"], "key": self.headers.get("Authorization")}) + "\n")
+                f.write(json.dumps(entry) + "\n")
         start = int(hashlib.sha256(user.encode()).hexdigest(), 16)
         trouble = TROUBLE[(start + n) % len(TROUBLE)] if n <= start % 4 else None
-        good = {"bad_answer": f"A wrong one ({len(user)}).", "explanation": "one fact", "usable": "unusable" not in user}
+        worse = f"A wrong one ({len(user)})."
+        good = {"bad_answer": worse, "explanation": "one fact", "usable": "unusable" not in user}
         if '"answer"' in body["messages"][0]["content"]:
             good = {"answer": "It is so."}
         if trouble == "garbage":

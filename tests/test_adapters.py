@@ -65,11 +65,18 @@ def bert_layer(ours, d, heads, ffn):
     """transformers' layer with the same weights; eager and dropout 0, else it would mask causally or drop."""
     bert = BertLayer(
         BertConfig(
-            hidden_size=d, num_attention_heads=heads, intermediate_size=ffn, hidden_act="gelu", layer_norm_eps=1e-12,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, is_decoder=True, add_cross_attention=True,
+            hidden_size=d,
+            num_attention_heads=heads,
+            intermediate_size=ffn,
+            hidden_act="gelu",
+            layer_norm_eps=1e-12,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            is_decoder=True,
+            add_cross_attention=True,
             attn_implementation="eager",
         )
-    )  # fmt: skip
+    )
     names = {"fc1": "intermediate.dense", "fc2": "output.dense", "norm": "output.LayerNorm"}
     for mine, theirs in (("self_attention", "attention"), ("cross_attention", "crossattention")):
         names |= {f"{mine}.{n}": f"{theirs}.self.{n}" for n in ("query", "key", "value")}
@@ -105,7 +112,7 @@ def test_qformer_layer_is_bert_values_and_gradients():
 
 
 def test_acoustic_adapter_shares_the_qformer_and_mixes_per_query():
-    """Against the plain formula: every tap through the same layers alone, then a softmax over taps per query."""
+    """Against the plain formula: each tap alone through shared layers, a softmax over taps per query."""
     torch.manual_seed(0)
     d, D, taps, Q = 12, 10, 3, 5
     adapter = AcousticAdapter(d, D, taps, n_heads=2, d_ffn=20, n_queries=Q).eval()

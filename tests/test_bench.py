@@ -82,9 +82,12 @@ def test_loading_is_lean(tmp_path, tokenizer, dtype):
     ear = write_whisper(str(tmp_path), authors.whisper_model, c, "pt")
     script = LEAN.format(
         root=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
-        config=json.dumps(vars(c)), llada=f"{tmp_path}/llada",
-        ear=ear, diffa=f"{tmp_path}/pytorch_model.bin", dtype=dtype,
-    )  # fmt: skip
+        config=json.dumps(vars(c)),
+        llada=f"{tmp_path}/llada",
+        ear=ear,
+        diffa=f"{tmp_path}/pytorch_model.bin",
+        dtype=dtype,
+    )
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     grown, weights = json.loads(out.splitlines()[-1])
     assert weights > 100e6  # large beside what a process allocates anyway

@@ -1,4 +1,7 @@
-"""Corpora that are not at hand, as miniature trees in their published layout: what tools/corpora.py reads out of them."""
+"""Corpora that are not at hand, as miniature trees in their published layout.
+
+What tools/corpora.py reads out of them is compared with what the trees were made from.
+"""
 
 import csv
 import inspect
@@ -51,10 +54,14 @@ def vctk(d):
     put(f"{d}/txt/p225/p225_001.txt", "Please call Stella.\n")
     put(
         f"{d}/speaker-info.txt",
-        "ID  AGE  GENDER  ACCENTS  REGION COMMENTS\np225  23  F    English    Southern  England\np230  22  F  Irish  Dublin\n",
+        "ID  AGE  GENDER  ACCENTS  REGION COMMENTS\n"
+        "p225  23  F    English    Southern  England\n"
+        "p230  22  F  Irish  Dublin\n",
     )
-    return [({"speaker": "p225", "words": "Please call Stella.", "sex": "female", "accent": "English"}, False),
-            ({"speaker": "p230", "sex": "female", "accent": "Irish"}, True)]  # fmt: skip
+    return [
+        ({"speaker": "p225", "words": "Please call Stella.", "sex": "female", "accent": "English"}, False),
+        ({"speaker": "p230", "sex": "female", "accent": "Irish"}, True),
+    ]
 
 
 def voxceleb1(d):
@@ -62,7 +69,9 @@ def voxceleb1(d):
     sound(f"{d}/wav/id10270/5r0dWxy17C8/00001.wav")
     put(
         f"{d}/vox1_meta.csv",
-        "VoxCeleb1 ID\tVGGFace1 ID\tGender\tNationality\tSet\nid10001\tA.J._Buckley\tm\tIreland\tdev\nid10270\tEartha\tf\tUSA\ttest\n",
+        "VoxCeleb1 ID\tVGGFace1 ID\tGender\tNationality\tSet\n"
+        "id10001\tA.J._Buckley\tm\tIreland\tdev\n"
+        "id10270\tEartha\tf\tUSA\ttest\n",
     )
     return [
         ({"speaker": "id10001", "sex": "male", "nationality": "Ireland"}, False),
@@ -82,19 +91,17 @@ def emov_db(d):
 def iemocap(d):
     for session in (1, 5):
         sound(f"{d}/Session{session}/sentences/wav/Ses0{session}F_impro01/Ses0{session}F_impro01_F000.wav")
-        put(f"{d}/Session{session}/dialog/EmoEvaluation/Ses0{session}F_impro01.txt",
-            f"% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n[6.2901 - 8.2357]\tSes0{session}F_impro01_F000\tneu\t[2.5000, 2.5000, 2.5000]\n")  # fmt: skip
+        put(
+            f"{d}/Session{session}/dialog/EmoEvaluation/Ses0{session}F_impro01.txt",
+            "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n"
+            f"[6.2901 - 8.2357]\tSes0{session}F_impro01_F000\tneu\t[2.5000, 2.5000, 2.5000]\n",
+        )
         put(
             f"{d}/Session{session}/dialog/transcriptions/Ses0{session}F_impro01.txt",
             f"Ses0{session}F_impro01_F000 [006.2901-008.2357]: Excuse me.\n",
         )
-    facts = lambda n: {
-        "emotion": "neutral",
-        "words": "Excuse me.",
-        "sex": "female",
-        "speaker": f"session {n} F",
-    }
-    return [(facts(1), False), (facts(5), True)]
+    facts = {"emotion": "neutral", "words": "Excuse me.", "sex": "female"}
+    return [(facts | {"speaker": "session 1 F"}, False), (facts | {"speaker": "session 5 F"}, True)]
 
 
 def accentdb(d):
@@ -118,8 +125,22 @@ def vocalsound(d):
 def gigaspeech(d):
     sound(f"{d}/audio/youtube/P0000/YOU0001.opus.wav", 1.0)
     os.rename(f"{d}/audio/youtube/P0000/YOU0001.opus.wav", f"{d}/audio/youtube/P0000/YOU0001.wav")
-    segments = [{"sid": "YOU0001_S1", "begin_time": 0.1, "end_time": 0.4, "text_tn": "AS THEY'RE LEAVING <COMMA> CAN KASH <QUESTIONMARK>", "subsets": ["{XL}"]},
-                {"sid": "YOU0001_S2", "begin_time": 0.5, "end_time": 0.9, "text_tn": "<NOISE>", "subsets": ["{TEST}"]}]  # fmt: skip
+    segments = [
+        {
+            "sid": "YOU0001_S1",
+            "begin_time": 0.1,
+            "end_time": 0.4,
+            "text_tn": "AS THEY'RE LEAVING <COMMA> CAN KASH <QUESTIONMARK>",
+            "subsets": ["{XL}"],
+        },
+        {
+            "sid": "YOU0001_S2",
+            "begin_time": 0.5,
+            "end_time": 0.9,
+            "text_tn": "<NOISE>",
+            "subsets": ["{TEST}"],
+        },
+    ]
     put(
         f"{d}/GigaSpeech.json",
         json.dumps(
@@ -174,8 +195,19 @@ def meta_fair_asr(d):
 
 def paraspeechcaps(d):
     sound(f"{d}/audio/voxceleb/a/1.wav")
-    lines(f"{d}/train.jsonl", [{"source": "voxceleb", "relative_audio_path": "audio/voxceleb/a/1.wav", "text_description": ["A man talks fast."], "transcription": "Hi.",
-                                "gender": "male", "accent": "American"}])  # fmt: skip
+    lines(
+        f"{d}/train.jsonl",
+        [
+            {
+                "source": "voxceleb",
+                "relative_audio_path": "audio/voxceleb/a/1.wav",
+                "text_description": ["A man talks fast."],
+                "transcription": "Hi.",
+                "gender": "male",
+                "accent": "American",
+            }
+        ],
+    )
     return [({"words": "Hi.", "sex": "male", "accent": "American", "caption": "A man talks fast."}, False)]
 
 
@@ -297,8 +329,10 @@ def speechocean762(d):
         put(f"{d}/{split}/spk2gender", f"{speaker}\t{sex}\n")
         put(f"{d}/{split}/spk2age", f"{speaker}\t{age}\n")
     put(f"{d}/resource/scores.json", "{}")
-    return [({"words": "we call it bear", "sex": "male", "age": "child", "speaker": "0001"}, False),
-            ({"words": "it's fine", "sex": "female", "age": "adult", "speaker": "0005"}, True)]  # fmt: skip
+    return [
+        ({"words": "we call it bear", "sex": "male", "age": "child", "speaker": "0001"}, False),
+        ({"words": "it's fine", "sex": "female", "age": "adult", "speaker": "0005"}, True),
+    ]
 
 
 def neural(d):
@@ -320,21 +354,64 @@ def neural(d):
         "split": "test",
     }
     lines(f"{d}/lines1.jsonl", [question, row | {"file": "3c.flac", "voice": "amber"}])
-    return [({"words": "well it's dark go", "speaker": "af_sky", "sex": "female", "accent": "American"}, False),
-            ({"words": "what is two plus two", "speaker": "bm_lewis", "sex": "male", "accent": "British"}, True),
-            ({"words": "well it's dark go", "speaker": "amber"}, False)]  # fmt: skip
+    return [
+        ({"words": "well it's dark go", "speaker": "af_sky", "sex": "female", "accent": "American"}, False),
+        ({"words": "what is two plus two", "speaker": "bm_lewis", "sex": "male", "accent": "British"}, True),
+        ({"words": "well it's dark go", "speaker": "amber"}, False),
+    ]
 
 
 TREES = {
-    "esc50": esc50, "vctk": vctk, "voxceleb1": voxceleb1, "emov_db": emov_db, "iemocap": iemocap, "accentdb": accentdb, "vocalsound": vocalsound,
-    "gigaspeech": gigaspeech, "meld": meld, "meta_fair_asr": meta_fair_asr, "paraspeechcaps": paraspeechcaps, "speechcraft": speechcraft,
-    "compa_r": compa_r, "opens2s": opens2s, "nsynth": nsynth, "fma_medium": fma_medium, "wavcaps": wavcaps, "audiomcq": audiomcq,
-    "lp_musiccaps_mtt": captions("caption_writing", "train.jsonl", [{"path": "f/a-b-1.mp3", "caption_writing": "Calm harp."}], ["f/a-b-1.wav"], False),
-    "musiccaps": captions("caption", "musiccaps-public.csv", [{"ytid": "-0Gj8-vB1q4", "start_s": 30, "caption": "A ballad.", "is_audioset_eval": "True"}], ["wav/-0Gj8-vB1q4.wav"], True),
-    "audiocaps": captions("caption", "test.csv", [{"audiocap_id": 1, "youtube_id": "vfY_TJq7n_U", "start_time": 130, "caption": "Rain falls."}], ["wav/vfY_TJq7n_U.wav"], True),
-    "clotho": captions("caption_1", "clotho_captions_evaluation.csv", [{"file_name": "Bird song.wav", "caption_1": "A bird sings."}], ["evaluation/Bird song.wav"], True),
-    "tacos": tacos, "speechocean762": speechocean762, "neural": neural,
-}  # fmt: skip
+    "esc50": esc50,
+    "vctk": vctk,
+    "voxceleb1": voxceleb1,
+    "emov_db": emov_db,
+    "iemocap": iemocap,
+    "accentdb": accentdb,
+    "vocalsound": vocalsound,
+    "gigaspeech": gigaspeech,
+    "meld": meld,
+    "meta_fair_asr": meta_fair_asr,
+    "paraspeechcaps": paraspeechcaps,
+    "speechcraft": speechcraft,
+    "compa_r": compa_r,
+    "opens2s": opens2s,
+    "nsynth": nsynth,
+    "fma_medium": fma_medium,
+    "wavcaps": wavcaps,
+    "audiomcq": audiomcq,
+    "lp_musiccaps_mtt": captions(
+        "caption_writing",
+        "train.jsonl",
+        [{"path": "f/a-b-1.mp3", "caption_writing": "Calm harp."}],
+        ["f/a-b-1.wav"],
+        False,
+    ),
+    "musiccaps": captions(
+        "caption",
+        "musiccaps-public.csv",
+        [{"ytid": "-0Gj8-vB1q4", "start_s": 30, "caption": "A ballad.", "is_audioset_eval": "True"}],
+        ["wav/-0Gj8-vB1q4.wav"],
+        True,
+    ),
+    "audiocaps": captions(
+        "caption",
+        "test.csv",
+        [{"audiocap_id": 1, "youtube_id": "vfY_TJq7n_U", "start_time": 130, "caption": "Rain falls."}],
+        ["wav/vfY_TJq7n_U.wav"],
+        True,
+    ),
+    "clotho": captions(
+        "caption_1",
+        "clotho_captions_evaluation.csv",
+        [{"file_name": "Bird song.wav", "caption_1": "A bird sings."}],
+        ["evaluation/Bird song.wav"],
+        True,
+    ),
+    "tacos": tacos,
+    "speechocean762": speechocean762,
+    "neural": neural,
+}
 
 
 def test_every_corpus_is_tried():
@@ -345,8 +422,11 @@ def test_every_corpus_is_tried():
 def test_facts_and_split(name, tmp_path, capsys):
     expected = TREES[name](str(tmp_path / "c"))
     clips = read_corpus(name, str(tmp_path / "c"))
-    key = lambda pair: (sorted(pair[0].items()), pair[1])
-    assert sorted(((c.facts, c.is_test) for c in clips), key=key) == sorted(expected, key=key)
+
+    def in_order(pairs):
+        return sorted(pairs, key=lambda pair: (sorted(pair[0].items()), pair[1]))
+
+    assert in_order((c.facts, c.is_test) for c in clips) == in_order(expected)
     assert all(os.path.isfile(c.path) for c in clips)
     out = str(tmp_path / "m.jsonl")
     assert main([name, str(tmp_path / "c"), "--out", out]) == 0
@@ -382,10 +462,8 @@ def test_spoken_questions_bring_their_answers(tmp_path, capsys):
 def test_the_real_speechocean(shared_audio):
     clips = read_corpus("speechocean762", os.path.join(shared_audio, "speechocean762"))
     assert (len(clips), sum(c.is_test for c in clips)) == (3680, 1180)
-    assert {c.facts["age"] for c in clips} == {"child", "adult"} and {c.facts["sex"] for c in clips} == {
-        "male",
-        "female",
-    }
+    assert {c.facts["age"] for c in clips} == {"child", "adult"}
+    assert {c.facts["sex"] for c in clips} == {"male", "female"}
     tested = {c.facts["speaker"] for c in clips if c.is_test}
     assert not tested & {c.facts["speaker"] for c in clips if not c.is_test}
 

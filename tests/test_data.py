@@ -25,7 +25,7 @@ from data import (
     read_manifest,
     response_length,
     window_seconds,
-)  # fmt: skip
+)
 from model import PRESETS, SPECIAL_TOKENS, UserError
 from tools.compose import loudest
 
@@ -111,10 +111,8 @@ def test_the_loudest_stretch(n):
 def test_mel_is_whispers_clip_by_clip():
     c = PRESETS["tiny"]
     rng = np.random.default_rng(0)
-    quiet, loud = (
-        0.01 * rng.standard_normal(24000).astype(np.float32),
-        rng.standard_normal(50000).astype(np.float32),
-    )
+    quiet = 0.01 * rng.standard_normal(24000).astype(np.float32)
+    loud = rng.standard_normal(50000).astype(np.float32)
     mel, n_frames = log_mel(quiet, c)
     expected = whisper.audio.log_mel_spectrogram(whisper.audio.pad_or_trim(quiet, 160000), n_mels=80)
     assert torch.equal(mel, expected) and mel.shape == (80, 1000) and n_frames == 75
@@ -149,7 +147,8 @@ def test_frame_counts():
 
 def test_prompt_byte_for_byte():
     assert prompt_text("What emotion?") == (
-        "<|startoftext|><|start_header_id|>system<|end_header_id|>\n\nYou are a helpful voice assistant.<|eot_id|>"
+        "<|startoftext|><|start_header_id|>system<|end_header_id|>\n\n"
+        "You are a helpful voice assistant.<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nThis is the audio: <audio>. What emotion?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
@@ -190,7 +189,10 @@ def test_answer_text_stops_at_the_first_mark(tokenizer, config):
 
 
 def test_response_length(tokenizer, config, tmp_path):
-    """The next multiple of 16 after the end of turn plus 0-2 further 16s; always an end mark; never the batch's doing."""
+    """The next multiple of 16 after the end of turn plus 0-2 further 16s.
+
+    Always an end mark; never the batch's doing.
+    """
     assert [response_length(n, 0) for n in (1, 15, 16, 17, 31, 32)] == [16, 16, 32, 32, 32, 48]
     assert [response_length(n, 1) for n in (1, 15, 16, 33)] == [32, 32, 48, 64]
     (tmp_path / "m.jsonl").write_text(json.dumps({"messages": [user("Hm?"), assistant("Rain.")]}))
@@ -198,7 +200,7 @@ def test_response_length(tokenizer, config, tmp_path):
     lengths = set()
     for seed in range(40):
         item = encode_text(example, tokenizer, config, torch.Generator().manual_seed(seed))
-        response = [t for t, a in zip(item["ids"], item["is_answer"]) if a]
+        response = [t for t, a in zip(item["ids"], item["is_answer"], strict=True) if a]
         assert len(response) % RESPONSE_UNIT == 0 and item["is_answer"] == sorted(item["is_answer"])
         reply = answer_ids(tokenizer, "Rain.", config)
         assert response[: len(reply)] == reply and set(response[len(reply) :]) == {config.eos_id}
@@ -215,11 +217,7 @@ def test_text_that_does_not_fit_is_refused(tokenizer, config, tmp_path):
 
 def test_collate_pads_with_validity_of_its_own(config):
     items = [
-        {
-            "ids": [7, 8, config.eos_id],
-            "is_answer": [False, True, True],
-            "audio_at": 1,
-        },
+        {"ids": [7, 8, config.eos_id], "is_answer": [False, True, True], "audio_at": 1},
         {
             "ids": [7, 8, 9, 10, config.eos_id],
             "is_answer": [False, False, False, True, True],
@@ -234,7 +232,7 @@ def test_collate_pads_with_validity_of_its_own(config):
 
 
 def test_buckets_keep_to_the_budget():
-    costs = {i: c for i, c in enumerate([90, 10, 50, 20, 300, 40])}
+    costs = dict(enumerate([90, 10, 50, 20, 300, 40]))
     batches = bucket(list(costs), costs, 100)
     assert sorted(i for b in batches for i in b) == list(costs) and [4] in batches
     assert all(len(b) == 1 or max(costs[i] for i in b) * len(b) <= 100 for b in batches)
@@ -245,7 +243,10 @@ def test_buckets_waste_little():
     lengths = torch.randint(1, 300, (1003,), generator=torch.Generator().manual_seed(0)).tolist()
     batches = bucket(range(1003), lengths, 2000)
     assert sorted(i for b in batches for i in b) == list(range(1003))
-    waste = lambda groups: sum(max(lengths[i] for i in b) * len(b) for b in groups) / sum(lengths)
+
+    def waste(groups):
+        return sum(max(lengths[i] for i in b) * len(b) for b in groups) / sum(lengths)
+
     assert waste(batches) < 1.1 < 1.5 < waste([list(range(i, min(i + 8, 1003))) for i in range(0, 1003, 8)])
 
 
@@ -292,8 +293,18 @@ def test_nemo_manifest(tmp_path, clip):
 
 
 def test_authors_manifest(tmp_path, clip):
-    entry = {"audio_id": "x", "audio_filepath": clip, "input": "Q?", "target": "T", "transcription": "words", "rejected": "R",
-             "chosen": "ignored", "duration": 0.5, "dataset": "d", "seed_transcript": "s"}  # fmt: skip
+    entry = {
+        "audio_id": "x",
+        "audio_filepath": clip,
+        "input": "Q?",
+        "target": "T",
+        "transcription": "words",
+        "rejected": "R",
+        "chosen": "ignored",
+        "duration": 0.5,
+        "dataset": "d",
+        "seed_transcript": "s",
+    }
     path = tmp_path / "m.json"
     path.write_text(json.dumps([entry, entry]))
     assert [e.answer for e in read_manifest(str(path), stage=1)] == ["words", "words"]
@@ -356,10 +367,9 @@ def test_bad_manifests(tmp_path, clip):
 
 
 def test_llada_style_tokenizer_position():
-    """A byte-level tokenizer with no merges at all: the position still falls before the space of ' <audio>'."""
-    t = Tokenizer(
-        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
-    )
+    """A byte-level tokenizer with no merges: the position still falls before the space of ' <audio>'."""
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    t = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     t.add_special_tokens(list(SPECIAL_TOKENS.values()))
     ids, at = build_prompt(t, "Hm?")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import pathlib
 import shutil
 
 import numpy as np
@@ -24,7 +25,7 @@ from decode import (
     main,
     most_confident,
     schedule,
-)  # fmt: skip
+)
 from model import Cache, UserError, build, rope_table
 from tools.bench_decode import naive_generate
 from weights import load
@@ -96,21 +97,15 @@ def scene(model, n_prompts=(9, 14, 20), n_audio=(2, 5, 11), seed=0):
             prompt = torch.randint(6, c.vocab, (p,), generator=g).tolist()
             rows.append((prompt, torch.randn(1, a, c.width, generator=g), p // 2))
     A = max(n_audio)
-    audio, is_audio = (
-        torch.randn(len(rows), A, c.width, generator=g),
-        torch.zeros(len(rows), A, dtype=torch.bool),
-    )
+    audio = torch.randn(len(rows), A, c.width, generator=g)
+    is_audio = torch.zeros(len(rows), A, dtype=torch.bool)
     for i, (_, sound, _) in enumerate(rows):
         audio[i, : sound.size(1)], is_audio[i, : sound.size(1)] = sound[0], True
     return rows, ([r[0] for r in rows], audio, is_audio, [r[2] for r in rows])
 
 
-TABLE_B4 = [
-    (16, 16, 16),
-    (2, 2, 2),
-    (16, 4, 16),
-    (32, 4, 32),
-]  # 128/128/128, 16/16/16, 128/32/128, 256/32/256 over 8
+# 128/128/128, 16/16/16, 128/32/128, 256/32/256 over 8
+TABLE_B4 = [(16, 16, 16), (2, 2, 2), (16, 4, 16), (32, 4, 32)]
 FEWER = [(16, 16, 5), (16, 4, 8), (32, 8, 12), (12, 12, 1), (12, 4, 3)]
 
 
@@ -348,8 +343,11 @@ def test_a_cache_keeps_rows(small):
 def test_seeds(small):
     """Sampling depends on a row's own generator, not on its place in the batch; a seed matters."""
     rows, batch = scene(small)
-    seeded = lambda seeds: [torch.Generator().manual_seed(s) for s in seeds]
-    options = dict(answer_length=16, block=8, temperature=1.5)
+    options = {"answer_length": 16, "block": 8, "temperature": 1.5}
+
+    def seeded(seeds):
+        return [torch.Generator().manual_seed(s) for s in seeds]
+
     answers, _ = generate(small, *batch, generator=seeded(range(9)), **options)
     again, _ = generate(small, *batch, generator=seeded(range(9)), **options)
     assert torch.equal(answers, again)
@@ -370,12 +368,12 @@ def test_text_alone(small):
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 def test_cache_refreshed_at_each_call_is_no_cache(small, cache):
     _, batch = scene(small)
-    options = dict(answer_length=16, block=4, steps=16)
+    options = {"answer_length": 16, "block": 4, "steps": 16}
     plain, _ = generate(small, *batch, **options)
     fresh, _ = generate(small, *batch, cache=cache, refresh=1, **options)
     assert torch.equal(plain, fresh)
     # a block's first call is exact; with one call a block nothing is approximate
-    one = dict(answer_length=16, block=4, steps=4)
+    one = {"answer_length": 16, "block": 4, "steps": 4}
     assert torch.equal(generate(small, *batch, **one)[0], generate(small, *batch, cache=cache, **one)[0])
 
 
@@ -390,8 +388,11 @@ def spelled_out(model, x, live, frozen):
     d = c.width // c.heads
     cos, sin = rope_table(torch.arange(len(x))[None], d, c.rope_theta)
     cos, sin = cos.reshape(len(x), d)[live], sin.reshape(len(x), d)[live]
-    turned = lambda z: z * cos + torch.cat([-z[:, d // 2 :], z[:, : d // 2]], -1) * sin
     h, kept = x[live], []
+
+    def turned(z):
+        return z * cos + torch.cat([-z[:, d // 2 :], z[:, : d // 2]], -1) * sin
+
     for layer, block in enumerate(backbone.blocks):
         y = block.attn_norm(h)
         heads, keys, values = [], [], []
@@ -445,6 +446,18 @@ def with_stale_entries(model, prompt, audio, audio_at, block, cache, refresh):
     return predict
 
 
+def recording(predict, mask_id, kept):
+    """`predict` that adds to `kept` every answer that it is given and the confidences that it finds."""
+
+    def recorded(so_far):
+        logits = predict(so_far)
+        p = logits.index_fill(1, torch.tensor([mask_id]), -math.inf).softmax(-1).amax(-1)
+        kept.append((list(so_far), p))
+        return logits
+
+    return recorded
+
+
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 @pytest.mark.parametrize("refresh", [None, 2])
 @pytest.mark.parametrize("rule", [{"steps": 16}, {"factor": 0.5}])
@@ -456,26 +469,15 @@ def test_stale_entries_are_those_of_the_last_refresh(small, cache, refresh, rule
     differs = False
     for prompt, audio, at in rows[::2]:
         sound, seen = torch.ones(1, audio.size(1), dtype=torch.bool), []
-        options = dict(answer_length=16, block=8, **rule)
-        answer, calls = generate(
-            small,
-            [prompt],
-            audio,
-            sound,
-            [at],
-            cache=cache,
-            refresh=refresh,
-            on_step=lambda _, sure, n: seen.append(sure.clone()),
-            **options,
-        )
+        options = {"answer_length": 16, "block": 8, **rule}
+
+        def keep(response, sure, n, seen=seen):
+            seen.append(sure.clone())
+
+        stale = {"cache": cache, "refresh": refresh, "on_step": keep}
+        answer, calls = generate(small, [prompt], audio, sound, [at], **stale, **options)
         predict, expected = with_stale_entries(small, prompt, audio, at, 8, cache, refresh), []
-
-        def recorded(so_far):
-            logits = predict(so_far)
-            p = logits.index_fill(1, torch.tensor([small.config.mask_id]), -math.inf).softmax(-1).amax(-1)
-            expected.append((list(so_far), p))
-            return logits
-
+        recorded = recording(predict, small.config.mask_id, expected)
         assert (answer[0].tolist(), calls[0].item()) == reference(recorded, small.config, 16, 8, **rule)
         final = answer[0].tolist()
         for call, (so_far, p) in enumerate(expected):
@@ -510,14 +512,14 @@ def test_factor_rule_against_brute_force():
 
 
 def test_factor_rule_at_its_edges():
-    row = lambda *c: torch.tensor([c], dtype=torch.float64)
-    assert (
-        count_by_factor(row(0.9, 0.9, 0.5), 1.0).item() == 2
-    )  # only the last candidate fails: it stays masked
-    assert count_by_factor(row(0.1, 0.1), 1.0).item() == 1  # none passes: one is kept all the same
-    assert count_by_factor(row(1.0, 1.0, 1.0), 0.001).item() == 3
-    assert count_by_factor(row(0.75, 0.75), 0.5).item() == 1  # 2 x 0.25 < 0.5 is false: strictly less
-    assert count_by_factor(row(0.9, float("-inf")), 100.0).item() == 1  # what is not masked is no candidate
+    def count(factor, *c):
+        return count_by_factor(torch.tensor([c], dtype=torch.float64), factor).item()
+
+    assert count(1.0, 0.9, 0.9, 0.5) == 2  # only the last candidate fails: it stays masked
+    assert count(1.0, 0.1, 0.1) == 1  # none passes: one is kept all the same
+    assert count(0.001, 1.0, 1.0, 1.0) == 3
+    assert count(0.5, 0.75, 0.75) == 1  # 2 x 0.25 < 0.5 is false: strictly less
+    assert count(100.0, 0.9, float("-inf")) == 1  # what is not masked is no candidate
 
 
 def test_threshold_rule():
@@ -528,7 +530,10 @@ def test_threshold_rule():
 
 def test_ties_go_to_the_lower_position():
     c = torch.tensor([[0.5, 0.7, 0.7, 0.7, float("-inf")]])
-    keep = lambda n: most_confident(c, lambda ranked: torch.tensor([n]))[0].nonzero().flatten().tolist()
+
+    def keep(n):
+        return most_confident(c, lambda ranked: torch.tensor([n]))[0].nonzero().flatten().tolist()
+
     assert [keep(n) for n in (1, 2, 3, 4, 5)] == [[1], [1, 2], [1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
 
 
@@ -571,23 +576,8 @@ def clip(tmp_path):
 def test_several_clips_as_json(small_folder, clip, tmp_path, capsys):
     other = str(tmp_path / "other.flac")
     soundfile.write(other, np.random.default_rng(0).uniform(-0.3, 0.3, 30000), 48000)
-    assert (
-        main(
-            [
-                clip,
-                other,
-                "What is this?",
-                "--model",
-                small_folder,
-                "--json",
-                "--answer-length",
-                "8",
-                "--steps",
-                "4",
-            ]
-        )
-        == 0
-    )
+    options = ["--model", small_folder, "--json", "--answer-length", "8", "--steps", "4"]
+    assert main([clip, other, "What is this?", *options]) == 0
     out, err = capsys.readouterr()
     lines = [json.loads(line) for line in out.splitlines()]
     assert [x["audio"] for x in lines] == [clip, other] and err == ""
@@ -645,7 +635,10 @@ def test_show_redraws_on_a_terminal(small_folder, clip, monkeypatch):
 def test_export_writes_half_size(small_folder, tmp_path, clip, capsys):
     out = str(tmp_path / "exported")
     assert main(["--model", small_folder, "--export", out]) == 0
-    size = lambda folder: os.path.getsize(os.path.join(folder, "model.safetensors"))
+
+    def size(folder):
+        return os.path.getsize(os.path.join(folder, "model.safetensors"))
+
     assert size(out) < 0.6 * size(small_folder)
     assert main([clip, "Hm?", "--model", out, "--answer-length", "8"]) == 0
     capsys.readouterr()
@@ -658,9 +651,13 @@ def wav(path, samples, rate=16000, **kind):
 
 
 def cut(path, keep=0.5):
-    data = open(path, "rb").read()
-    with open(path, "wb") as f:
-        f.write(data[: int(len(data) * keep)])
+    data = pathlib.Path(path).read_bytes()
+    pathlib.Path(path).write_bytes(data[: int(len(data) * keep)])
+    return path
+
+
+def written(path, content):
+    pathlib.Path(path).write_text(content)
     return path
 
 
@@ -676,11 +673,8 @@ def nan(position, value):
 BAD_CLIPS = {
     "missing": (lambda d: f"{d}/none.wav", "no such file"),
     "directory": (lambda d: str(d), "folder"),
-    "empty": (lambda d: open(f"{d}/e.wav", "w").close() or f"{d}/e.wav", "empty"),
-    "text named wav": (
-        lambda d: open(f"{d}/t.wav", "w").write("hello, not audio") and f"{d}/t.wav",
-        "cannot be read",
-    ),
+    "empty": (lambda d: written(f"{d}/e.wav", ""), "empty"),
+    "text named wav": (lambda d: written(f"{d}/t.wav", "hello, not audio"), "cannot be read"),
     "truncated wav": (lambda d: cut(wav(f"{d}/c.wav", NOISE)), "cut short"),
     "truncated float wav": (lambda d: cut(wav(f"{d}/c.wav", NOISE, subtype="FLOAT")), "cut short"),
     "truncated flac": (lambda d: cut(wav(f"{d}/c.flac", NOISE)), "c.flac"),
@@ -763,10 +757,8 @@ def test_clips_that_work_with_a_note(tmp_path, small_folder, capsys):
 
 
 def test_too_short_for_a_token_still_answers(tmp_path, small_folder):
-    assert (
-        main([wav(f"{tmp_path}/s.wav", NOISE[:10]), "What?", "--model", small_folder, "--answer-length", "8"])
-        == 0
-    )
+    clip = wav(f"{tmp_path}/s.wav", NOISE[:10])
+    assert main([clip, "What?", "--model", small_folder, "--answer-length", "8"]) == 0
 
 
 def test_ask_reports_the_context(small, tokenizer):

@@ -48,7 +48,7 @@ def expected_loss(predictor, weight, power=1):
     # in log t: 1/t^2 is steep near the floor
     span = -math.log(EPS)
     total = 0.0
-    for node, wi in zip(nodes, w):
+    for node, wi in zip(nodes, w, strict=True):
         t = math.exp((node - 1) / 2 * span)
         density = wi / 2 * span * t / (1 - EPS)
         for s in SUBSETS:
@@ -86,9 +86,11 @@ def test_loss_is_unbiased_and_wrong_weights_are_caught():
 
 def test_loss_per_token_is_the_sum_over_the_canvas_length():
     ids, is_answer = rows(50)
-    draw = lambda per_token: sft_loss(
-        Table(), ids, is_answer, MASK, generator=torch.Generator().manual_seed(3), per_token=per_token
-    )
+
+    def draw(per_token):
+        g = torch.Generator().manual_seed(3)
+        return sft_loss(Table(), ids, is_answer, MASK, generator=g, per_token=per_token)
+
     torch.testing.assert_close(draw(True) * L, draw(False))
 
 
@@ -102,7 +104,7 @@ def test_elbo_is_unbiased():
     assert within(samples.mean(0), truth)
     for j in range(4):  # each stratum alone is unbiased, not only their mean
         assert within(samples[j], truth)
-    wrong = samples / torch.stack([w for w in draw_counts(is_answer, 4, torch.Generator().manual_seed(0))[1]])
+    wrong = samples / draw_counts(is_answer, 4, torch.Generator().manual_seed(0))[1]
     assert not within(wrong.mean(0), truth)  # weight 1 instead of L / l
 
 
@@ -188,13 +190,8 @@ def test_stratified_counts_have_a_tenth_of_the_variance_of_independent_t():
     # and the code draws what was just computed
     n = 4000
     ids, is_answer = rows(n)
-    drawn = (
-        elbo(table, ids, *draw_counts(is_answer, K, torch.Generator().manual_seed(1)), MASK)
-        .mean(0)
-        .var()
-        .item()
-    )
-    assert drawn == pytest.approx(stratified, rel=0.15)
+    drawn = elbo(table, ids, *draw_counts(is_answer, K, torch.Generator().manual_seed(1)), MASK)
+    assert drawn.mean(0).var().item() == pytest.approx(stratified, rel=0.15)
 
 
 def test_only_the_answer_is_masked_and_end_marks_are_learned():
@@ -207,12 +204,10 @@ def test_only_the_answer_is_masked_and_end_marks_are_learned():
         assert torch.equal(noisy, torch.where(is_masked, 9, ids))
     noisy, is_masked = corrupt(ids, is_answer, 9, t=torch.ones(2))
     assert torch.equal(is_masked, is_answer)
-    logits = torch.zeros(
-        7, 10, requires_grad=True
-    )  # every masked token, the end marks among them, gets gradient
-    sft_loss(
-        lambda noisy, where: logits, ids, is_answer, 9, t=torch.ones(2), is_masked=is_answer
-    ).sum().backward()
+    # every masked token, the end marks among them, gets gradient
+    logits = torch.zeros(7, 10, requires_grad=True)
+    given = {"t": torch.ones(2), "is_masked": is_answer}
+    sft_loss(lambda noisy, where: logits, ids, is_answer, 9, **given).sum().backward()
     assert (logits.grad[torch.arange(7), ids[is_answer]] < 0).all()
     # masks from elsewhere cannot reach outside the answer either
     noisy, is_masked = corrupt(ids, is_answer, 9, is_masked=torch.ones_like(is_answer))
@@ -235,7 +230,10 @@ def test_gradient_of_the_loss():
 
 
 def test_next_token_loss_and_its_gradient():
-    """Each answer token is scored at the token before it: against torch's own cross-entropy on shifted logits, row by row."""
+    """Each answer token is scored at the token before it.
+
+    Against torch's own cross-entropy on shifted logits, row by row.
+    """
     g = torch.Generator().manual_seed(1)
     ids, T = torch.randint(V, (2, 7), generator=g), 7
     is_answer = torch.tensor([[0, 0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1, 1]]).bool()
@@ -257,8 +255,7 @@ def test_noise_of_an_example_is_its_own():
     """Neither padding nor neighbours change which tokens of a row are hidden."""
     answer = torch.tensor([[0, 0, 1, 1, 1, 1]]).bool()
     ids = torch.arange(6)[None]
-    fresh = lambda: torch.Generator().manual_seed(7)
-    _, alone = corrupt(ids, answer, 99, generator=fresh())
+    _, alone = corrupt(ids, answer, 99, generator=torch.Generator().manual_seed(7))
     wide = torch.nn.functional.pad(answer, (3, 20)).repeat(3, 1)
     others = [torch.Generator().manual_seed(s) for s in (1, 7, 2)]
     _, together = corrupt(torch.zeros(3, 29, dtype=torch.long), wide, 99, generator=others)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pathlib
 import random
 import re
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import soundfile
+from conftest import read_lines
 
 from data import read_manifest
 from model import UserError
@@ -30,7 +32,7 @@ from tools.benchmarks import (
     score_voicebench,
     wilson,
     word_errors,
-)  # fmt: skip
+)
 from tools.evaluate import PAPER, main, overall, read_answers
 from tools.prompts import LETTERS
 
@@ -47,7 +49,10 @@ def real():
 
 def official_mmau(answer, prediction, choices):
     """The token rule of MMAU's own evaluation.py, written a second time and differently."""
-    tokens = lambda s: re.findall(r"\b\w+\b", s.lower())
+
+    def tokens(s):
+        return re.findall(r"\b\w+\b", s.lower())
+
     said, right = tokens(prediction), tokens(answer)
     if not said or any(t not in said for t in right):
         return False
@@ -65,9 +70,8 @@ def test_every_real_question_in_every_wording(real):
         question = Question("x", "", "", q["answer"], choices)
         right = choices.index(q["answer"])
         letter = LETTERS[right]
-        one_letter = any(
-            len(c.strip()) == 1 for c in choices
-        )  # notes: "D" is the text D, not the fourth choice
+        # notes: "D" is the text D, not the fourth choice
+        one_letter = any(len(c.strip()) == 1 for c in choices)
         forms = [
             q["answer"],
             q["answer"].lower(),
@@ -115,12 +119,30 @@ def test_raw_rule_agrees_with_the_second_writing(real):
 
 @pytest.mark.parametrize(
     "answer, n, letter",
-    [("B", 4, "B"), ("b", 4, "B"), ("B.", 4, "B"), ("(B) Rain", 4, "B"), ("(B)", 4, "B"), ("B) Rain", 4, "B"),
-     ("B: Rain", 4, "B"), ("The answer is B.", 4, "B"), ("the correct answer is (C)", 4, "C"),
-     ("Answer: D", 4, "D"), ("I choose option A", 4, "A"), ("", 4, None), ("A dog barks", 4, None),
-     ("E", 4, None), ("E", 5, "E"), ("H", 8, "H"), ("C", 2, None), ("A or B", 4, None), ("A. or B.", 4, None),
-     ("The answer is A or the answer is B", 4, None), ("Because", 4, None)],
-)  # fmt: skip
+    [
+        ("B", 4, "B"),
+        ("b", 4, "B"),
+        ("B.", 4, "B"),
+        ("(B) Rain", 4, "B"),
+        ("(B)", 4, "B"),
+        ("B) Rain", 4, "B"),
+        ("B: Rain", 4, "B"),
+        ("The answer is B.", 4, "B"),
+        ("the correct answer is (C)", 4, "C"),
+        ("Answer: D", 4, "D"),
+        ("I choose option A", 4, "A"),
+        ("", 4, None),
+        ("A dog barks", 4, None),
+        ("E", 4, None),
+        ("E", 5, "E"),
+        ("H", 8, "H"),
+        ("C", 2, None),
+        ("A or B", 4, None),
+        ("A. or B.", 4, None),
+        ("The answer is A or the answer is B", 4, None),
+        ("Because", 4, None),
+    ],
+)
 def test_letters(answer, n, letter):
     assert letter_of(answer, n) == letter
 
@@ -134,19 +156,10 @@ def test_mapping_prefers_the_exact_text():
 
 def test_mmsu_rule():
     q = Question("x", "", "", "Wind", ("Rain", "Wind", "Dog", "Cat"))
-    assert [mmsu_letter(x) for x in ("B", "B. Wind", "The answer is B.", "(B)", "wind", "", "x")] == [
-        "B",
-        "B",
-        "B",
-        "B",
-        None,
-        None,
-        None,
-    ]
-    assert score_mmsu(q, "B") == {"right": True, "parsed": True} and score_mmsu(q, "A") == {
-        "right": False,
-        "parsed": True,
-    }
+    assert [mmsu_letter(x) for x in ("B", "B. Wind", "The answer is B.", "(B)")] == ["B"] * 4
+    assert [mmsu_letter(x) for x in ("wind", "", "x")] == [None] * 3
+    assert score_mmsu(q, "B") == {"right": True, "parsed": True}
+    assert score_mmsu(q, "A") == {"right": False, "parsed": True}
     assert score_mmsu(q, "windy") == {"right": False, "parsed": False}  # upstream drops it; here it is wrong
     three = Question("x", "", "", "Wind", ("Rain", "Wind", "Dog"))
     assert score_mmsu(three, "D")["right"] is False
@@ -154,9 +167,8 @@ def test_mmsu_rule():
 
 def test_wilson_and_mcnemar():
     low, high = wilson(8, 10)
-    assert math.isclose(low, 0.4902, abs_tol=1e-4) and math.isclose(
-        high, 0.9433, abs_tol=1e-4
-    )  # R: prop.test without correction
+    # R: prop.test without correction
+    assert math.isclose(low, 0.4902, abs_tol=1e-4) and math.isclose(high, 0.9433, abs_tol=1e-4)
     assert wilson(0, 5)[0] == 0 and wilson(5, 5)[1] == 1
     # against adding up the binomial by hand
     assert (
@@ -199,7 +211,7 @@ def test_voicebench_rules():
 def test_overall_is_the_papers():
     """Table C.1: DIFFA-2's overall out of its seven columns; the leaderboard's nine need two more."""
     *columns, total = map(float, PAPER["voicebench"]["rows"]["DIFFA-2"].split())
-    scores = dict(zip(evaluate.TABLE_C1, columns))
+    scores = dict(zip(evaluate.TABLE_C1, columns, strict=True))
     assert (
         abs(overall(scores, evaluate.TABLE_C1) - total) < 0.02
         and overall(scores, evaluate.LEADERBOARD) is None
@@ -212,9 +224,12 @@ def test_overall_is_the_papers():
 
 def test_table_b4():
     assert {k: b.decoding for k, b in BENCHMARKS.items() if k != "exact"} == {
-        "mmsu": (16, 16, 16), "mmau": (16, 16, 16), "mmar": (16, 16, 16),
-        "voicebench": (128, 32, 128), "asr": (128, 128, 128),
-    }  # fmt: skip
+        "mmsu": (16, 16, 16),
+        "mmau": (16, 16, 16),
+        "mmar": (16, 16, 16),
+        "voicebench": (128, 32, 128),
+        "asr": (128, 128, 128),
+    }
     assert VOICEBENCH_DECODING == {"openbookqa": (16, 16, 16), "mmsu": (16, 16, 16), "ifeval": (256, 32, 256)}
 
 
@@ -225,14 +240,12 @@ def test_table_b4():
 def question_file(toured, tmp_path, name):
     """A benchmark's file with absolute audio paths, so that it can lie elsewhere."""
     if name == "mmsu":
-        rows = [json.loads(line) for line in open(f"{toured}/mmsu.jsonl")]
+        rows = read_lines(f"{toured}/mmsu.jsonl")
         rows = [r | {"audio_path": os.path.abspath(os.path.join(toured, r["audio_path"]))} for r in rows]
         text = "".join(json.dumps(r) + "\n" for r in rows)
     else:
-        rows = [
-            r | {"audio_id": os.path.abspath(os.path.join(toured, r["audio_id"]))}
-            for r in json.load(open(f"{toured}/mmau.json"))
-        ]
+        rows = json.loads(pathlib.Path(f"{toured}/mmau.json").read_text())
+        rows = [r | {"audio_id": os.path.abspath(os.path.join(toured, r["audio_id"]))} for r in rows]
         if name == "mmar":
             rows = [{**r, "audio_path": r["audio_id"], "modality": "sound"} for r in rows]
         text = json.dumps(rows) if name == "mmau" else "".join(json.dumps(r) + "\n" for r in rows)
@@ -248,7 +261,7 @@ def test_benchmarks_run_and_write_the_official_fields(name, toured, small_folder
     assert main([name, path, "--model", small_folder, "--out", out, "--limit", "7"]) == 0
     text = capsys.readouterr().out
     assert "16 steps, answer length 16, block 16" in text and "95 % interval" in text
-    written = json.load(open(out)) if name == "mmau" else [json.loads(line) for line in open(out)]
+    written = json.loads(pathlib.Path(out).read_text()) if name == "mmau" else read_lines(out)
     assert [w["id"] for w in written] == [r["id"] for r in rows[:7]]
     key = {"mmsu": "response", "mmau": "model_output", "mmar": "answer_prediction"}[name]
     right = []
@@ -270,12 +283,15 @@ def test_a_killed_run_goes_on(toured, small_folder, tmp_path, capsys):
     path, rows = question_file(toured, tmp_path, "mmsu")
     argv = ["mmsu", path, "--model", small_folder, "--limit", "9", "--factor", "1", "--batch", "2"]
     assert main([*argv, "--out", str(tmp_path / "whole")]) == 0
-    whole = open(tmp_path / "whole").read()
-    lines = open(tmp_path / "whole.answers.jsonl").readlines()
-    strip = lambda line: (
-        json.dumps({k: v for k, v in json.loads(line).items() if k not in ("right", "parsed")}) + "\n"
-    )
-    (tmp_path / "part.answers.jsonl").write_text(lines[0] + "".join(map(strip, lines[1:5])) + lines[5][:17])
+    whole = (tmp_path / "whole").read_text()
+    with open(tmp_path / "whole.answers.jsonl") as f:
+        lines = f.readlines()
+    journal = lines[0]
+    for line in lines[1:5]:
+        entry = json.loads(line)
+        del entry["right"], entry["parsed"]
+        journal += json.dumps(entry) + "\n"
+    (tmp_path / "part.answers.jsonl").write_text(journal + lines[5][:17])
     asked = []
     real_ask = evaluate.ask
 
@@ -288,7 +304,7 @@ def test_a_killed_run_goes_on(toured, small_folder, tmp_path, capsys):
         assert main([*argv, "--out", str(tmp_path / "part")]) == 0
     finally:
         evaluate.ask = real_ask
-    assert sum(asked) == 9 - 4 and open(tmp_path / "part").read() == whole
+    assert sum(asked) == 9 - 4 and (tmp_path / "part").read_text() == whole
     capsys.readouterr()
     for other in (["--steps", "8"], ["--answer-length", "32"], ["--cache", "prefix"]):
         again = [a for a in argv if a not in ("--factor", "1")] if "--steps" in other else argv
@@ -298,34 +314,12 @@ def test_a_killed_run_goes_on(toured, small_folder, tmp_path, capsys):
 
 def test_two_processes_give_one_result(toured, small_folder, tmp_path):
     path, _ = question_file(toured, tmp_path, "mmsu")
-    argv = [
-        "mmsu",
-        path,
-        "--model",
-        small_folder,
-        "--limit",
-        "7",
-        "--factor",
-        "1",
-        "--device",
-        "cpu",
-        "--batch",
-        "1",
-    ]
+    argv = ["mmsu", path, "--model", small_folder, "--limit", "7", "--factor", "1"]
+    argv += ["--device", "cpu", "--batch", "1"]
     assert main([*argv, "--out", str(tmp_path / "one")]) == 0
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "-m",
-        "tools.evaluate",
-        *argv,
-        "--out",
-        str(tmp_path / "two"),
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "tools.evaluate", *argv, "--out", str(tmp_path / "two")]
     done = subprocess.run(
         command,
         cwd=root,
@@ -335,7 +329,7 @@ def test_two_processes_give_one_result(toured, small_folder, tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert open(tmp_path / "two").read() == open(tmp_path / "one").read()
+    assert (tmp_path / "two").read_text() == (tmp_path / "one").read_text()
     assert not [f for f in os.listdir(tmp_path) if "-of-2" in f]
 
 
@@ -383,7 +377,7 @@ def test_voicebenchs_own_script_is_run_from_its_checkout(toured, small_folder, t
 def test_the_response_may_fit_the_clip(toured, small_folder, tmp_path, capsys):
     argv = ["asr", f"{toured}/stage1.jsonl", "--model", small_folder, "--limit", "3", "--stage", "1"]
     assert main([*argv, "--answer-length", "auto", "--out", str(tmp_path / "o")]) == 0
-    assert json.loads(open(tmp_path / "o.answers.jsonl").readline())["settings"]["answer_length"] == "auto"
+    assert read_lines(tmp_path / "o.answers.jsonl")[0]["settings"]["answer_length"] == "auto"
     assert main([*argv, "--answer-length", "auto", "--steps", "8"]) == 2
     assert "one block" in capsys.readouterr().err
 
@@ -407,19 +401,18 @@ def test_unreadable_clips_count_as_wrong(toured, small_folder, tmp_path, capsys)
 def test_compare_and_table(toured, small_folder, tmp_path, capsys):
     path, _ = question_file(toured, tmp_path, "mmsu")
     for name, how in (("a", ["--factor", "1"]), ("b", ["--steps", "16"])):
-        assert (
-            main(["mmsu", path, "--model", small_folder, "--limit", "8", *how, "--out", str(tmp_path / name)])
-            == 0
-        )
-    lines = [json.loads(line) for line in open(tmp_path / "b.answers.jsonl")]
+        argv = ["mmsu", path, "--model", small_folder, "--limit", "8", *how]
+        assert main([*argv, "--out", str(tmp_path / name)]) == 0
+    lines = read_lines(tmp_path / "b.answers.jsonl")
     marks = [True, True, True, False, False, False, False, True]
-    for line, mark in zip(lines[1:], marks):
+    for line, mark in zip(lines[1:], marks, strict=True):
         line["right"] = mark
     (tmp_path / "b.answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    a = [line["right"] for line in map(json.loads, open(tmp_path / "a.answers.jsonl")) if "right" in line]
+    a = [line["right"] for line in read_lines(tmp_path / "a.answers.jsonl") if "right" in line]
     capsys.readouterr()
     assert main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
-    only_a, only_b = sum(x and not y for x, y in zip(a, marks)), sum(y and not x for x, y in zip(a, marks))
+    only_a = sum(x and not y for x, y in zip(a, marks, strict=True))
+    only_b = sum(y and not x for x, y in zip(a, marks, strict=True))
     assert f"p = {mcnemar(only_a, only_b):.4g} (8 questions)" in capsys.readouterr().out
     assert main(["--table", str(tmp_path / "a")]) == 0
     text = capsys.readouterr().out
@@ -439,32 +432,17 @@ def test_asr_from_kaldi_and_manifest(toured, small_folder, tmp_path, capsys):
     argv = ["--model", small_folder, "--answer-length", "16", "--factor", "1"]
     assert main(["asr", str(kaldi), *argv, "--out", str(tmp_path / "o")]) == 0
     text = capsys.readouterr().out
-    said = {r["id"]: r["response"] for r in map(json.loads, open(tmp_path / "o"))}
-    assert (
-        f"WER {word_errors(['one two', 'three'], [said['utt0'], said['utt1']])['wer']:.2%}" in text
-        and "real-time factor" in text
-    )
+    said = {r["id"]: r["response"] for r in read_lines(tmp_path / "o")}
+    wer = word_errors(["one two", "three"], [said["utt0"], said["utt1"]])["wer"]
+    assert f"WER {wer:.2%}" in text and "real-time factor" in text
     assert main(["asr", f"{toured}/stage1.jsonl", *argv, "--limit", "3"]) == 0
     (kaldi / "wav.scp").write_text("utt0 sox x |\n")
     assert main(["asr", str(kaldi), *argv]) == 2 and "is a pipe" in capsys.readouterr().err
 
 
 def test_exact_reports_tasks(toured, small_folder, capsys):
-    assert (
-        main(
-            [
-                "exact",
-                f"{toured}/test.jsonl",
-                "--model",
-                small_folder,
-                "--limit",
-                "30",
-                "--answer-length",
-                "16",
-            ]
-        )
-        == 0
-    )
+    argv = ["exact", f"{toured}/test.jsonl", "--model", small_folder, "--limit", "30"]
+    assert main([*argv, "--answer-length", "16"]) == 0
     text = capsys.readouterr().out
     assert (
         "factor 1, answer length 16" in text
@@ -477,7 +455,8 @@ def test_bad_input(toured, small_folder, tmp_path, capsys):
     mmau, _ = question_file(toured, tmp_path, "mmau")
     (tmp_path / "empty.jsonl").write_text("")
     twice = tmp_path / "twice.jsonl"
-    line = open(f"{toured}/mmsu.jsonl").readline()
+    with open(f"{toured}/mmsu.jsonl") as f:
+        line = f.readline()
     twice.write_text(line + line)
     for argv, says in (
         (["mmsu", mmau], "looks like mmau"),

@@ -31,14 +31,26 @@ def llama_like(backbone, attention="eager"):
     c = backbone.c
     llama = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.ffn, num_hidden_layers=c.layers,
-            num_attention_heads=c.heads, rms_norm_eps=c.norm_eps, max_position_embeddings=c.context,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, tie_word_embeddings=False,
+            vocab_size=c.vocab,
+            hidden_size=c.width,
+            intermediate_size=c.ffn,
+            num_hidden_layers=c.layers,
+            num_attention_heads=c.heads,
+            rms_norm_eps=c.norm_eps,
+            max_position_embeddings=c.context,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+            tie_word_embeddings=False,
             attn_implementation=attention,
         )
-    )  # fmt: skip
-    names = {"attn_out": "self_attn.o_proj", "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj",
-             "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm"}  # fmt: skip
+    )
+    names = {
+        "attn_out": "self_attn.o_proj",
+        "ff_proj": "mlp.gate_proj",
+        "up_proj": "mlp.up_proj",
+        "ff_out": "mlp.down_proj",
+        "attn_norm": "input_layernorm",
+        "ff_norm": "post_attention_layernorm",
+    }
     names |= {n: f"self_attn.{n}" for n in ("q_proj", "k_proj", "v_proj")}
     renamed = {}
     for key in backbone.state_dict():
@@ -91,12 +103,15 @@ def test_attention_spelled_out_is_torchs(mask):
         y = attention(q, k, v, mask)
         (y * start[3]).sum().backward()
         found.append([y, q.grad, k.grad, v.grad])
-    for ours, theirs in zip(*found):
+    for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
 def test_fresh_layers_add_about_what_was_there():
-    """Embeddings of rms 1 enter, and all layers together less than double their variance: a token still knows what it is."""
+    """Embeddings of rms 1 enter, and all layers together less than double their variance.
+
+    So a token still knows what it is.
+    """
     model, seen = build(PRESETS["tiny"], seed=0), []
     model.backbone.ln_f.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     ids = torch.randint(10, 600, (4, 50), generator=torch.Generator().manual_seed(0))
@@ -132,7 +147,7 @@ def random_row(c, n_text, n_audio, g):
 def test_splice_order_against_lists():
     for n_text, n_audio, at in ((7, 3, (0, 4, 7)), (5, 1, (5, 2, 1)), (4, 6, (3, 0, 4))):
         order = splice_order(n_text, n_audio, torch.tensor(at))
-        for row, a in zip(order.tolist(), at):
+        for row, a in zip(order.tolist(), at, strict=True):
             text, audio = list(range(n_text)), list(range(n_text, n_text + n_audio))
             assert row == text[:a] + audio + text[a:]
 
@@ -144,11 +159,8 @@ def test_a_row_does_not_see_its_neighbours(small):
     at = [3, 5, 0, 4, 7, 2, 9, 1, 6]
     T, A = 24, 11
     ids, valid = torch.zeros(9, T, dtype=torch.long), torch.zeros(9, T, dtype=torch.bool)
-    audio, is_audio, audio_at = (
-        torch.randn(9, A, c.width, generator=g),
-        torch.zeros(9, A, dtype=torch.bool),
-        [],
-    )
+    audio, is_audio = torch.randn(9, A, c.width, generator=g), torch.zeros(9, A, dtype=torch.bool)
+    audio_at = []
     for i, (text, sound) in enumerate(rows):
         left = (0, 1, T - len(text))[i % 3]  # padded right, both, left
         ids[i] = torch.randint(6, c.vocab, (T,), generator=g)  # rubbish where it is not valid
@@ -193,10 +205,8 @@ def test_splice_is_the_embedding_sequence(small):
 @pytest.mark.parametrize("causal", [False, True])
 def test_cached_pass_over_unchanged_tokens(causal, config):
     """Recomputing part of a row on cached keys and values gives what the whole pass gave."""
-    model, g = (
-        lively(build(dataclasses.replace(config, causal=causal), seed=0)),
-        torch.Generator().manual_seed(0),
-    )
+    model = lively(build(dataclasses.replace(config, causal=causal), seed=0))
+    g = torch.Generator().manual_seed(0)
     ids = torch.randint(6, config.vocab, (2, 22), generator=g)
     valid = torch.ones_like(ids, dtype=torch.bool)
     valid[1, :4] = False  # left padding
@@ -226,13 +236,24 @@ def test_encoder_taps_are_transformers_hidden_states():
     ours = Encoder(c).eval()
     theirs = WhisperEncoder(
         WhisperConfig(
-            d_model=c.audio_width, encoder_layers=c.audio_layers, encoder_attention_heads=c.audio_heads,
-            encoder_ffn_dim=4 * c.audio_width, num_mel_bins=c.n_mels, max_source_positions=c.n_frames,
+            d_model=c.audio_width,
+            encoder_layers=c.audio_layers,
+            encoder_attention_heads=c.audio_heads,
+            encoder_ffn_dim=4 * c.audio_width,
+            num_mel_bins=c.n_mels,
+            max_source_positions=c.n_frames,
         )
-    ).eval()  # fmt: skip
-    names = {"attn.query": "self_attn.q_proj", "attn.key": "self_attn.k_proj", "attn.value": "self_attn.v_proj",
-             "attn.out": "self_attn.out_proj", "attn_ln": "self_attn_layer_norm", "mlp.0": "fc1", "mlp.2": "fc2",
-             "mlp_ln": "final_layer_norm"}  # fmt: skip
+    ).eval()
+    names = {
+        "attn.query": "self_attn.q_proj",
+        "attn.key": "self_attn.k_proj",
+        "attn.value": "self_attn.v_proj",
+        "attn.out": "self_attn.out_proj",
+        "attn_ln": "self_attn_layer_norm",
+        "mlp.0": "fc1",
+        "mlp.2": "fc2",
+        "mlp_ln": "final_layer_norm",
+    }
     weights = {"embed_positions.weight": ours.positional_embedding}
     for key, value in ours.state_dict().items():
         if key.startswith("blocks."):
@@ -318,8 +339,11 @@ def test_meta_model_is_the_preset():
 
 
 def test_short_windows_do_not_depend_on_the_batch(config):
-    """With pad_to a clip is encoded in its own window, with a fifth of a step of silence at least, and heard alike in
-    company; the Q-Former sees its own window's frames, normalised where norm_taps is set."""
+    """With pad_to a clip is encoded in its own window, and heard alike in company.
+
+    The window ends in a fifth of a step of silence at least; the Q-Former sees its own window's frames,
+    normalised where norm_taps is set.
+    """
     c = dataclasses.replace(config, pad_to=25, norm_taps=True)
     model = build(c, seed=0).eval()
     n_frames = torch.tensor([3, 19, 20, 71, 100])
@@ -332,8 +356,13 @@ def test_short_windows_do_not_depend_on_the_batch(config):
         for row, n in enumerate(n_frames.tolist()):
             window = int(model.windows(torch.tensor([n])))
             plain_taps, plain_final = model.encoder(mel[row : row + 1, :, : 2 * window], c.taps)
-            assert torch.allclose(final[row, :window], plain_final[0], atol=1e-5) and not final[row, window:].any()
+            assert (
+                torch.allclose(final[row, :window], plain_final[0], atol=1e-5)
+                and not final[row, window:].any()
+            )
             normed = torch.nn.functional.layer_norm(plain_taps, plain_taps.shape[-1:])
             assert torch.allclose(audio[row, : c.n_queries], model.acoustic(normed)[0], atol=1e-5)
-            alone, _ = model.adapt(*model.encode(mel[row : row + 1], n_frames[row : row + 1]), n_frames[row : row + 1], 2)
+            alone, _ = model.adapt(
+                *model.encode(mel[row : row + 1], n_frames[row : row + 1]), n_frames[row : row + 1], 2
+            )
             assert torch.allclose(alone[0], audio[row][is_audio[row]], atol=1e-5)

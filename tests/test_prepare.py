@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import random
 import subprocess
 import sys
@@ -54,16 +55,22 @@ def test_names_tell_facts_and_split(corpora):
     assert all("/4-" in c.path for c in clips["esc10"] if c.is_test)
     acted = {os.path.basename(c.path): c for c in clips["ravdess"]}
     assert acted["03-01-05-02-02-01-02.wav"].facts == {
-        "emotion": "angry", "intensity": "strong", "words": "dogs are sitting by the door", "sex": "female", "speaker": "actor 02",
-    }  # fmt: skip
+        "emotion": "angry",
+        "intensity": "strong",
+        "words": "dogs are sitting by the door",
+        "sex": "female",
+        "speaker": "actor 02",
+    }
     assert {c.facts["speaker"] for c in clips["ravdess"] if c.is_test} == {"actor 21"}
     assert {(c.facts["speaker"], c.facts["sex"], c.is_test) for c in clips["librispeech"]} == {
-        ("14", "female", False), ("16", "female", False), ("17", "male", False), ("20", "male", True),
-    }  # fmt: skip
-    samples = {os.path.basename(c.path).split(".")[0]: c for c in clips["berklee"] + clips["sonicpi"]}
-    assert samples["malevoice_aa_A1"].facts == {"instrument": "male voice"} and samples["bd_808"].facts == {
-        "instrument": "bass drum"
+        ("14", "female", False),
+        ("16", "female", False),
+        ("17", "male", False),
+        ("20", "male", True),
     }
+    samples = {os.path.basename(c.path).split(".")[0]: c for c in clips["berklee"] + clips["sonicpi"]}
+    assert samples["malevoice_aa_A1"].facts == {"instrument": "male voice"}
+    assert samples["bd_808"].facts == {"instrument": "bass drum"}
     assert {k for k, c in samples.items() if c.is_test} == {"bell3", "glass_tone13", "drum_snare_3"}
 
 
@@ -179,22 +186,37 @@ def test_answers_are_true_of_the_clip():
 
 def test_descriptions_tell_all_that_is_known():
     for facts, says in (
-        ({"words": "no more", "sex": "female", "emotion": "calm", "background": "rain"},
-         "A woman says 'no more', calmly, while rain falls."),
-        ({"sex": "female", "age": "child", "emotion": "angry", "intensity": "strong", "speed": "slow"},
-         "A girl speaks slowly, angrily and with strong feeling."),
-        ({"words": "x", "sex": "male", "accent": "American", "intensity": "normal"},
-         "A man with an American accent says 'x'."),
-        ({"words": "q", "background": "footsteps", "music": "bell"},
-         "Someone says 'q', with footsteps in the background, over bell."),
-        ({"emotion": "bored", "sex": "male", "nationality": "Ireland"},
-         "A man from Ireland speaks in a voice that is bored."),
+        (
+            {"words": "no more", "sex": "female", "emotion": "calm", "background": "rain"},
+            "A woman says 'no more', calmly, while rain falls.",
+        ),
+        (
+            {"sex": "female", "age": "child", "emotion": "angry", "intensity": "strong", "speed": "slow"},
+            "A girl speaks slowly, angrily and with strong feeling.",
+        ),
+        (
+            {"words": "x", "sex": "male", "accent": "American", "intensity": "normal"},
+            "A man with an American accent says 'x'.",
+        ),
+        (
+            {"words": "q", "background": "footsteps", "music": "bell"},
+            "Someone says 'q', with footsteps in the background, over bell.",
+        ),
+        (
+            {"emotion": "bored", "sex": "male", "nationality": "Ireland"},
+            "A man from Ireland speaks in a voice that is bored.",
+        ),
         ({"sound": "laughter", "sex": "female", "speaker": "f1"}, "Laughter from a woman."),
-        ({"first_sound": "rain", "last_sound": "dog bark", "sound_count": "two"},
-         "First there is rain, and at the end dog bark."),
-        ({"words": "yes"}, None), ({"sound": "rain"}, None), ({"sex": "male", "speaker": "9"}, None),
-        ({"words": "yes", "intensity": "normal"}, None), ({"sex": "male", "words": "a", "caption": "A man."}, None),
-    ):  # fmt: skip
+        (
+            {"first_sound": "rain", "last_sound": "dog bark", "sound_count": "two"},
+            "First there is rain, and at the end dog bark.",
+        ),
+        ({"words": "yes"}, None),
+        ({"sound": "rain"}, None),
+        ({"sex": "male", "speaker": "9"}, None),
+        ({"words": "yes", "intensity": "normal"}, None),
+        ({"sex": "male", "words": "a", "caption": "A man."}, None),
+    ):
         assert description_of(facts) == says
     rng = random.Random(0)
     clip = Clip("a", "x", {"words": "cat", "sex": "male"})
@@ -238,9 +260,8 @@ def test_distractors_are_wrong_and_near_ones_come_first():
             and "five" not in wrong
             and set(wrong[:2]) <= {"four", "nine", "one", "two", "three"}
         )
-    assert distractors("rain", ["rain"], 3, rng) == [] and distractors("rain", ["rain", "dog"], 3, rng) == [
-        "dog"
-    ]
+    assert distractors("rain", ["rain"], 3, rng) == []
+    assert distractors("rain", ["rain", "dog"], 3, rng) == ["dog"]
 
 
 def test_the_right_choice_stands_everywhere_equally_often():
@@ -255,11 +276,8 @@ def test_the_right_choice_stands_everywhere_equally_often():
 
 
 def test_choice_lines_in_every_style(tmp_path):
-    rng, pools, seen = (
-        random.Random(1),
-        {t: DIGITS if t == "digit" else ["a"] for t in CHOICE_TASKS},
-        Counter(),
-    )
+    rng, seen = random.Random(1), Counter()
+    pools = {t: DIGITS if t == "digit" else ["a"] for t in CHOICE_TASKS}
     for _ in range(200):
         line = choice_line(Clip("a.wav", "x", {"words": "four"}), rng, str(tmp_path / "m"), pools)
         (_, question), (_, answer) = (m.values() for m in line["messages"])
@@ -275,15 +293,8 @@ def test_choice_lines_in_every_style(tmp_path):
         if "**" in question:
             assert len(letters) == 4 and answer == letters["Four"] + ". Four."
     assert set(seen) == {2, 3, 4, 5, 6, 8}
-    assert (
-        choice_line(
-            Clip("a.wav", "x", {"words": "one two three four"}),
-            rng,
-            str(tmp_path),
-            {t: [] for t in CHOICE_TASKS},
-        )
-        is None
-    )
+    clip, empty = Clip("a.wav", "x", {"words": "one two three four"}), {t: [] for t in CHOICE_TASKS}
+    assert choice_line(clip, rng, str(tmp_path), empty) is None
 
 
 def test_benchmark_prompts():
@@ -297,8 +308,16 @@ def test_benchmark_prompts():
 
 def test_preference_pairs_differ_in_one_fact(tmp_path):
     rng = random.Random(2)
-    pools = {t: set() for t in CHOICE_TASKS} | {"digit": DIGITS, "word": ["cat", "bed"], "sound": ["rain", "dog bark"], "emotion": ["sad", "happy"],
-                                                "first": DIGITS, "last": DIGITS, "count": DIGITS, "background": ["rain", "dog bark"]}  # fmt: skip
+    pools = {t: set() for t in CHOICE_TASKS} | {
+        "digit": DIGITS,
+        "word": ["cat", "bed"],
+        "sound": ["rain", "dog bark"],
+        "emotion": ["sad", "happy"],
+        "first": DIGITS,
+        "last": DIGITS,
+        "count": DIGITS,
+        "background": ["rain", "dog bark"],
+    }
     for facts in (
         {"words": "one two"},
         {"sound": "rain"},
@@ -308,13 +327,11 @@ def test_preference_pairs_differ_in_one_fact(tmp_path):
     ):
         for _ in range(30):
             line = preference_line(Clip("a.wav", "x", facts), rng, str(tmp_path / "m"), pools)
-            right, wrong = (
-                line["messages"][1]["content"].lower().split(),
-                line["rejected_response"].lower().split(),
-            )
+            right = line["messages"][1]["content"].lower().split()
+            wrong = line["rejected_response"].lower().split()
             assert right != wrong
             if line["task"] == "asr":
-                assert len(right) == len(wrong) and sum(a != b for a, b in zip(right, wrong)) == 1
+                assert sum(a != b for a, b in zip(right, wrong, strict=True)) == 1
 
 
 def test_composing_keeps_every_clip(tmp_path, corpora):
@@ -328,17 +345,13 @@ def test_composing_keeps_every_clip(tmp_path, corpora):
 
 
 def test_mixing_keeps_the_ratio(tmp_path, corpora):
-    """At a fixed ratio the sound under the speech has the power it should: measured where the voice is silent."""
+    """At a fixed ratio the sound under the speech has the power it should, as measured without the voice."""
     speech, noise = read_corpus("fsdd", corpora + "/fsdd")[0], read_corpus("esc10", corpora + "/esc10")[0]
     made = mix(speech, noise, random.Random(0), str(tmp_path / "m.flac"), low=6.0, high=6.0)
     assert made.facts == speech.facts | {"background": noise.facts["sound"], "louder": "the voice"}
     for ratio, louder in ((-6.0, "the background"), (1.0, None)):
-        assert (
-            mix(speech, noise, random.Random(0), str(tmp_path / "n.flac"), low=ratio, high=ratio).facts.get(
-                "louder"
-            )
-            == louder
-        )
+        other = mix(speech, noise, random.Random(0), str(tmp_path / "n.flac"), low=ratio, high=ratio)
+        assert other.facts.get("louder") == louder
     audio, _ = load_audio(made.path)
     voice, _ = load_audio(speech.path)
     power = np.convolve(audio**2, np.ones(len(voice)) / len(voice), "valid")
@@ -350,11 +363,8 @@ def test_three_layers_are_asked_about_one_by_one(tmp_path, corpora):
     speech, noise, bell = (read_corpus(n, f"{corpora}/{n}")[0] for n in ("fsdd", "esc10", "berklee"))
     made = mix(speech, noise, random.Random(0), str(tmp_path / "m.flac"), bell, low=6.0, high=6.0)
     answers = all_answers(made.facts)
-    assert (answers["background"], answers["music"], answers["asr"]) == (
-        "Dog bark.",
-        "Bell.",
-        speech.facts["words"],
-    ) and "any" not in answers
+    assert answers["background"] == "Dog bark." and answers["music"] == "Bell."
+    assert answers["asr"] == speech.facts["words"] and "any" not in answers
 
 
 def test_sequences_name_what_comes_first_and_last(tmp_path, corpora):
@@ -374,43 +384,49 @@ def test_sequences_name_what_comes_first_and_last(tmp_path, corpora):
 # checking
 
 
+def asking(audio, question, answer, **more):
+    """A manifest's line about a clip."""
+    messages = [{"role": "user", "content": "<audio>" + question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "audios": [audio], **more}
+
+
 def test_check_finds_what_is_wrong(tmp_path, corpora, capsys):
-    clip = lambda name: os.path.join(corpora, name)
-    a, b = clip("fsdd/recordings/1_jackson_3.wav"), clip("fsdd/recordings/2_jackson_3.wav")
+    a, b = (os.path.join(corpora, f"fsdd/recordings/{n}_jackson_3.wav") for n in (1, 2))
     broken = tmp_path / "broken.wav"
     broken.write_bytes(b"RIFFxxxx")
     cut = tmp_path / "cut.wav"
-    cut.write_bytes(open(a, "rb").read()[:3000])
-    line = lambda audio, q="Which digit?", answer="One.", **more: {
-        "messages": [{"role": "user", "content": "<audio>" + q}, {"role": "assistant", "content": answer}], "audios": [audio], **more,
-    }  # fmt: skip
+    cut.write_bytes(pathlib.Path(a).read_bytes()[:3000])
+
+    def one(audio, **more):
+        return asking(audio, "Which digit?", "One.", **more)
+
+    acted = {"dataset": "ravdess", "facts": {"speaker": "x"}}
     options = "Which?\nA. One\nB. Two"
     cases = [
-        ([line(str(broken))], [], "not readable"), ([line(str(tmp_path / "gone.wav"))], [], "missing"), ([line(a)], [line(a, "What?")], "test manifest"),
-        ([line(a, options, "C.")], [], "option C"), ([line(a, options, "A. Two.")], [], "option A"), ([line(a, options, "Three.")], [], "none of the options"),
-        ([line(a, "Which?\nA. One\nB. One", "A.")], [], "the same"), ([line(a, rejected_response="One.")], [], "rejected"), ([{"audios": [a]}], [], "messages"),
-        ([line(a, dataset="ravdess", facts={"speaker": "x"})], [line(b, dataset="ravdess", facts={"speaker": "x"})], "speaks in a test"),
-    ]  # fmt: skip
+        ([one(str(broken))], [], "not readable"),
+        ([one(str(tmp_path / "gone.wav"))], [], "missing"),
+        ([one(a)], [asking(a, "What?", "One.")], "test manifest"),
+        ([asking(a, options, "C.")], [], "option C"),
+        ([asking(a, options, "A. Two.")], [], "option A"),
+        ([asking(a, options, "Three.")], [], "none of the options"),
+        ([asking(a, "Which?\nA. One\nB. One", "A.")], [], "the same"),
+        ([one(a, rejected_response="One.")], [], "rejected"),
+        ([{"audios": [a]}], [], "messages"),
+        ([one(a, **acted)], [one(b, **acted)], "speaks in a test"),
+    ]
     for train, test, says in cases:
         for name, lines in (("train", train), ("test", test)):
             (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
-        assert (
-            main(["check", str(tmp_path / "train.jsonl"), *([str(tmp_path / "test.jsonl")] if test else [])])
-            == 2
-        ), says
+        manifests = [str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl")]
+        assert main(["check", *manifests[: 2 if test else 1]]) == 2, says
         assert says in capsys.readouterr().err
-    (tmp_path / "cut.jsonl").write_text(json.dumps(line(str(cut))) + "\n")
-    assert (
-        main(["check", str(tmp_path / "cut.jsonl"), "--decode"]) == 2
-        and "cut short" in capsys.readouterr().err
-    )
-    good = [line(a, options, answer) for answer in ("A.", "B", "A. One.", "Two.", "two")] + [
-        line(a, options, "A.")
-    ]
+    (tmp_path / "cut.jsonl").write_text(json.dumps(one(str(cut))) + "\n")
+    assert main(["check", str(tmp_path / "cut.jsonl"), "--decode"]) == 2
+    assert "cut short" in capsys.readouterr().err
+    good = [asking(a, options, answer) for answer in ("A.", "B", "A. One.", "Two.", "two", "A.")]
     (tmp_path / "good.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in good))
-    assert (
-        main(["check", str(tmp_path / "good.jsonl")]) == 0 and "duplicate lines: 1" in capsys.readouterr().out
-    )
+    assert main(["check", str(tmp_path / "good.jsonl")]) == 0
+    assert "duplicate lines: 1" in capsys.readouterr().out
     assert main(["check", str(tmp_path / "none.jsonl")]) == 2
 
 
@@ -422,32 +438,26 @@ def test_synthetic_sounds_differ_by_kind_and_by_draw():
 
 
 def test_join_draws_shuffles_and_finds_the_clips(tmp_path, capsys):
-    """All of one manifest, a share of another in another folder; audio paths hold from where the new one lies."""
+    """All of one manifest, a share of another in another folder; audio paths hold where the new one lies."""
     os.makedirs(tmp_path / "a" / "clips")
     os.makedirs(tmp_path / "b")
     sound(f"{tmp_path}/a/clips/x.wav")
     sound(f"{tmp_path}/b/y.wav")
-    line = lambda audio, n: {
-        "messages": [
-            {"role": "user", "content": f"<audio>What is {n}?"},
-            {"role": "assistant", "content": "It."},
-        ],
-        "audios": [audio],
-    }
-    write_lines((line("clips/x.wav", f"a{n}") for n in range(50)), f"{tmp_path}/a/one.jsonl")
-    write_lines((line("y.wav", f"b{n}") for n in range(400)), f"{tmp_path}/b/two.jsonl")
+    of_a = [asking("clips/x.wav", f"What is a{n}?", "It.") for n in range(50)]
+    of_b = [asking("y.wav", f"What is b{n}?", "It.") for n in range(400)]
+    write_lines(of_a, f"{tmp_path}/a/one.jsonl")
+    write_lines(of_b, f"{tmp_path}/b/two.jsonl")
     out = f"{tmp_path}/new/stage2.jsonl"
     argv = ["join", f"{tmp_path}/a/one.jsonl", f"{tmp_path}/b/two.jsonl:0.25", "--out", out]
     assert main(argv) == 0
-    first = open(out).read()
+    first = pathlib.Path(out).read_text()
     asked = [e.question for e in read_manifest(out)]  # read_manifest finds every clip
     of_a, of_b = ([q for q in asked if q.startswith(f"What is {x}")] for x in "ab")
-    assert sorted(of_a) == sorted(f"What is a{n}?" for n in range(50)) and of_a != sorted(
-        of_a, key=lambda q: int(q[9:-1])
-    )
+    assert sorted(of_a) == sorted(f"What is a{n}?" for n in range(50))
+    assert of_a != sorted(of_a, key=lambda q: int(q[9:-1]))
     assert abs(len(of_b) - 100) < 4 * (400 * 0.25 * 0.75) ** 0.5 and len(set(of_b)) == len(of_b)
-    assert main(argv) == 0 and open(out).read() == first  # the same seed, the same bytes
-    assert main([*argv, "--seed", "1"]) == 0 and open(out).read() != first
+    assert main(argv) == 0 and pathlib.Path(out).read_text() == first  # the same seed, the same bytes
+    assert main([*argv, "--seed", "1"]) == 0 and pathlib.Path(out).read_text() != first
     assert os.listdir(tmp_path / "new") == ["stage2.jsonl"]
     capsys.readouterr()
     for part, says in (

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import os
+import pathlib
 import pickle
 import resource
 import signal
@@ -29,28 +30,57 @@ from diffusion import sft_loss
 from model import PRESETS, Config, UserError
 from weights import assemble, load, load_released, released_name, save
 
-SIZES = dict(qformer_ffn=24, n_queries=6, n_soft_prompts=4, width=32, layers=2, heads=2, ffn=48, audio_width=16, audio_heads=2, vocab=320)
-EIGHT = dict(n_mels=128, audio_layers=32, taps=PRESETS["diffa2"].taps)  # large-v3's taps
-FOUR = dict(n_mels=80, audio_layers=12, taps=PRESETS["diffa1"].taps)  # whisper-small's
+SIZES = {
+    "qformer_ffn": 24,
+    "n_queries": 6,
+    "n_soft_prompts": 4,
+    "width": 32,
+    "layers": 2,
+    "heads": 2,
+    "ffn": 48,
+    "audio_width": 16,
+    "audio_heads": 2,
+    "vocab": 320,
+}
+EIGHT = {"n_mels": 128, "audio_layers": 32, "taps": PRESETS["diffa2"].taps}  # large-v3's taps
+FOUR = {"n_mels": 80, "audio_layers": 12, "taps": PRESETS["diffa1"].taps}  # whisper-small's
 LORA = ("q_proj", "k_proj", "v_proj", "ff_proj", "up_proj")
-LLAMA = {"attn_out": "self_attn.o_proj", "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj",
-         "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm", "q_proj": "self_attn.q_proj",
-         "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj"}  # fmt: skip
+LLAMA = {
+    "attn_out": "self_attn.o_proj",
+    "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "ff_out": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ff_norm": "post_attention_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+}
 
 
 class QFormer(nn.Module):
     def __init__(self, c):
         super().__init__()
         bert = BertConfig(
-            hidden_size=c.audio_width, num_attention_heads=c.audio_heads, intermediate_size=c.qformer_ffn, hidden_act="gelu",
-            layer_norm_eps=1e-12, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, is_decoder=True,
-            add_cross_attention=True, attn_implementation="eager",
-        )  # fmt: skip
+            hidden_size=c.audio_width,
+            num_attention_heads=c.audio_heads,
+            intermediate_size=c.qformer_ffn,
+            hidden_act="gelu",
+            layer_norm_eps=1e-12,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            is_decoder=True,
+            add_cross_attention=True,
+            attn_implementation="eager",
+        )
         self.layer = nn.ModuleList(BertLayer(bert) for _ in range(2))
 
 
 class Authors(nn.Module):
-    """The paper's model (arXiv 2601.23161, Section 3.1), from parts that others wrote; attribute names are those of the released files."""
+    """The paper's model (arXiv 2601.23161, Section 3.1), from parts that others wrote.
+
+    Attribute names are those of the released files.
+    """
 
     def __init__(self, c, lora):
         super().__init__()
@@ -58,32 +88,52 @@ class Authors(nn.Module):
         self.c = c
         self.whisper_model = WhisperModel(
             WhisperConfig(
-                d_model=d, encoder_layers=c.audio_layers, encoder_attention_heads=c.audio_heads, encoder_ffn_dim=4 * d,
-                num_mel_bins=c.n_mels, max_source_positions=1500, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=8,
+                d_model=d,
+                encoder_layers=c.audio_layers,
+                encoder_attention_heads=c.audio_heads,
+                encoder_ffn_dim=4 * d,
+                num_mel_bins=c.n_mels,
+                max_source_positions=1500,
+                decoder_layers=1,
+                decoder_attention_heads=2,
+                decoder_ffn_dim=8,
             )
-        ).encoder  # fmt: skip
+        ).encoder
         self.semantic_connector = nn.Module()
-        self.semantic_connector.conv = nn.Sequential(nn.Conv1d(d, d, 3, padding=1), nn.GELU(), nn.Conv1d(d, 4 * d, 3, 4, padding=1))
-        self.semantic_connector.linear_connector = nn.Sequential(nn.Linear(4 * d, d), nn.ReLU(), nn.Linear(d, D), nn.ReLU())
+        self.semantic_connector.conv = nn.Sequential(
+            nn.Conv1d(d, d, 3, padding=1), nn.GELU(), nn.Conv1d(d, 4 * d, 3, 4, padding=1)
+        )
+        self.semantic_connector.linear_connector = nn.Sequential(
+            nn.Linear(4 * d, d), nn.ReLU(), nn.Linear(d, D), nn.ReLU()
+        )
         self.semantic_connector.layernorm = nn.LayerNorm(D)
         self.acoustic_connector = nn.Module()
-        self.acoustic_connector.layer_prompts = nn.ParameterList(nn.Parameter(torch.randn(1, c.n_queries, d)) for _ in c.taps)
+        self.acoustic_connector.layer_prompts = nn.ParameterList(
+            nn.Parameter(torch.randn(1, c.n_queries, d)) for _ in c.taps
+        )
         self.acoustic_connector.layer_weights = nn.Parameter(torch.randn(c.n_queries, len(c.taps)))
         self.acoustic_connector.qformer = QFormer(c)
         self.acoustic_connector.proj = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, D))
         self.trainable_prompts = nn.Embedding(c.n_soft_prompts, D)
         llama = LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=c.vocab, hidden_size=D, intermediate_size=c.ffn, num_hidden_layers=c.layers, num_attention_heads=c.heads,
-                rms_norm_eps=c.norm_eps, max_position_embeddings=c.context, tie_word_embeddings=False, attn_implementation="eager",
+                vocab_size=c.vocab,
+                hidden_size=D,
+                intermediate_size=c.ffn,
+                num_hidden_layers=c.layers,
+                num_attention_heads=c.heads,
+                rms_norm_eps=c.norm_eps,
+                max_position_embeddings=c.context,
+                tie_word_embeddings=False,
+                attn_implementation="eager",
                 rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
             )
-        )  # fmt: skip
+        )
         with torch.no_grad():
             for p in llama.parameters():
                 p.normal_(std=0.25) if p.dim() == 2 else p.uniform_(0.5, 1.5)
         object.__setattr__(self, "llama", llama)  # saved by hand, under LLaDA's names
-        shape = dict(q_proj=(D, D), k_proj=(D, D), v_proj=(D, D), ff_proj=(D, c.ffn), up_proj=(D, c.ffn))
+        shape = {part: (D, c.ffn if part in ("ff_proj", "up_proj") else D) for part in LORA}
         self.lora = nn.ParameterDict()
         for n in range(c.layers if lora else 0):
             for part, (i, o) in shape.items():
@@ -93,7 +143,9 @@ class Authors(nn.Module):
     def hear(self, audio, stage):
         """One clip -> the audio embeddings (A, D)."""
         c = self.c
-        mel = whisper.audio.log_mel_spectrogram(whisper.audio.pad_or_trim(torch.from_numpy(audio)), n_mels=c.n_mels)
+        mel = whisper.audio.log_mel_spectrogram(
+            whisper.audio.pad_or_trim(torch.from_numpy(audio)), n_mels=c.n_mels
+        )
         out = self.whisper_model(mel[None], output_hidden_states=True)
         frames = (-(-len(audio) // 160) - 1) // 2 + 1
         x = out.last_hidden_state[:, : frames // 4 * 4].transpose(1, 2)
@@ -102,7 +154,7 @@ class Authors(nn.Module):
         if stage == 1:
             return torch.cat([self.trainable_prompts.weight, semantic])
         taps = []
-        for queries, k in zip(self.acoustic_connector.layer_prompts, c.taps):
+        for queries, k in zip(self.acoustic_connector.layer_prompts, c.taps, strict=True):
             y = queries
             for layer in self.acoustic_connector.qformer.layer:
                 y = layer(y, encoder_hidden_states=out.hidden_states[k])
@@ -120,16 +172,23 @@ class Authors(nn.Module):
         text = self.llama.model.embed_tokens.weight[torch.tensor(ids)]
         x = torch.cat([text[:at], audio, text[at:]])[None]
         zeros = torch.zeros(1, 1, x.size(1), x.size(1))
-        out = torch.func.functional_call(self.llama, weights, (), dict(inputs_embeds=x, attention_mask=zeros)).logits[0]
+        given = {"inputs_embeds": x, "attention_mask": zeros}
+        out = torch.func.functional_call(self.llama, weights, (), given).logits[0]
         return torch.cat([out[:at], out[at + len(audio) :]])
 
     def trained(self, peft=True, stage=4):
         """The released pytorch_model.bin."""
-        state = {k: v.detach().clone() for k, v in self.state_dict().items() if not k.startswith(("whisper_model.", "lora."))}
+        state = {
+            k: v.detach().clone()
+            for k, v in self.state_dict().items()
+            if not k.startswith(("whisper_model.", "lora."))
+        }
         prefix, leaf = ("base_model.model.", ".default.weight") if peft else ("", ".weight")
         for key, value in self.lora.items():
             n, part, which = key.split("/")
-            state[f"llm_model.{prefix}model.transformer.blocks.{n}.{part}.lora_{which}{leaf}"] = value.detach().clone()
+            state[f"llm_model.{prefix}model.transformer.blocks.{n}.{part}.lora_{which}{leaf}"] = (
+                value.detach().clone()
+            )
         return state
 
     def llada(self):
@@ -153,7 +212,7 @@ def write_llada(folder, state, tokenizer, shards=3):
     for i in range(shards):
         name = f"model-{i + 1:05}-of-{shards:05}.safetensors"
         save_file({k: state[k] for k in keys[i::shards]}, f"{folder}/{name}")
-        where |= {k: name for k in keys[i::shards]}
+        where |= dict.fromkeys(keys[i::shards], name)
     with open(f"{folder}/model.safetensors.index.json", "w") as f:
         json.dump({"metadata": {}, "weight_map": where}, f)
     with open(f"{folder}/config.json", "w") as f:
@@ -165,22 +224,35 @@ def write_whisper(folder, encoder, c, kind):
     state = {k: v.clone() for k, v in encoder.state_dict().items()}
     path = f"{folder}/whisper.{kind}"
     if kind == "safetensors":
-        save_file({f"model.encoder.{k}": v for k, v in state.items()} | {"model.decoder.layer_norm.weight": torch.ones(3)}, path)
+        wrapped = {f"model.encoder.{k}": v for k, v in state.items()}
+        save_file(wrapped | {"model.decoder.layer_norm.weight": torch.ones(3)}, path)
         return path
-    names = {"self_attn.q_proj": "attn.query", "self_attn.k_proj": "attn.key", "self_attn.v_proj": "attn.value", "fc1": "mlp.0",
-             "self_attn.out_proj": "attn.out", "self_attn_layer_norm": "attn_ln", "fc2": "mlp.2", "final_layer_norm": "mlp_ln"}  # fmt: skip
+    names = {
+        "self_attn.q_proj": "attn.query",
+        "self_attn.k_proj": "attn.key",
+        "self_attn.v_proj": "attn.value",
+        "fc1": "mlp.0",
+        "self_attn.out_proj": "attn.out",
+        "self_attn_layer_norm": "attn_ln",
+        "fc2": "mlp.2",
+        "final_layer_norm": "mlp_ln",
+    }
     renamed = {"decoder.ln.weight": torch.ones(3)}
     for key, value in state.items():
         for theirs, ours in names.items():
             key = key.replace(f".{theirs}.", f".{ours}.")
-        key = key.replace("layers.", "blocks.") if key.startswith("layers.") else key.replace("layer_norm", "ln_post")
+        if key.startswith("layers."):
+            key = key.replace("layers.", "blocks.")
+        else:
+            key = key.replace("layer_norm", "ln_post")
         renamed["encoder." + key.replace("embed_positions.weight", "positional_embedding")] = value
     torch.save({"dims": {"n_mels": c.n_mels}, "model_state_dict": renamed}, path)
     return path
 
 
 def sizes(tokenizer, lora=True, **more):
-    return Config(**SIZES, **more, lora_rank=4 if lora else 0, lora_alpha=8.0, context=1024).with_tokenizer(tokenizer)
+    rank = 4 if lora else 0
+    return Config(**SIZES, **more, lora_rank=rank, lora_alpha=8.0, context=1024).with_tokenizer(tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -204,47 +276,68 @@ def released(tmp_path_factory, tokenizer):
     return make
 
 
-CLIPS = [np.random.default_rng(n).uniform(-0.5, 0.5, n).astype(np.float32) for n in (16000, int(9.02 * 16000), 480000)]  # 1, 9.02, 30 s
+CLIPS = [  # 1, 9.02, 30 s
+    np.random.default_rng(n).uniform(-0.5, 0.5, n).astype(np.float32)
+    for n in (16000, int(9.02 * 16000), 480000)
+]
 
 
 @pytest.mark.parametrize("taps, stage", [(8, 4), (4, 4), (8, 1), (4, 1)])
 def test_parity(released, tokenizer, taps, stage):
-    """Speech embeddings and logits within 1e-4 in fp32, alone and in a batch of three; the same tokens in every mode."""
+    """Speech embeddings and logits within 1e-4 in fp32, alone and in a batch of three.
+
+    And the same tokens in every mode.
+    """
     c, authors, folder, ear = released(taps, stage)
-    model, _ = assemble(c, f"{folder}/llada", ear, f"{folder}/pytorch_model.bin", torch.device("cpu"), torch.float32, stage)
+    model, _ = assemble(
+        c, f"{folder}/llada", ear, f"{folder}/pytorch_model.bin", torch.device("cpu"), torch.float32, stage
+    )
     if taps == 8 and stage > 1:
         merge_lora(model)
-    mels, n_frames = zip(*(log_mel(a, c) for a in CLIPS))
-    prompts, at = zip(*(build_prompt(tokenizer, q) for q in ("What?", "What sound is this?", "Do you hear a dog say seven?")))
+    mels, n_frames = zip(*(log_mel(a, c) for a in CLIPS), strict=True)
+    questions = ["What?", "What sound is this?", "Do you hear a dog say seven?"]
+    prompts, at = zip(*(build_prompt(tokenizer, q) for q in questions), strict=True)
+
+    def predict(i):
+        prompt = list(prompts[i])
+        return lambda answer: authors.logits(prompt + answer, heard[i], at[i])[len(prompt) :]
+
     with torch.no_grad():
-        audio, is_audio = model.adapt(*model.encode(torch.stack(mels), torch.tensor(n_frames)), torch.tensor(n_frames), stage)
+        audio, is_audio = model.adapt(
+            *model.encode(torch.stack(mels), torch.tensor(n_frames)), torch.tensor(n_frames), stage
+        )
         heard = [authors.hear(clip, stage) for clip in CLIPS]
         first = 4 if stage == 1 else 6
         assert [len(h) for h in heard] == is_audio.sum(1).tolist() == [first + 12, first + 112, first + 375]
         for i in range(3):
             torch.testing.assert_close(audio[i][is_audio[i]], heard[i], atol=1e-4, rtol=1e-4)
         L = 8
-        predict = lambda i: lambda answer: authors.logits(list(prompts[i]) + answer, heard[i], at[i])[len(prompts[i]) :]
         for i in range(3):
             ids = torch.tensor([list(prompts[i]) + [c.mask_id] * L])
             everywhere = torch.ones_like(ids, dtype=torch.bool)
-            mine = model(ids, everywhere, everywhere, audio[i : i + 1], is_audio[i : i + 1], torch.tensor([at[i]]))
+            mine = model(
+                ids, everywhere, everywhere, audio[i : i + 1], is_audio[i : i + 1], torch.tensor([at[i]])
+            )
             torch.testing.assert_close(mine[-L:], predict(i)([c.mask_id] * L), atol=1e-4, rtol=1e-4)
-        for how in (dict(steps=8), dict(steps=4), dict(factor=1.0), dict(factor=3.0), dict(threshold=0.3)):
+        for how in ({"steps": 8}, {"steps": 4}, {"factor": 1.0}, {"factor": 3.0}, {"threshold": 0.3}):
             for block in (8, 4):
-                answers, calls = generate(model, prompts, audio, is_audio, at, answer_length=L, block=block, **how)
+                answers, calls = generate(
+                    model, prompts, audio, is_audio, at, answer_length=L, block=block, **how
+                )
                 for i in range(3):
                     expected, n = reference(predict(i), c, L, block, **how)
                     assert (answers[i].tolist(), calls[i].item()) == (expected, n), (how, block, i)
     alone = ask(model, tokenizer, CLIPS[:1], ["What?"], answer_length=L, block=L)[0].text
-    batch = ask(model, tokenizer, CLIPS, ["What?", "What sound is this?", "Do you hear a dog say seven?"], answer_length=L, block=L)
+    batch = ask(model, tokenizer, CLIPS, questions, answer_length=L, block=L)
     assert batch[0].text == alone
 
 
 @pytest.mark.parametrize("taps, stage", [(8, 4), (4, 1)])
 def test_gradients_of_the_sft_loss(released, tokenizer, taps, stage):
     c, authors, folder, ear = released(taps, stage)
-    model, _ = assemble(c, f"{folder}/llada", ear, f"{folder}/pytorch_model.bin", torch.device("cpu"), torch.float32, stage)
+    model, _ = assemble(
+        c, f"{folder}/llada", ear, f"{folder}/pytorch_model.bin", torch.device("cpu"), torch.float32, stage
+    )
     prompt, at = build_prompt(tokenizer, "What sound is this?")
     answer = tokenizer.encode("Rain dog.").ids + [c.eot_id, c.eos_id, c.eos_id]
     ids = torch.tensor([prompt + answer])
@@ -255,12 +348,22 @@ def test_gradients_of_the_sft_loss(released, tokenizer, taps, stage):
     for p in authors.parameters():
         p.requires_grad_(True)
     heard = authors.hear(CLIPS[0], stage)
-    theirs = sft_loss(lambda noisy, where: authors.logits(noisy[0].tolist(), heard, at)[where[0]], ids, is_answer, c.mask_id, t, is_masked)
+    theirs = sft_loss(
+        lambda noisy, where: authors.logits(noisy[0].tolist(), heard, at)[where[0]],
+        ids,
+        is_answer,
+        c.mask_id,
+        t,
+        is_masked,
+    )
     theirs.sum().backward()
     mel, n = log_mel(CLIPS[0], c)
     audio, is_audio = model.adapt(*model.encode(mel[None], torch.tensor([n])), torch.tensor([n]), stage)
     everywhere = torch.ones_like(ids, dtype=torch.bool)
-    predict = lambda noisy, where: model(noisy, everywhere, where, audio, is_audio, torch.tensor([at]))
+
+    def predict(noisy, where):
+        return model(noisy, everywhere, where, audio, is_audio, torch.tensor([at]))
+
     ours = sft_loss(predict, ids, is_answer, c.mask_id, t, is_masked)
     ours.sum().backward()
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -290,7 +393,9 @@ def test_names_with_and_without_wrapping(released):
     plain, _ = assemble(c, f"{folder}/llada", ear, f"{folder}/pytorch_model.bin", cpu, torch.float32, 4)
     unwrapped = f"{folder}/unwrapped.bin"
     torch.save(authors.trained(peft=False), unwrapped)
-    full = authors.trained() | {f"whisper_model.{k}": v for k, v in authors.whisper_model.state_dict().items()}
+    full = authors.trained() | {
+        f"whisper_model.{k}": v for k, v in authors.whisper_model.state_dict().items()
+    }
     for key, value in authors.llada().items():
         part = key.split(".")[-2]
         wrapped = key.removesuffix("weight") + "base_layer.weight" if part in LORA else key
@@ -311,14 +416,19 @@ def test_stage_1_file_with_a_random_qformer_or_none(released):
     b, _ = assemble(c, f"{folder}/llada", ear, f"{folder}/without.bin", cpu, torch.float32, 1)
     assert not any("lora_" in n for n, _ in b.named_parameters())
     mel, n = log_mel(CLIPS[0], c)
-    hear = lambda m: m.adapt(*m.encode(mel[None], torch.tensor([n])), torch.tensor([n]), 1)[0]
+
+    def hear(m):
+        return m.adapt(*m.encode(mel[None], torch.tensor([n])), torch.tensor([n]), 1)[0]
+
     assert torch.equal(hear(a), hear(b))
 
 
 def test_compact_checkpoint(released, tmp_path, tokenizer):
     """--export writes adapters and LoRA alone; load puts the frozen parts back from where they lie."""
     c, authors, folder, ear = released(8, 4)
-    model, _ = assemble(c, f"{folder}/llada", ear, f"{folder}/pytorch_model.bin", torch.device("cpu"), torch.float32, 4)
+    model, _ = assemble(
+        c, f"{folder}/llada", ear, f"{folder}/pytorch_model.bin", torch.device("cpu"), torch.float32, 4
+    )
     save(model, tokenizer, tmp_path / "compact", dtype=torch.float32)
     again, _ = load(str(tmp_path / "compact"), "cpu", torch.float32)
     assert again.stage == 4
@@ -331,13 +441,22 @@ def test_compact_checkpoint(released, tmp_path, tokenizer):
 def test_dtypes(released):
     """Encoder, adapters and LoRA in fp32, the backbone in the type asked for."""
     c, _, folder, ear = released(8, 4)
-    model, _ = assemble(c, f"{folder}/llada", ear, f"{folder}/pytorch_model.bin", torch.device("cpu"), torch.bfloat16, 4)
+    model, _ = assemble(
+        c, f"{folder}/llada", ear, f"{folder}/pytorch_model.bin", torch.device("cpu"), torch.bfloat16, 4
+    )
     for name, p in model.named_parameters():
         frozen = name.startswith("backbone.") and "lora_" not in name
         assert p.dtype == (torch.bfloat16 if frozen else torch.float32), name
         assert p.device.type == "cpu", name
     assert merge_lora(model).backbone.blocks[0].q_proj.weight.dtype == torch.bfloat16
-    ask(model, assemble(c, f"{folder}/llada", ear, None, torch.device("cpu"), torch.bfloat16, 4)[1], CLIPS[:1], ["Hm?"], answer_length=4, block=4)
+    ask(
+        model,
+        assemble(c, f"{folder}/llada", ear, None, torch.device("cpu"), torch.bfloat16, 4)[1],
+        CLIPS[:1],
+        ["Hm?"],
+        answer_length=4,
+        block=4,
+    )
 
 
 # ---------------------------------------------------------------------------------- bad files
@@ -364,8 +483,8 @@ def test_broken_shard_sets(files, tokenizer):
     folder, says, authors, _ = files
     llada, state = f"{folder}/llada", authors.llada()
     second = f"{llada}/model-00002-of-00003.safetensors"
-    data = open(second, "rb").read()
-    open(second, "wb").write(data[:500])
+    data = pathlib.Path(second).read_bytes()
+    pathlib.Path(second).write_bytes(data[:500])
     assert "cut short" in says()
     os.remove(second)
     assert "model-00002-of-00003.safetensors, which is not there" in says()
@@ -377,19 +496,20 @@ def test_broken_shard_sets(files, tokenizer):
     assert "not one of LLaDA's names" in says()
     write_llada(llada, state | {"model.transformer.blocks.0.new.weight": torch.zeros(2)}, tokenizer)
     assert "no place" in says()
-    open(f"{llada}/model.safetensors.index.json", "w").write("{}")
+    pathlib.Path(f"{llada}/model.safetensors.index.json").write_text("{}")
     assert "index" in says()
 
 
 def test_other_families(files, tokenizer):
     """Llama says so in its config; iLLaDA calls itself llada but has other shapes."""
     folder, says, authors, c = files
-    json.dump({"model_type": "llama"}, open(f"{folder}/llada/config.json", "w"))
+    pathlib.Path(f"{folder}/llada/config.json").write_text('{"model_type": "llama"}')
     assert "'llama'" in says()
     os.remove(f"{folder}/llada/config.json")
     assert "no config.json" in says()
     state = authors.llada()
-    state["model.transformer.blocks.0.k_proj.weight"] = state["model.transformer.blocks.0.k_proj.weight"][:8]  # grouped keys
+    key = "model.transformer.blocks.0.k_proj.weight"
+    state[key] = state[key][:8]  # grouped keys
     write_llada(f"{folder}/llada", state, tokenizer)
     assert "k_proj.weight has shape (8, 32), not (32, 32)" in says()
 
@@ -399,7 +519,7 @@ def test_tokenizers(files, tokenizer):
     text = json.loads(tokenizer.to_str())
     text["added_tokens"] = [t for t in text["added_tokens"] if t["content"] != "<|mdm_mask|>"]
     del text["model"]["vocab"]["<|mdm_mask|>"]
-    json.dump(text, open(f"{folder}/llada/tokenizer.json", "w"))
+    pathlib.Path(f"{folder}/llada/tokenizer.json").write_text(json.dumps(text))
     assert "<|mdm_mask|> at None" in says()
     os.remove(f"{folder}/llada/tokenizer.json")
     assert "no tokenizer.json" in says()
@@ -421,23 +541,31 @@ def test_broken_released_files(files):
         torch.save(other, path)
         return says()
 
-    assert "semantic.fc1.weight is missing" in saved(lambda s: s.pop("semantic_connector.linear_connector.0.weight"))
+    assert "semantic.fc1.weight is missing" in saved(
+        lambda s: s.pop("semantic_connector.linear_connector.0.weight")
+    )
     assert "lora_A is missing" in saved(lambda s: [s.pop(k) for k in list(s) if "lora_A" in k])
     assert "acoustic.queries has shape" in saved(lambda s: s.pop("acoustic_connector.layer_prompts.3"))
     assert "mystery.weight is not one of" in saved(lambda s: s.update({"mystery.weight": torch.ones(1)}))
-    assert "not one of DIFFA's" in saved(lambda s: s.update({"acoustic_connector.qformer.layer.0.new.weight": torch.ones(1)}))
-    assert "no place" in saved(lambda s: s.update({"llm_model.model.transformer.blocks.9.q_proj.weight": torch.ones(1)}))
-    assert "semantic.fc2.bias has shape (3,)" in saved(lambda s: s.update({"semantic_connector.linear_connector.2.bias": torch.ones(3)}))
+    assert "not one of DIFFA's" in saved(
+        lambda s: s.update({"acoustic_connector.qformer.layer.0.new.weight": torch.ones(1)})
+    )
+    assert "no place" in saved(
+        lambda s: s.update({"llm_model.model.transformer.blocks.9.q_proj.weight": torch.ones(1)})
+    )
+    assert "semantic.fc2.bias has shape (3,)" in saved(
+        lambda s: s.update({"semantic_connector.linear_connector.2.bias": torch.ones(3)})
+    )
     torch.save({**state, "x": Evil()}, path)
     assert "holds code" in says() and not os.path.exists("/tmp/diffa2-test-was-here")
     with open(path, "wb") as f:
         pickle.dump(Evil(), f)
     assert "holds code" in says() or "not a file of weights" in says()
     torch.save(state, path)
-    data = open(path, "rb").read()
-    open(path, "wb").write(data[: len(data) // 2])
+    data = pathlib.Path(path).read_bytes()
+    pathlib.Path(path).write_bytes(data[: len(data) // 2])
     assert "cut short" in says()
-    open(path, "w").write("text")
+    pathlib.Path(path).write_text("text")
     assert "pytorch_model.bin" in says()
     torch.save([1, 2], path)
     assert "not a state dict" in says()
@@ -497,7 +625,12 @@ def test_full_disk_while_downloading(tmp_path, capsys, monkeypatch):
     soundfile.write(clip, np.zeros(1600), 16000)
     assert main([clip, "What emotion?", "--model", "diffa2"]) == 2
     err = capsys.readouterr().err.splitlines()
-    assert "19.5 GB to download" in err[0] and "No space left on device" in err[-1] and "--llada" in err[-1] and len(err) == 2
+    assert (
+        "19.5 GB to download" in err[0]
+        and "No space left on device" in err[-1]
+        and "--llada" in err[-1]
+        and len(err) == 2
+    )
 
 
 def test_full_disk_while_exporting(small_folder, tmp_path, capsys):

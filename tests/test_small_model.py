@@ -1,4 +1,7 @@
-"""The shipped weights: eighty questions about clips that the project makes itself, and its scores on real recordings where they are."""
+"""The shipped weights: eighty questions about clips that the project makes itself.
+
+And its scores on real recordings where they are.
+"""
 
 import os
 import random
@@ -25,7 +28,10 @@ ASSETS = os.path.join(os.path.dirname(__file__), "..", "assets")
 ESPEAK_DIGITS, SPEECH, TEXT, LETTER = 0.95, 0.9, 0.95, 0.95
 REAL = {"digit": 0.97, "word": 0.75, "sound": 0.77, "sex": 0.87, "emotion": 0.42, "instrument": 0.6}
 STRINGS = 0.06  # word error rate
-clean = lambda text: re.sub(r"[^a-z0-9 ]", "", text.lower()).strip()
+
+
+def clean(text):
+    return re.sub(r"[^a-z0-9 ]", "", text.lower()).strip()
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +46,8 @@ def share_right(shipped, clips, questions, expected):
     right = 0
     for i in range(0, len(clips), 20):
         answers = ask(*shipped, clips[i : i + 20], questions[i : i + 20], answer_length=16, block=16)
-        right += sum(bool(re.search(rf"\b{re.escape(clean(e))}\b", clean(a.text))) for a, e in zip(answers, expected[i : i + 20]))
+        for answer, fact in zip(answers, expected[i : i + 20], strict=True):
+            right += bool(re.search(rf"\b{re.escape(clean(fact))}\b", clean(answer.text)))
     return right / len(clips)
 
 
@@ -70,10 +77,18 @@ def test_twenty_spoken_digits(shipped, spoken):
     assert share_right(shipped, spoken, questions, DIGITS * 2) >= ESPEAK_DIGITS
 
 
-@pytest.mark.parametrize("prompt, is_right, least", [
-    (mmau_prompt, lambda text, some, digit: mmau_raw(text, digit, some), TEXT),
-    (mmsu_prompt, lambda text, some, digit: text.startswith(LETTERS[some.index(digit.capitalize())] + "."), LETTER),
-])  # fmt: skip
+def says_the_text(text, some, digit):
+    return mmau_raw(text, digit, some)
+
+
+def says_the_letter(text, some, digit):
+    return text.startswith(LETTERS[some.index(digit.capitalize())] + ".")
+
+
+@pytest.mark.parametrize(
+    "prompt, is_right, least",
+    [(mmau_prompt, says_the_text, TEXT), (mmsu_prompt, says_the_letter, LETTER)],
+)
 def test_twenty_choices(shipped, spoken, prompt, is_right, least):
     """The digit among four: asked as MMAU asks by its text, as MMSU asks by its letter."""
     rng = random.Random(0)
@@ -81,7 +96,10 @@ def test_twenty_choices(shipped, spoken, prompt, is_right, least):
     lists = [[choice.capitalize() for choice in rng.sample(some, 4)] for some in lists]
     questions = [prompt("Which digit is spoken?", some) for some in lists]
     answers = ask(*shipped, spoken, questions, answer_length=16, block=16)
-    assert sum(is_right(answer.text, some, digit) for answer, some, digit in zip(answers, lists, DIGITS * 2)) / 20 >= least
+    right = 0
+    for answer, some, digit in zip(answers, lists, DIGITS * 2, strict=True):
+        right += is_right(answer.text, some, digit)
+    assert right / 20 >= least
 
 
 def test_twenty_times_speech(shipped, spoken):
@@ -92,11 +110,27 @@ def test_twenty_times_speech(shipped, spoken):
 def test_real_recordings(shipped, shared_audio):
     """Forty clips of the test split for each of six questions, drawn by a fixed seed."""
     rng, shares = random.Random(0), {}
-    for corpus, task in (("fsdd", "digit"), ("speech_commands", "word"), ("esc10", "sound"), ("ravdess", "sex"), ("ravdess", "emotion"), ("berklee", "instrument")):
-        some = [c for c in read_corpus(corpus, os.path.join(shared_audio, corpus)) if c.is_test and askable(c, [task])]
+    for corpus, task in (
+        ("fsdd", "digit"),
+        ("speech_commands", "word"),
+        ("esc10", "sound"),
+        ("ravdess", "sex"),
+        ("ravdess", "emotion"),
+        ("berklee", "instrument"),
+    ):
+        some = [
+            c
+            for c in read_corpus(corpus, os.path.join(shared_audio, corpus))
+            if c.is_test and askable(c, [task])
+        ]
         some = rng.sample(some, min(40, len(some)))
         drawn = [draw_question(c, rng, [task], 0) for c in some]
-        shares[task] = share_right(shipped, [load_audio(c.path, limit=10.0)[0] for c in some], [q for _, q, *_ in drawn], [fact for *_, fact, _ in drawn])
+        shares[task] = share_right(
+            shipped,
+            [load_audio(c.path, limit=10.0)[0] for c in some],
+            [q for _, q, *_ in drawn],
+            [fact for *_, fact, _ in drawn],
+        )
     assert all(shares[task] >= least for task, least in REAL.items()), shares
 
 
@@ -110,6 +144,7 @@ def test_real_strings(shipped, shared_audio, tmp_path):
 
 
 def test_the_demo_clips(shipped):
-    demo = lambda name: load_audio(os.path.join(ASSETS, "demo", name))[0]
-    answers = ask(*shipped, [demo("clock.wav"), demo("seven.wav")], ["What do you hear?", "Which digit is spoken?"], answer_length=16, block=16)
+    clips = [load_audio(os.path.join(ASSETS, "demo", name))[0] for name in ("clock.wav", "seven.wav")]
+    questions = ["What do you hear?", "Which digit is spoken?"]
+    answers = ask(*shipped, clips, questions, answer_length=16, block=16)
     assert [a.text for a in answers] == ["Clock tick.", "Seven."]

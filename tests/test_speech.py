@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import pathlib
 import random
 import shutil
 import sys
@@ -14,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import soundfile
+from conftest import read_lines
 
 from data import load_audio, read_manifest
 from model import UserError
@@ -95,19 +97,8 @@ def test_the_endpoint_refuses(server, tmp_path, capsys):
     url, replies, asked = server
     (tmp_path / "book.txt").write_text(BOOK)
     out = str(tmp_path / "speech" / "lines.jsonl")
-    argv = [
-        "speak",
-        "sentences",
-        str(tmp_path / "book.txt"),
-        "--out",
-        out,
-        "--tts",
-        url,
-        "--voices",
-        "a",
-        "--workers",
-        "1",
-    ]
+    argv = ["speak", "sentences", str(tmp_path / "book.txt"), "--out", out]
+    argv += ["--tts", url, "--voices", "a", "--workers", "1"]
     replies += [401] * 9
     assert main(argv) == 2
     err = capsys.readouterr().err.splitlines()[-1]
@@ -128,7 +119,7 @@ def test_two_channels_become_one():
 
 def test_sentences_become_a_corpus(server, tmp_path, capsys):
     url, _, asked = server
-    words = "ant bee cow dog elk fox gnu hen".split()
+    words = ("ant", "bee", "cow", "dog", "elk", "fox", "gnu", "hen")
     text = " ".join(f"The {a} saw the {b} again." for a in words for b in words)
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "one.txt").write_text(text)
@@ -138,7 +129,7 @@ def test_sentences_become_a_corpus(server, tmp_path, capsys):
     argv += ["--voices", "af_a,am_b,bf_c", "--test-voices", "bf_c", "--limit", "24"]
     assert main(argv) == 0
     assert "24 clips, 0.00 hours" in capsys.readouterr().out and len(asked) == 24
-    rows = [json.loads(line) for line in open(out)]
+    rows = read_lines(out)
     assert [row["answer"] is not None for row in rows] == [False, False, False, True] * 6
     for row in rows:
         assert row.keys() == {"file", "text", "voice", "answer", "split"}
@@ -151,12 +142,13 @@ def test_sentences_become_a_corpus(server, tmp_path, capsys):
     assert sorted(os.listdir(folder)) == sorted(["lines.jsonl"] + [row["file"] for row in rows])
     clips = read_corpus("neural", str(folder))
     assert len(clips) == 24 and sum(bool(c.qa) for c in clips) == 6 and sum(c.is_test for c in clips) == 8
-    before = open(out).read()
-    assert main(argv) == 0 and len(asked) == 24 and open(out).read() == before  # nothing is spoken twice
+    before = pathlib.Path(out).read_text()
+    assert main(argv) == 0 and len(asked) == 24  # nothing is spoken twice
+    assert pathlib.Path(out).read_text() == before
     os.remove(folder / rows[5]["file"])
-    assert main(argv) == 0 and len(asked) == 25 and open(out).read() == before
+    assert main(argv) == 0 and len(asked) == 25 and pathlib.Path(out).read_text() == before
     assert main([*argv[:-2], "--hours", str(1.9 * 0.25 / 3600)]) == 0  # two clips of a quarter of a second
-    assert [json.loads(line) for line in open(out)] == rows[:2]
+    assert read_lines(out) == rows[:2]
 
 
 def test_questions_read_by_the_endpoint(server, tmp_path):
@@ -214,19 +206,9 @@ def test_a_command_speaks_sentences(tmp_path):
     script += f"shutil.copy({clip!r}, sys.argv[2])"
     command = f'{sys.executable} -c "{script}" {{text}} {{out}} {{voice}}'
     out = str(tmp_path / "s" / "lines.jsonl")
-    argv = [
-        "speak",
-        "sentences",
-        str(tmp_path / "book.txt"),
-        "--out",
-        out,
-        "--tts-command",
-        command,
-        "--voices",
-        "af_x",
-    ]
-    assert main(argv) == 0
-    (row,) = map(json.loads, open(out))
+    argv = ["speak", "sentences", str(tmp_path / "book.txt"), "--out", out]
+    assert main([*argv, "--tts-command", command, "--voices", "af_x"]) == 0
+    (row,) = read_lines(out)
     assert row["text"] == "The dog isn't at home today." and "isn't" in (tmp_path / "log").read_text()
     assert "'af_x'" in (tmp_path / "log").read_text()
 
@@ -251,12 +233,17 @@ def test_short_questions_are_answered_rightly():
     answers = dict(pairs)
     assert len(answers) == len(pairs) > 500  # no question has two answers
     for question, answer in (
-        ("What is seven plus five?", "Twelve."), ("What is twenty minus nineteen?", "One."),
-        ("Which day comes after Sunday?", "Monday."), ("Which day comes before Monday?", "Sunday."),
-        ("What is the opposite of cold?", "Hot."), ("Tell me the opposite of heavy.", "Light."),
-        ("What is the opposite of light?", "Dark."), ("What colour is a carrot?", "Orange."),
-        ("Which animal has a trunk?", "An elephant."), ("What animal meows?", "A cat."),
-    ):  # fmt: skip
+        ("What is seven plus five?", "Twelve."),
+        ("What is twenty minus nineteen?", "One."),
+        ("Which day comes after Sunday?", "Monday."),
+        ("Which day comes before Monday?", "Sunday."),
+        ("What is the opposite of cold?", "Hot."),
+        ("Tell me the opposite of heavy.", "Light."),
+        ("What is the opposite of light?", "Dark."),
+        ("What colour is a carrot?", "Orange."),
+        ("Which animal has a trunk?", "An elephant."),
+        ("What animal meows?", "A cat."),
+    ):
         assert answers[question] == answer
 
 

@@ -4,10 +4,12 @@ import dataclasses
 import itertools
 import json
 import os
+import pathlib
 import shutil
 
 import pytest
 import torch
+from conftest import read_lines
 
 from data import build_prompt, prompt_text, read_manifest, write_audio
 from tools.corpora import Clip, read_corpus
@@ -41,6 +43,14 @@ def test_tour_never_trains_on_the_test_split(toured, corpora):
     )
 
 
+def without_folders(data):
+    """What a manifest's bytes say, clips by their names alone."""
+    found = []
+    for e in map(json.loads, data.splitlines()):
+        found.append((e["messages"], e["task"], os.path.basename(e.get("audios", ["none"])[0])))
+    return found
+
+
 def test_tour_is_the_same_for_a_seed(toured, corpora, tmp_path):
     again = str(tmp_path / "again")
     assert main(["tour", "--audio", corpora, "--out", again, "--strings", "20"]) == 0
@@ -52,14 +62,10 @@ def test_tour_is_the_same_for_a_seed(toured, corpora, tmp_path):
         "tokenizer.json",
         "clips/train_digits/00003.flac",
     ):
-        same = [open(os.path.join(folder, name), "rb").read() for folder in (toured, again)]
+        first, second = (pathlib.Path(folder, name).read_bytes() for folder in (toured, again))
         if name.endswith(".jsonl"):  # the clips lie elsewhere, all else is equal
-            strip = lambda data: [
-                (e["messages"], e["task"], os.path.basename(e.get("audios", ["none"])[0]))
-                for e in map(json.loads, data.splitlines())
-            ]
-            same = list(map(strip, same))
-        assert same[0] == same[1], name
+            first, second = without_folders(first), without_folders(second)
+        assert first == second, name
 
 
 def test_tokenizer_speaks_the_prompt(toured, tokenizer):
@@ -94,7 +100,7 @@ def test_the_tour_passes_its_own_check(toured, capsys):
     ]
     assert main(["check", *names, "--decode"]) == 0
     out = capsys.readouterr().out
-    total = sum(len(open(n).readlines()) for n in names)
+    total = sum(len(read_lines(n)) for n in names)
     assert f"{total:,}" in out and "esc10" in out and "mixture" in out and "digit_choice" in out
     hours = {
         line.split()[1]: float(line.split()[3])
@@ -150,7 +156,7 @@ def test_benchmark_speaks_the_benchmarks_formats(toured):
 
 
 def test_stage_0_is_text_alone(toured, tmp_path, corpora):
-    """The other stages' questions without their clips, facts instead; sentences of the books as transcripts."""
+    """The other stages' questions without clips, facts instead; sentences of the books as transcripts."""
     examples = read_manifest(f"{toured}/stage0.jsonl", 0)
     assert all(e.audio is None for e in examples) and {e.task for e in examples} >= {"asr", "digit", "sex"}
     books = tmp_path / "books"
@@ -167,28 +173,31 @@ def test_stage_0_is_text_alone(toured, tmp_path, corpora):
 
 
 def test_a_written_clip_holds_its_facts(tokenizer, config):
-    """Every piece of the transcript stands in its order among the semantic tokens, equal ones parted by a blank; every
-    fact among the acoustic ones; nothing else; what was written depends on the generator alone."""
+    """The transcript's pieces stand in their order among the semantic tokens, the facts among the acoustic.
+
+    Equal pieces are parted by a blank; there is nothing else; what is written depends on the generator alone.
+    """
     config = dataclasses.replace(config, n_frames=500)  # room for all of it
     facts = {"words": "seven seven two rain", "sex": "speaker", "sound": "dog", "speaker": "jackson"}
     pieces = tokenizer.encode(facts["words"], add_special_tokens=False).ids
     known = [i for v in ("speaker", "dog") for i in tokenizer.encode(" " + v, add_special_tokens=False).ids]
     firsts = set()
+
+    def make(seed):
+        return write_audio(facts, tokenizer, config, torch.Generator().manual_seed(seed))
+
     for seed in range(60):
-        make = lambda: write_audio(facts, tokenizer, config, torch.Generator().manual_seed(seed))
-        made, again = make(), make()
+        made, again = make(seed), make(seed)
         assert all(torch.equal(made[k], again[k]) for k in made)
         ids = made["ids"][:, 0].tolist()
         shown = any(i in known for i in ids[: config.n_queries])
         n_first = config.n_queries if shown else config.n_soft_prompts
         firsts.add(n_first)
         if shown:
-            assert set(made["ids"][:n_first].flatten().tolist()) <= set(known) and len(
-                set(ids[:n_first])
-            ) == min(len(known), config.n_queries)
-        spoken = [
-            key for key, _ in itertools.groupby(ids[n_first:])
-        ]  # CTC's reading: repeats, then blanks go
+            assert set(made["ids"][:n_first].flatten().tolist()) <= set(known)
+            assert len(set(ids[:n_first])) == min(len(known), config.n_queries)
+        # CTC's reading: repeats, then blanks go
+        spoken = [key for key, _ in itertools.groupby(ids[n_first:])]
         assert [i for i in spoken if i != config.eos_id] == pieces
         loud = made["weights"].sum(1)
         assert loud.min() > 0.39 and loud.max() < 1.41 and made["noise"].shape == (len(ids), config.width)

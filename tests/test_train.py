@@ -1,10 +1,14 @@
-"""Training: what trains and what must not, many processes against one, resuming, being killed, bad data, bad numbers."""
+"""Training: what trains and what must not, many processes against one, resuming, being killed.
+
+And what bad data and bad numbers do.
+"""
 
 import contextlib
 import dataclasses
 import json
 import math
 import os
+import pathlib
 import random
 import resource
 import signal
@@ -15,6 +19,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import read_lines
 from runner import SMALL_STAGES, install
 
 import train
@@ -43,7 +48,7 @@ from train import (
     make_optimizers,
     parse,
     row_of,
-)  # fmt: skip
+)
 from weights import list_states, load, read_state, write_state
 
 RUNNER = os.path.join(os.path.dirname(__file__), "runner.py")
@@ -63,8 +68,8 @@ def builder_for(tokenizer, config, row, seed):
 
 
 def arguments(toured, out, stage, *extra):
-    argv = ["--model", "small", "--stage", str(stage), "--data", f"{toured}/stage{stage}.jsonl", "--out", f"{out}/stage{stage}",
-            "--device", "cpu", "--precision", "fp32", "--no-dropout", *extra]  # fmt: skip
+    argv = ["--model", "small", "--stage", str(stage), "--data", f"{toured}/stage{stage}.jsonl"]
+    argv += ["--out", f"{out}/stage{stage}", "--device", "cpu", "--precision", "fp32", "--no-dropout", *extra]
     return argv if stage == 0 or "--init" in extra else [*argv, "--init", f"{out}/stage{stage - 1}"]
 
 
@@ -72,16 +77,11 @@ def start(jobs, tmp_path, processes=1, phases=None, **kw):
     """runner.py on these jobs, in one process or under torchrun; a Popen."""
     path = tmp_path / "jobs.json"
     path.write_text(json.dumps(jobs))
-    how = (
-        [sys.executable]
-        if processes == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    )
-    env = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    how = [sys.executable]
+    if processes > 1:
+        how += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    env["TOKENIZERS_PARALLELISM"] = "false"
     return subprocess.Popen(
         [*how, RUNNER, str(path), *([phases] if phases else [])],
         env=env,
@@ -121,8 +121,13 @@ def one(toured, tmp_path_factory):
     return out
 
 
-TRAINED = {0: ("backbone.",), 1: ("semantic.", "soft_prompts"), 2: ("semantic.", "acoustic."),
-           3: ("semantic.", "acoustic.", "lora_"), 4: ("semantic.", "acoustic.", "lora_")}  # fmt: skip
+TRAINED = {
+    0: ("backbone.",),
+    1: ("semantic.", "soft_prompts"),
+    2: ("semantic.", "acoustic."),
+    3: ("semantic.", "acoustic.", "lora_"),
+    4: ("semantic.", "acoustic.", "lora_"),
+}
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
@@ -163,10 +168,10 @@ def test_gradients_and_optimizer_state_are_the_named_parts(one, toured, tmp_path
 
 
 def test_two_processes_train_like_one(one, toured, tmp_path_factory):
-    """The same losses and weights after 20 steps of every part of every stage, to 1e-5, under torchrun and gloo.
+    """The same losses and weights after 20 steps of every part of every stage, to 1e-5, under torchrun.
 
-    But for single weights whose gradient is nearly zero, such as a rare token's embedding or an entry of LoRA while B
-    is small: AdamW makes whole steps of its rounding, and that differs from run to run.
+    But for single weights whose gradient is nearly zero, such as a rare token's embedding or an entry of
+    LoRA while B is small: AdamW makes whole steps of its rounding, and that differs from run to run.
     """
     folder = tmp_path_factory.mktemp("two")
     run(
@@ -193,7 +198,10 @@ def test_two_processes_train_like_one(one, toured, tmp_path_factory):
 
 
 def test_muon_takes_the_matrices_of_the_blocks(config):
-    """Each parameter has one optimizer; Muon's first step is the nearest orthogonal matrix, about as long as AdamW's."""
+    """Each parameter has one optimizer; Muon's first step is the nearest orthogonal matrix.
+
+    It is about as long as AdamW's.
+    """
     model = build(config, seed=0)
     row = Stage(("acoustic.", "backbone."), 1e-3, 4, 2, muon=True)
     chosen = freeze_all_but(model, row.trains)
@@ -210,12 +218,10 @@ def test_muon_takes_the_matrices_of_the_blocks(config):
     before, (u, _, v) = p.detach().clone(), torch.linalg.svd(p.grad, full_matrices=False)
     muon.step()
     step = before * (1 - row.lr * row.weight_decay) - p.detach()
-    assert torch.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.95, (
-        name
-    )  # five Newton-Schulz steps
-    assert (
-        0.1 * row.lr < step.pow(2).mean().sqrt() < 0.3 * row.lr
-    )  # 0.2 is what AdamW's updates are taken to have
+    # five Newton-Schulz steps
+    assert torch.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.95, name
+    # 0.2 is what AdamW's updates are taken to have
+    assert 0.1 * row.lr < step.pow(2).mean().sqrt() < 0.3 * row.lr
     assert len(make_optimizers(chosen, dataclasses.replace(row, muon=False))) == 1
 
 
@@ -223,13 +229,19 @@ def test_paper_values_are_the_defaults():
     """Table B.2."""
     rows = STAGES["diffa2"]
     assert [(rows[n].lr, rows[n].batch, rows[n].warmup, rows[n].epochs) for n in (1, 2, 3, 4)] == [
-        (1e-4, 1280, 1000, 12), (5e-5, 196, 1000, 10), (5e-5, 196, 1000, 10), (5e-6, 4, 200, 1),
-    ]  # fmt: skip
+        (1e-4, 1280, 1000, 12),
+        (5e-5, 196, 1000, 10),
+        (5e-5, 196, 1000, 10),
+        (5e-6, 4, 200, 1),
+    ]
     with torch.device("meta"):
         from model import DIFFA2
 
         model = DIFFA2(PRESETS["diffa2"], lora=True)
-    count = lambda n: sum(p.numel() for p in freeze_all_but(model, rows[n].trains).values())
+
+    def count(n):
+        return sum(p.numel() for p in freeze_all_but(model, rows[n].trains).values())
+
     assert [count(n) for n in (1, 2, 3, 4)] == [
         36_392_448 + 81_920,
         36_392_448 + 47_892_992,
@@ -328,9 +340,8 @@ def test_augment_and_mask_stay_in_bounds():
         assert out.dtype == np.float32 and 0 < len(out) <= 160000 and np.isfinite(out).all()
         mel = torch.randn(80, 1000, generator=g)
         masked = mask_mel(mel, g)
-        tilts = (
-            masked - mel
-        )  # of what is not blanked out a ramp from bass to treble, one and the same at all times
+        # of what is not blanked out a ramp from bass to treble, one and the same at all times
+        tilts = masked - mel
         tilt = tilts[-1].median()
         kept = (tilts - tilt * torch.linspace(-1, 1, 80)[:, None]).abs() < 1e-5
         assert masked.shape == mel.shape and kept.float().mean() > 0.4 and 0 < tilt.abs() <= 0.15
@@ -362,14 +373,17 @@ def test_sounds_are_played_faster_than_voices():
 # never lose work
 
 
+def with_dropout(argv):
+    return [a for a in argv if a != "--no-dropout"]
+
+
 @pytest.mark.parametrize("stage, processes", [(1, 1), (3, 1), (4, 1)])
 def test_ten_and_ten_steps_are_twenty(one, toured, tmp_path, stage, processes):
     """Bit-exact, dropout on: random states are part of a checkpoint."""
-    make = lambda out, *extra: [
-        a
-        for a in arguments(toured, out, stage, "--init", f"{one}/stage{stage - 1}", *extra)
-        if a != "--no-dropout"
-    ]
+
+    def make(out, *extra):
+        return with_dropout(arguments(toured, out, stage, "--init", f"{one}/stage{stage - 1}", *extra))
+
     whole, halves = str(tmp_path / "whole"), str(tmp_path / "halves")
     assert main(make(whole)) == 0
     assert main(make(halves, "--stop-after", "10")) == 0
@@ -385,13 +399,11 @@ def test_ten_and_ten_steps_are_twenty(one, toured, tmp_path, stage, processes):
 def test_ten_and_ten_steps_are_twenty_with_two_processes(one, toured, tmp_path):
     jobs = []
     for stage in (1, 3, 4):
-        make = lambda out, *extra: [
-            a
-            for a in arguments(toured, tmp_path / out, stage, "--init", f"{one}/stage{stage - 1}", *extra)
-            if a != "--no-dropout"
-        ]
-        jobs += [make("whole"), make("halves", "--stop-after", "10"), make("halves", "--resume")]
-    run(jobs, tmp_path, processes=2)
+        before = ("--init", f"{one}/stage{stage - 1}")
+        halves = arguments(toured, tmp_path / "halves", stage, *before)
+        jobs.append(arguments(toured, tmp_path / "whole", stage, *before))
+        jobs += [[*halves, "--stop-after", "10"], [*halves, "--resume"]]
+    run([with_dropout(argv) for argv in jobs], tmp_path, processes=2)
     for stage in (1, 3, 4):
         assert losses(tmp_path / f"whole/stage{stage}") == losses(tmp_path / f"halves/stage{stage}")
         a, b = weights(tmp_path / f"whole/stage{stage}"), weights(tmp_path / f"halves/stage{stage}")
@@ -403,8 +415,8 @@ def test_signals_save_and_leave(one, toured, tmp_path, number, processes):
     out = str(tmp_path)
     argv = arguments(toured, out, 1, "--init", f"{one}/stage0", "--max-steps", "100000", "--workers", "1")
     process = start([argv], tmp_path, processes)
-    log = f"{out}/stage1/log.jsonl"
-    wait_for(lambda: os.path.exists(log) and sum(1 for _ in open(log)) >= 3, process)
+    log = pathlib.Path(f"{out}/stage1/log.jsonl")
+    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 3, process)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     if processes == 1:  # torchrun's own status after a signal is its own affair
@@ -424,7 +436,10 @@ def wait_for(condition, process, seconds=120):
 
 
 def kill_while_saving(one, toured, tmp_path, kills, seed):
-    """SIGKILLs a run that saves every step, at random moments of its saves; after each a whole checkpoint resumes."""
+    """SIGKILLs a run that saves every step, at random moments of its saves.
+
+    After each a whole checkpoint resumes.
+    """
     rng, landed = random.Random(seed), []
     argv = arguments(
         toured, tmp_path, 1, "--init", f"{one}/stage0", "--max-steps", "100000", "--save-every", "1"
@@ -474,9 +489,8 @@ def test_a_full_disk_keeps_the_older_checkpoint(tmp_path):
     write_state({"step": 1, "x": torch.zeros(10)}, out, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(
-            resource.RLIMIT_FSIZE, (100_000, before[1])
-        )  # EFBIG; a full disk says ENOSPC through the same OSError
+        # EFBIG; a full disk says ENOSPC through the same OSError
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
         old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         with pytest.raises(train.UserError, match="cannot be written .*older checkpoints are kept"):
             write_state({"step": 2, "x": torch.zeros(10**6)}, out, 2)
@@ -512,19 +526,8 @@ def manifest_with(toured, tmp_path, n, bad):
 
 def test_unreadable_clips_are_skipped_counted_and_listed(one, toured, tmp_path):
     data = manifest_with(toured, tmp_path, 40, bad=(3, 8))
-    argv = arguments(
-        toured,
-        tmp_path,
-        1,
-        "--init",
-        f"{one}/stage0",
-        "--data",
-        data,
-        "--skip-limit",
-        "0.1",
-        "--max-steps",
-        "14",
-    )
+    options = ("--data", data, "--skip-limit", "0.1", "--max-steps", "14")
+    argv = arguments(toured, tmp_path, 1, "--init", f"{one}/stage0", *options)
     assert main(argv) == 0
     with open(tmp_path / "stage1/skipped.jsonl") as f:
         skipped = [json.loads(line) for line in f]
@@ -545,35 +548,25 @@ def test_too_many_bad_clips_stop_the_run(one, toured, tmp_path, capsys):
 
 
 def test_not_finite_on_one_rank_stops_all(one, toured, tmp_path):
-    """A weight that is NaN for one example's audio: only the rank that has it sees NaN, all skip, none hangs."""
+    """A weight that is NaN for one example's audio.
+
+    Only the rank that has it sees NaN, all skip, none hangs.
+    """
     with open(f"{toured}/stage1.jsonl") as f:
         lines = [json.loads(line) for line in f][:8]
     import soundfile
 
     # samples that are finite in the file and overflow in the mel: the clip passes every check of the reader
-    soundfile.write(
-        str(tmp_path / "loud.wav"),
-        np.full(8000, 3e38, np.float32)
-        * np.sign(np.random.default_rng(0).standard_normal(8000)).astype(np.float32),
-        16000,
-        subtype="FLOAT",
-    )
-    for i, line in enumerate(lines):
+    signs = np.sign(np.random.default_rng(0).standard_normal(8000)).astype(np.float32)
+    loud = np.full(8000, 3e38, np.float32) * signs
+    soundfile.write(str(tmp_path / "loud.wav"), loud, 16000, subtype="FLOAT")
+    for line in lines:
         line["audios"] = [os.path.abspath(os.path.join(toured, line["audios"][0]))]
     lines[2]["audios"] = [str(tmp_path / "loud.wav")]
     lines[2].pop("duration")
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    argv = arguments(
-        toured,
-        tmp_path,
-        1,
-        "--init",
-        f"{one}/stage0",
-        "--data",
-        str(tmp_path / "m.jsonl"),
-        "--max-steps",
-        "4",
-    )
+    options = ("--data", str(tmp_path / "m.jsonl"), "--max-steps", "4")
+    argv = arguments(toured, tmp_path, 1, "--init", f"{one}/stage0", *options)
     run([argv], tmp_path, processes=2)  # 8 examples, batch 7: one of two steps of an epoch has it
     with open(tmp_path / "stage1/log.jsonl") as f:
         entries = [json.loads(line) for line in f]
@@ -598,19 +591,8 @@ def test_ten_bad_steps_in_a_row_stop_the_run(one, toured, tmp_path, capsys):
 
 def test_held_out_loss_is_fixed_and_shared_out(one, toured, tmp_path):
     held = f"{toured}/test.jsonl"
-    argv = arguments(
-        toured,
-        tmp_path,
-        2,
-        "--init",
-        f"{one}/stage1",
-        "--held-out",
-        held,
-        "--held-out-every",
-        "2",
-        "--max-steps",
-        "4",
-    )
+    options = ("--held-out", held, "--held-out-every", "2", "--max-steps", "4")
+    argv = arguments(toured, tmp_path, 2, "--init", f"{one}/stage1", *options)
     two = tmp_path / "two"
     run([[*argv[:-2], "--max-steps", "4", "--out", str(two)]], tmp_path, processes=2)
     assert main(argv) == 0
@@ -619,7 +601,7 @@ def test_held_out_loss_is_fixed_and_shared_out(one, toured, tmp_path):
         with open(folder / "log.jsonl") as f:
             curves.append([e for e in map(json.loads, f) if "held_out" in e])
     assert [e["step"] for e in curves[0]] == [2, 4]
-    for a, b in zip(*curves):
+    for a, b in zip(*curves, strict=True):
         assert math.isclose(a["held_out"], b["held_out"], rel_tol=1e-5)
         assert list(a["held_out_t"]) == ["0.1", "0.3", "0.5", "0.7", "0.9"]
         assert math.isclose(a["held_out"], np.mean(list(a["held_out_t"].values())), rel_tol=1e-6)
@@ -640,10 +622,9 @@ def test_tensorboard_is_optional(one, toured, tmp_path, capsys):
 
 
 def test_recompute_changes_memory_not_results(one, toured, tmp_path):
-    run_ = lambda name, *extra: main(
-        arguments(toured, tmp_path / name, 3, "--init", f"{one}/stage2", "--max-steps", "3", *extra)
-    )
-    assert run_("a") == 0 and run_("b", "--recompute") == 0
+    options = ("--init", f"{one}/stage2", "--max-steps", "3")
+    assert main(arguments(toured, tmp_path / "a", 3, *options)) == 0
+    assert main(arguments(toured, tmp_path / "b", 3, *options, "--recompute")) == 0
     a, b = weights(tmp_path / "a/stage3"), weights(tmp_path / "b/stage3")
     assert all(torch.allclose(a[n], b[n], atol=1e-6) for n in a)
 
@@ -666,7 +647,10 @@ def test_a_micro_batch_with_nothing_hidden_is_no_error(one, toured, monkeypatch)
 
 
 def test_ctc_is_torchs_on_similarities_to_words(config, tokenizer):
-    """Values against torch's CTC on one row at a time, without padding; no transcript, no loss; gradient to the tokens alone."""
+    """Values against torch's CTC on one row at a time, without padding.
+
+    No transcript, no loss; gradient to the tokens alone.
+    """
     model, generator = build(config, seed=0), torch.Generator().manual_seed(0)
     audio = torch.randn(3, config.n_queries + 9, config.width, generator=generator, requires_grad=True)
     lengths, pieces = (9, 6, 9), [[20, 21, 21], [30], []]
@@ -695,7 +679,10 @@ def test_ctc_is_torchs_on_similarities_to_words(config, tokenizer):
 
 
 def test_stage_0_reads_what_is_written(toured, config, tokenizer):
-    """The audio tokens of stage 0 are the weighted embeddings plus noise in the embeddings' loudness; no encoder runs."""
+    """The audio tokens of stage 0 are the weighted embeddings plus noise in the embeddings' loudness.
+
+    No encoder runs.
+    """
     model = build(config, seed=0)
     model.encoder = None
     examples = read_manifest(f"{toured}/stage0.jsonl", 0)[:4]
@@ -705,7 +692,9 @@ def test_stage_0_reads_what_is_written(toured, config, tokenizer):
     audio, is_audio = train.audio_tokens(context, micro["batch"])
     w, ids, wte = micro["batch"]["written.weights"], micro["batch"]["written.ids"], model.backbone.wte.weight
     mixed = wte[ids[..., 0]] * w[..., :1] + wte[ids[..., 1]] * w[..., 1:]
-    assert torch.allclose(audio, mixed + wte.pow(2).mean().sqrt() * micro["batch"]["written.noise"], atol=1e-5)
+    assert torch.allclose(
+        audio, mixed + wte.pow(2).mean().sqrt() * micro["batch"]["written.noise"], atol=1e-5
+    )
     alone = builder_for(tokenizer, config, SMALL_STAGES[0], 0)(examples[2:3], 0)
     n = int(is_audio[2].sum())
     assert is_audio[2, :n].all() and torch.equal(alone["batch"]["written.ids"][0], ids[2, :n])
@@ -757,7 +746,7 @@ def test_the_autoregressive_baseline_learns_its_own_way(one, toured, tmp_path, c
     assert model.config.causal and any("lora_" in n for n, _ in model.named_parameters())
     (answer,) = ask(model, tokenizer, [np.zeros(8000, np.float32)], ["What is said?"], answer_length=8)
     assert 1 <= answer.calls <= 8
-    logged = [json.loads(line) for line in open(f"{tmp_path}/stage3/log.jsonl")]
+    logged = read_lines(f"{tmp_path}/stage3/log.jsonl")
     held_out = [e["held_out_t"] for e in logged if "held_out_t" in e]
     assert held_out and len(set(held_out[-1].values())) == 1  # one loss, there is no t
     for objective, init in (("ar", f"{one}/stage2"), ("diffusion", f"{tmp_path}/stage2")):
@@ -773,12 +762,8 @@ def test_cost_counts_what_a_row_holds(toured, config):
 
     tokenizer = load_tokenizer(toured)
     for e in read_manifest(f"{toured}/stage2.jsonl", 2)[:40]:
-        row = (
-            builder_for(tokenizer, config.with_tokenizer(tokenizer), SMALL_STAGES[3], 0)([e], 0)["batch"][
-                "text.ids"
-            ].size(1)
-            + config.n_queries
-        )
+        builder = builder_for(tokenizer, config.with_tokenizer(tokenizer), SMALL_STAGES[3], 0)
+        row = builder([e], 0)["batch"]["text.ids"].size(1) + config.n_queries
         assert 0.7 * row < cost_of(e, config) < 2.5 * row
     assert Options().tokens == 6144
 

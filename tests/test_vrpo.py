@@ -21,11 +21,8 @@ class Net(nn.Module):
     def __init__(self, vocab=4, length=5, width=16, seed=0):
         super().__init__()
         torch.manual_seed(seed)
-        self.embed, self.hidden, self.out = (
-            nn.Embedding(vocab + 1, width),
-            nn.Linear(width * length, width * length),
-            nn.Linear(width, vocab),
-        )
+        self.embed = nn.Embedding(vocab + 1, width)
+        self.hidden, self.out = nn.Linear(width * length, width * length), nn.Linear(width, vocab)
         self.mask_id = vocab
 
     def forward(self, noisy, where):
@@ -41,7 +38,9 @@ def pair(B=3, L=5, vocab=4, seed=0):
 
 
 def margins_of(net, other, ids, masks):
-    s = lambda model, side: score(model, ids[side], masks[side], net.mask_id)
+    def s(model, side):
+        return score(model, ids[side], masks[side], net.mask_id)
+
     return margin(s(net, "chosen"), s(net, "rejected"), s(other, "chosen"), s(other, "rejected"))
 
 
@@ -69,7 +68,7 @@ def test_pushing_sample_by_sample_is_the_plain_gradient(n):
     with torch.no_grad():
         m = margins_of(policy, reference, ids, masks)
     backward_per_sample(lambda side, j: score(policy, ids[side], masks[side], policy.mask_id, j), n, m)
-    for p, e in zip(policy.parameters(), expected):
+    for p, e in zip(policy.parameters(), expected, strict=True):
         assert torch.allclose(p.grad, e, atol=1e-6), (p.grad - e).abs().max()  # cross-entropy is fp32
     assert max(e.abs().max() for e in expected) > 1e-3
 
@@ -104,11 +103,20 @@ def live_bytes_at_most(run):
 def test_memory_does_not_grow_with_the_number_of_samples():
     net, (ids, is_answer) = Net(), pair()
     peaks, plain = [], []
+
+    def push(n, masks):
+        def sample(side, j):
+            return score(net, ids[side], masks[side], net.mask_id, j)
+
+        backward_per_sample(sample, n, torch.zeros(3))
+
+    def push_at_once(masks):
+        vrpo_loss(margins_of(net, net, ids, masks)).sum().backward()
+
     for n in (2, 8):
         masks = draw_pair_masks(is_answer, is_answer, n, torch.Generator().manual_seed(3))
-        sample = lambda side, j: score(net, ids[side], masks[side], net.mask_id, j)
-        peaks.append(live_bytes_at_most(lambda: backward_per_sample(sample, n, torch.zeros(3))))
-        plain.append(live_bytes_at_most(lambda: vrpo_loss(margins_of(net, net, ids, masks)).sum().backward()))
+        peaks.append(live_bytes_at_most(functools.partial(push, n, masks)))
+        plain.append(live_bytes_at_most(functools.partial(push_at_once, masks)))
     # a sample with all tokens masked keeps a little more than one with few
     assert peaks[1] < 1.3 * peaks[0] and plain[1] > 3.5 * plain[0]
 
@@ -121,13 +129,13 @@ def test_swapped_gives_back_what_it_borrowed():
         assert torch.equal(net(x, x == 0), other(x, x == 0))
     with pytest.raises(RuntimeError), swapped(net.parameters(), [p.detach() for p in other.parameters()]):
         raise RuntimeError
-    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before))
+    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
     with pytest.raises(ValueError), swapped(net.parameters(), before[:1]):
         pass
 
 
 def test_estimate_agrees_with_the_exact_likelihood():
-    """Exact conditionals make the bound tight: the margin's mean is the difference of log-likelihood ratios."""
+    """Exact conditionals make the bound tight: the margin's mean is a difference of log-likelihood ratios."""
     policy, reference = Toy(seed=0), Toy(seed=5)
     good, bad = policy.all[7][None], policy.all[50][None]
     exact = (policy.log_prob(good[0]) - reference.log_prob(good[0])) - (
@@ -135,16 +143,10 @@ def test_estimate_agrees_with_the_exact_likelihood():
     )
     everything, g, found = torch.ones(1, 4, dtype=torch.bool), torch.Generator().manual_seed(0), []
     for _ in range(400):
-        masks = draw_pair_masks(everything, everything, SAMPLES, g)
-        s = lambda toy, x, side: elbo(toy, x, *masks[side], 3)
-        found.append(
-            margin(
-                s(policy, good, "chosen"),
-                s(policy, bad, "rejected"),
-                s(reference, good, "chosen"),
-                s(reference, bad, "rejected"),
-            )
-        )
+        masks, scores = draw_pair_masks(everything, everything, SAMPLES, g), []
+        for toy in (policy, reference):
+            scores += [elbo(toy, good, *masks["chosen"], 3), elbo(toy, bad, *masks["rejected"], 3)]
+        found.append(margin(*scores))
     found = torch.cat(found)
     assert abs(found.mean() - exact) < 4 * found.std() / 20
 
@@ -178,8 +180,12 @@ def test_chosen_gains_on_rejected():
             with swapped(net.parameters(), reference):
                 old = {side: score(net, ids[side], masks[side], net.mask_id) for side in ids}
         m = margin(mine["chosen"], mine["rejected"], old["chosen"], old["rejected"])
+
+        def sample(side, j, masks=masks):
+            return score(net, ids[side], masks[side], net.mask_id, j)
+
         optimizer.zero_grad()
-        backward_per_sample(lambda side, j: score(net, ids[side], masks[side], net.mask_id, j), SAMPLES, m)
+        backward_per_sample(sample, SAMPLES, m)
         optimizer.step()
     assert (m > 5).all()
 
@@ -192,7 +198,7 @@ def pairs(toured, config, tokenizer):
 
 def test_scored_are_the_response_and_its_first_end_mark(pairs, config):
     side = part_of(pairs["batch"], "rejected")
-    for ids, is_answer, valid in zip(side["ids"], side["is_answer"], side["valid"]):
+    for ids, is_answer, valid in zip(side["ids"], side["is_answer"], side["valid"], strict=True):
         scored = ids[is_answer].tolist()
         assert (
             scored[-1] == config.eos_id and scored[-2] == config.eot_id and config.eos_id not in scored[:-1]
@@ -201,7 +207,10 @@ def test_scored_are_the_response_and_its_first_end_mark(pairs, config):
 
 
 def test_whole_model_step_is_the_plain_formula(pairs, config):
-    """train.vrpo (samples into a detached leaf, then once through the adapters) against autograd on Eq. 4 and 5."""
+    """train.vrpo against autograd on Eq. 4 and 5.
+
+    It takes the samples into a detached leaf, then goes once through the adapters.
+    """
     model = build(config, seed=0)
     model.add_lora()
     chosen = freeze_all_but(model, ("semantic.", "acoustic.", "lora"))
@@ -239,7 +248,7 @@ def test_whole_model_step_is_the_plain_formula(pairs, config):
         audio, is_audio = model.adapt(*model.encode(batch["mel"], batch["n_frames"]), batch["n_frames"], 4)
         for n, s in sides.items():
             yield elbo(
-                lambda noisy, where: model(noisy, s["valid"], where, audio, is_audio, s["audio_at"]),
+                lambda noisy, where, s=s: model(noisy, s["valid"], where, audio, is_audio, s["audio_at"]),
                 s["ids"],
                 *masks[n],
                 config.mask_id,

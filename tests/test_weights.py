@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import struct
 
 import pytest
@@ -32,9 +33,14 @@ from weights import (
 SHIPPED = os.path.join(os.path.dirname(weights.__file__), "assets", TINY_ENCODER)
 CPU = torch.device("cpu")
 EAR = {  # Config of tiny.en's encoder, every state tapped, whatever else the preset says
-    "n_mels": 80, "audio_width": 384, "audio_heads": 6, "audio_layers": 4, "n_frames": 500, "pad_to": 0,
+    "n_mels": 80,
+    "audio_width": 384,
+    "audio_heads": 6,
+    "audio_layers": 4,
+    "n_frames": 500,
+    "pad_to": 0,
     "taps": (0, 1, 2, 3, 4),
-}  # fmt: skip
+}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -62,8 +68,13 @@ def ctranslate2_variables(state, n_frames):
         "encoder/num_heads": torch.tensor(2, dtype=torch.int16),
         "encoder/position_encodings/encodings": torch.zeros(n_frames, width),
     }
-    parts = {"attn_ln": "self_attention/layer_norm", "attn.out": "self_attention/linear_1",
-             "mlp_ln": "ffn/layer_norm", "mlp.0": "ffn/linear_0", "mlp.2": "ffn/linear_1"}  # fmt: skip
+    parts = {
+        "attn_ln": "self_attention/layer_norm",
+        "attn.out": "self_attention/linear_1",
+        "mlp_ln": "ffn/layer_norm",
+        "mlp.0": "ffn/linear_0",
+        "mlp.2": "ffn/linear_1",
+    }
     stacked = {}
     for key, value in state.items():
         module, leaf = key.removeprefix("encoder.").rsplit(".", 1)
@@ -124,7 +135,7 @@ def test_ctranslate2_cut_anywhere(tmp_path):
     variables = {"encoder/conv1/weight": torch.ones(2, 2), "decoder/x": torch.ones(3)}
     variables["encoder/num_heads"] = torch.tensor(2, dtype=torch.int16)
     path = written(tmp_path / "model.bin", variables)
-    whole = open(path, "rb").read()
+    whole = pathlib.Path(path).read_bytes()
     assert torch.equal(read_ctranslate2(path)["encoder.conv1.weight"], torch.ones(2, 2))
     for n in range(len(whole)):
         (tmp_path / "cut.bin").write_bytes(whole[:n])
@@ -168,11 +179,21 @@ def transformers_names(state):
     layers = 1 + max(int(k.split(".")[2]) for k in state if ".blocks." in k)
     width, n_mels = state["encoder.conv1.weight"].shape[:2]
     c = WhisperConfig(
-        d_model=width, encoder_layers=layers, encoder_attention_heads=2, encoder_ffn_dim=4 * width,
-        num_mel_bins=n_mels, max_source_positions=4, decoder_layers=1, decoder_attention_heads=2,
-        decoder_ffn_dim=8, vocab_size=20, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        d_model=width,
+        encoder_layers=layers,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=4 * width,
+        num_mel_bins=n_mels,
+        max_source_positions=4,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=8,
+        vocab_size=20,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
         decoder_start_token_id=3,
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         theirs = WhisperModel(c).encoder.state_dict()
     return {key: state[whisper_name(key)] for key in theirs if whisper_name(key) is not None}
@@ -238,11 +259,22 @@ def test_shipped_encoder_is_transformers(tiny):
     ours, mel, taps, final = tiny
     theirs = WhisperModel(
         WhisperConfig(  # openai/whisper-tiny.en's, but for the window; of the decoder as little as it takes
-            d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536, num_mel_bins=80,
-            max_source_positions=500, decoder_layers=1, decoder_attention_heads=6, decoder_ffn_dim=8,
-            vocab_size=20, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3,
+            d_model=384,
+            encoder_layers=4,
+            encoder_attention_heads=6,
+            encoder_ffn_dim=1536,
+            num_mel_bins=80,
+            max_source_positions=500,
+            decoder_layers=1,
+            decoder_attention_heads=6,
+            decoder_ffn_dim=8,
+            vocab_size=20,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=3,
         )
-    ).encoder.eval()  # fmt: skip
+    ).encoder.eval()
     state = transformers_names({f"encoder.{k}": v for k, v in ours.state_dict().items()})
     missing, extra = theirs.load_state_dict(state, strict=False)
     assert missing == ["embed_positions.weight"] and not extra
@@ -260,7 +292,7 @@ def test_shipped_encoder_is_small_and_says_where_it_is_from():
         source = f.metadata()
         assert {f.get_slice(k).get_dtype() for k in f.keys()} == {"F16"}
         assert not any("positional" in k for k in f.keys())
-    card = open(os.path.join(SHIPPED, "README.md"), encoding="utf-8").read()
+    card = pathlib.Path(SHIPPED, "README.md").read_text(encoding="utf-8")
     assert source["source_sha256"] in card and sha256(path) in card
 
 
@@ -313,8 +345,8 @@ def test_unusable_checkpoints_are_named(tmp_path, small_folder):
         weights = load_file(os.path.join(small_folder, "model.safetensors"))
         change(weights, header)
         save_file(weights, folder / "model.safetensors", metadata=header or None)
-        with open(folder / "tokenizer.json", "w") as f:
-            f.write(open(os.path.join(small_folder, "tokenizer.json")).read())
+        text = pathlib.Path(small_folder, "tokenizer.json").read_text()
+        (folder / "tokenizer.json").write_text(text)
         with pytest.raises(UserError) as e:
             load(str(folder), "cpu")
         assert "\n" not in str(e.value)
@@ -325,7 +357,7 @@ def test_unusable_checkpoints_are_named(tmp_path, small_folder):
     assert "shape (3, 3), not (32, 32)" in broken(lambda w, h: w.update({key: torch.zeros(3, 3)}))
     assert "extra.weight has no place" in broken(lambda w, h: w.update({"extra.weight": torch.zeros(1)}))
     assert "no Config" in broken(lambda w, h: h.clear())
-    whole = open(os.path.join(small_folder, "model.safetensors"), "rb").read()
+    whole = pathlib.Path(small_folder, "model.safetensors").read_bytes()
     for cut in (len(whole) // 2, 20, 0):
         (tmp_path / "broken" / "model.safetensors").write_bytes(whole[:cut])
         with pytest.raises(UserError, match="cut short"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -19,14 +20,33 @@ from tools.writer import Endpoint, strict_object
 STUB = os.path.join(os.path.dirname(__file__), "stub_llm.py")
 
 FILES = {  # a few entries of each text corpus in its published form
-    "alpaca": ("a.json", [{"instruction": "Name three primary colours.", "input": "", "output": "Red, blue and yellow."},
-                          {"instruction": "Explain", "input": "why it rains.", "output": " ".join(["word"] * 20)}, {"instruction": " ".join(["x"] * 90), "input": "", "output": "y"}]),
+    "alpaca": (
+        "a.json",
+        [
+            {"instruction": "Name three primary colours.", "input": "", "output": "Red, blue and yellow."},
+            {"instruction": "Explain", "input": "why it rains.", "output": " ".join(["word"] * 20)},
+            {"instruction": " ".join(["x"] * 90), "input": "", "output": "y"},
+        ],
+    ),
     "natural_questions": ("nq.jsonl", [{"question": "where is the sun", "answer": ["in the sky", "above"]}]),
-    "trivia_qa": ("t.json", {"Data": [{"Question": "Who wrote Hamlet?", "Answer": {"Value": "Shakespeare", "Aliases": []}}]}),
-    "web_questions": ("w.json", [{"utterance": "what is the capital of france?", "targetValue": '(list (description Paris))', "url": "x"},
-                                 {"utterance": "who was king?", "targetValue": '(list (description "King John") (description x))'}]),
-}  # fmt: skip
-ENGINE = f'{sys.executable} -c "import sys, shutil; shutil.copy(sys.argv[3], sys.argv[2])" {{text}} {{out}} {{speaker_wav}}'
+    "trivia_qa": (
+        "t.json",
+        {"Data": [{"Question": "Who wrote Hamlet?", "Answer": {"Value": "Shakespeare", "Aliases": []}}]},
+    ),
+    "web_questions": (
+        "w.json",
+        [
+            {
+                "utterance": "what is the capital of france?",
+                "targetValue": "(list (description Paris))",
+                "url": "x",
+            },
+            {"utterance": "who was king?", "targetValue": '(list (description "King John") (description x))'},
+        ],
+    ),
+}
+COPY = "import sys, shutil; shutil.copy(sys.argv[3], sys.argv[2])"
+ENGINE = f'{sys.executable} -c "{COPY}" {{text}} {{out}} {{speaker_wav}}'
 
 
 def write_file(corpus, folder):
@@ -39,22 +59,17 @@ def write_file(corpus, folder):
 @pytest.mark.parametrize("corpus", TEXTS)
 def test_questions_of_every_text_corpus(corpus, tmp_path, corpora):
     out = str(tmp_path / "q.jsonl")
-    argv = [
-        "speak",
-        corpus,
-        write_file(corpus, tmp_path),
-        "--out",
-        out,
-        "--tts-command",
-        ENGINE,
-        "--speakers",
-        f"{corpora}/fsdd",
-    ]
+    argv = ["speak", corpus, write_file(corpus, tmp_path), "--out", out]
+    argv += ["--tts-command", ENGINE, "--speakers", f"{corpora}/fsdd"]
     assert main(argv) == 0
     examples = read_manifest(out)
-    answers = [e.answer for e in examples]
-    assert answers == {"alpaca": ["Red, blue and yellow.", " ".join(["word"] * 20)], "natural_questions": ["in the sky"],
-                       "trivia_qa": ["Shakespeare"], "web_questions": ["Paris", "King John"]}[corpus]  # fmt: skip
+    expected = {
+        "alpaca": ["Red, blue and yellow.", " ".join(["word"] * 20)],
+        "natural_questions": ["in the sky"],
+        "trivia_qa": ["Shakespeare"],
+        "web_questions": ["Paris", "King John"],
+    }
+    assert [e.answer for e in examples] == expected[corpus]
     for e in examples:
         kind = "simple" if len(e.answer.split()) <= 12 else "complex"
         assert e.task == f"{kind}_qa" and e.question in INSTRUCTIONS[kind] and e.duration == 0.2
@@ -112,8 +127,12 @@ def stub(tmp_path, monkeypatch):
 
 def facts_manifest(folder, n, corpora):
     clip = os.path.join(corpora, "fsdd/recordings/1_jackson_3.wav")
-    rows = [{"messages": [{"role": "user", "content": f"<audio>What is it, number {i}?"}, {"role": "assistant", "content": "Rain."}], "audios": [clip],
-             "facts": {"sound": "rain" if i % 5 else "unusable rain"}, "task": "sound"} for i in range(n)]  # fmt: skip
+    rows = []
+    for i in range(n):
+        question = {"role": "user", "content": f"<audio>What is it, number {i}?"}
+        messages = [question, {"role": "assistant", "content": "Rain."}]
+        facts = {"sound": "rain" if i % 5 else "unusable rain"}
+        rows.append({"messages": messages, "audios": [clip], "facts": facts, "task": "sound"})
     path = folder / "m.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return str(path)
@@ -137,43 +156,27 @@ def test_pairs_in_spite_of_everything(stub, tmp_path, corpora, capsys):
         "Good answer: Rain." in a["user"] and "bad_answer" in a["system"] for a in asked
     )
     # again: nothing is asked twice, the result is the same
-    first = open(out).read()
-    assert main(argv) == 0 and open(out).read() == first and len(log.read_text().splitlines()) == len(asked)
+    first = pathlib.Path(out).read_text()
+    assert main(argv) == 0 and pathlib.Path(out).read_text() == first
+    assert len(log.read_text().splitlines()) == len(asked)
     # a run that was killed in the middle of a line: the rest alone is asked again
-    journal = out + ".replies.jsonl"
-    lines = open(journal).readlines()
-    open(journal, "w").writelines(lines[:9] + [lines[9][:20]])
+    journal = pathlib.Path(out + ".replies.jsonl")
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:9]) + lines[9][:20])
     assert main(argv) == 0 and len(read_manifest(out, 4)) == 12
     again = Counter(json.loads(line)["user"] for line in log.read_text().splitlines()[len(asked) :])
     assert len(again) == n - 9
-    assert not any(
-        "secret" in open(os.path.join(d, f), errors="ignore").read()
-        for d, _, fs in os.walk(tmp_path)
-        for f in fs
-        if f != "asked.jsonl"
-    )
+    for folder, _, names in os.walk(tmp_path):
+        for name in names:
+            if name != "asked.jsonl":
+                assert "secret" not in pathlib.Path(folder, name).read_text(errors="ignore"), name
 
 
 def test_grounded_answers(stub, tmp_path, corpora):
     url, log = stub
     out = str(tmp_path / "sub" / "a.jsonl")
-    assert (
-        main(
-            [
-                "answers",
-                facts_manifest(tmp_path, 4, corpora),
-                "--out",
-                out,
-                "--llm",
-                url,
-                "--model",
-                "writer",
-                "--timeout",
-                "1",
-            ]
-        )
-        == 0
-    )
+    argv = ["answers", facts_manifest(tmp_path, 4, corpora), "--out", out, "--llm", url]
+    assert main([*argv, "--model", "writer", "--timeout", "1"]) == 0
     assert [e.answer for e in read_manifest(out)] == ["It is so."] * 4
 
 
@@ -186,32 +189,14 @@ def test_endpoint_down_or_refusing(tmp_path, corpora, capsys, monkeypatch):
         ),
     )
     manifest, out = facts_manifest(tmp_path, 3, corpora), str(tmp_path / "p.jsonl")
-    assert (
-        main(["preferences", manifest, "--out", out, "--llm", "http://127.0.0.1:9/v1", "--model", "m"]) == 2
-    )
+    down = ["--out", out, "--llm", "http://127.0.0.1:9/v1", "--model", "m"]
+    assert main(["preferences", manifest, *down]) == 2
     err = capsys.readouterr().err.splitlines()[-1]
-    assert err.startswith(
-        "prepare.py: http://127.0.0.1:9/v1: no answer after 2 tries"
-    ) and not os.path.exists(out)
-    (tmp_path / "plain.jsonl").write_text(
-        json.dumps({"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A"}]})
-        + "\n"
-    )
-    assert (
-        main(
-            [
-                "answers",
-                str(tmp_path / "plain.jsonl"),
-                "--out",
-                out,
-                "--llm",
-                "http://127.0.0.1:9",
-                "--model",
-                "m",
-            ]
-        )
-        == 2
-    )
+    assert err.startswith("prepare.py: http://127.0.0.1:9/v1: no answer after 2 tries")
+    assert not os.path.exists(out)
+    messages = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A"}]
+    (tmp_path / "plain.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    assert main(["answers", str(tmp_path / "plain.jsonl"), *down]) == 2
     assert "no line has facts" in capsys.readouterr().err
 
 

@@ -83,11 +83,10 @@ def kept_tokens(model, tokenizer, examples, block):
     found = []
     for e in examples:
         masks = [block]  # left after each call
-        ask(
-            model, tokenizer, clips_of([e], model), [e.question], answer_length=block, block=block,
-            on_step=functools.partial(count_masked, masks, model.config.mask_id),
-        )  # fmt: skip
-        found.append([a - b for a, b in zip(masks, masks[1:]) if a > b])
+        count = functools.partial(count_masked, masks, model.config.mask_id)
+        clips = clips_of([e], model)
+        ask(model, tokenizer, clips, [e.question], answer_length=block, block=block, on_step=count)
+        found.append([a - b for a, b in zip(masks, masks[1:], strict=False) if a > b])
     return found
 
 
@@ -321,11 +320,11 @@ def accuracy_bench(args):
                 answers = ask_all(model, tokenizer, clips, prompts, args.batch, **options)
                 took = time.perf_counter() - start
                 n = len(answers)
-                right = sum(score(q, a.text)["right"] for q, a in zip(questions, answers))
+                right = sum(score(q, a.text)["right"] for q, a in zip(questions, answers, strict=True))
                 low, high = wilson(right, n)
                 calls = statistics.mean(a.calls for a in answers)
                 first = first or [a.text for a in answers]
-                same = sum(a.text == text for a, text in zip(answers, first)) / n
+                same = sum(a.text == text for a, text in zip(answers, first, strict=True)) / n
                 label = f"{kind} {next(iter(variant.values()))}" if len(variants) > 1 else kind
                 share = f"{right / n:8.1%}{f'{low:.1%} - {high:.1%}':>18}"
                 print(f"{label:44}{share}{calls:8.2f}{n / took:9.2f}{same:16.1%}", flush=True)
@@ -360,7 +359,7 @@ def decode_plot(path, results, points):
     left.legend(fontsize=7)
     for kind in sorted({p[:2] for p in points}):
         some = sorted(p[2:] for p in points if p[:2] == kind)
-        x, y, low, high = (np.array(values) for values in zip(*some))
+        x, y, low, high = (np.array(values) for values in zip(*some, strict=True))
         bars = 100 * np.array([y - low, high - y])
         right.errorbar(
             x, 100 * y, bars, fmt="o-", markersize=4, linewidth=1, capsize=2, label=", ".join(kind)

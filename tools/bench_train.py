@@ -61,7 +61,7 @@ def naive_nll(model, ids, noisy, is_masked, text, audio, is_audio):
 
 
 def naive_step(model, other, micro, stage, seed=0):
-    """The loss of a step as one writes it first; the same numbers as the losses of train.py, all of it in fp32."""
+    """The loss of a step as one writes it first: the same numbers as the losses of train.py, all in fp32."""
     batch = micro["batch"]
     noise = [generator_for(seed, 0, i, stream=1) for i in micro["ids"]]
 
@@ -79,7 +79,7 @@ def naive_step(model, other, micro, stage, seed=0):
     def scores(m, name):
         """ELBO samples (n, B), Eq. 3."""
         audio, text, samples = audio_of(m), texts[name], []
-        for is_masked, weight in zip(*masks[name]):
+        for is_masked, weight in zip(*masks[name], strict=True):
             noisy = torch.where(is_masked, m.config.mask_id, text["ids"])
             samples.append(-weight * naive_nll(m, text["ids"], noisy, is_masked, text, *audio))
         return torch.stack(samples)
@@ -247,7 +247,7 @@ def variance_bench(args):
                 batch = builder([example], 0)["batch"]
                 kind = (args.repeats, is_shared, is_stratified, g)
                 found.append(estimates(model, batch, trained, reference, *kind))
-            margin, trace = (statistics.mean(values) for values in zip(*found))
+            margin, trace = (statistics.mean(values) for values in zip(*found, strict=True))
             name = f"{'shared' if is_shared else 'independent':14}"
             name += f"{'stratified counts' if is_stratified else 'independent t':22}"
             print(f"{name}{margin:24.4f}{trace:26.5f}", flush=True)

@@ -38,7 +38,10 @@ def loudest(audio, n):
 
 def loop(sound, n, voice, decibels):
     """A sound repeated or cut to n samples, so loud that `voice` is so many decibels above it."""
-    rms = lambda x: float(np.sqrt(np.mean(x**2)) + 1e-5)
+
+    def rms(x):
+        return float(np.sqrt(np.mean(x**2)) + 1e-5)
+
     return np.tile(sound, -(-n // len(sound)))[:n] * (rms(voice) / rms(sound) * 10 ** (-decibels / 20))
 
 

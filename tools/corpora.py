@@ -16,8 +16,8 @@ import os
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable
 
 from model import UserError
 from tools.prompts import LETTERS, capital, format_choices
@@ -39,7 +39,7 @@ from tools.side_files import (
 )
 from tools.spoken_questions import INSTRUCTIONS
 
-DIGITS = "zero one two three four five six seven eight nine".split()
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".m4a")
 
 
@@ -187,19 +187,41 @@ def read_table(name, corpus, folder):
 # words that corpora use
 
 
-RAVDESS_EMOTION = dict(zip("12345678", "neutral calm happy sad angry fearful disgusted surprised".split()))
+RAVDESS_EMOTION = {
+    "1": "neutral",
+    "2": "calm",
+    "3": "happy",
+    "4": "sad",
+    "5": "angry",
+    "6": "fearful",
+    "7": "disgusted",
+    "8": "surprised",
+}
 RAVDESS_INTENSITY = {"1": "normal", "2": "strong"}
 RAVDESS_WORDS = {"1": "kids are talking by the door", "2": "dogs are sitting by the door"}
 MELD_EMOTION = {
-    "anger": "angry", "disgust": "disgusted", "fear": "fearful", "joy": "happy", "neutral": "neutral",
-    "sadness": "sad", "surprise": "surprised",
-}  # fmt: skip
+    "anger": "angry",
+    "disgust": "disgusted",
+    "fear": "fearful",
+    "joy": "happy",
+    "neutral": "neutral",
+    "sadness": "sad",
+    "surprise": "surprised",
+}
 SAMPLES = {  # how Berklee's and Sonic Pi's names begin, where that is no plain word
-    "bd": "bass drum", "elec": "electronic sound", "guit": "guitar", "hat": "hi-hat", "perc": "percussion",
-    "sn": "snare drum", "femalevoice": "female voice", "femalevoices": "female voices",
-    "malevoice": "male voice", "malevoices": "male voices", "synth": "synthesizer",
+    "bd": "bass drum",
+    "elec": "electronic sound",
+    "guit": "guitar",
+    "hat": "hi-hat",
+    "perc": "percussion",
+    "sn": "snare drum",
+    "femalevoice": "female voice",
+    "femalevoices": "female voices",
+    "malevoice": "male voice",
+    "malevoices": "male voices",
+    "synth": "synthesizer",
     "bassdrum": "bass drum",
-}  # fmt: skip
+}
 VOICE_ACCENT = {"a": "American", "b": "British"}  # first letter of a neural voice's name
 
 

@@ -27,7 +27,7 @@ import soxr
 from tqdm import tqdm
 
 from adapters import merge_lora
-from data import SAMPLE_RATE, load_audio, window_seconds
+from data import SAMPLE_RATE, is_transcription, load_audio, window_seconds
 from decode import Options, ask, length_option
 from model import Parser, UserError
 from tools.benchmarks import (
@@ -78,7 +78,10 @@ def settings_of(args):
         factor = 1.0
     Options(length, block, steps, factor).check()
     file = args.file if os.path.isfile(args.file) else os.path.join(args.file, "wav.scp")
-    digest = hashlib.sha256(open(file, "rb").read()).hexdigest()[:12] if os.path.isfile(file) else ""
+    digest = ""
+    if os.path.isfile(file):
+        with open(file, "rb") as f:
+            digest = hashlib.sha256(f.read()).hexdigest()[:12]
     return {
         "benchmark": args.benchmark,
         "questions": digest,
@@ -150,7 +153,8 @@ def answer_all(group, model, tokenizer, questions, journal, settings, batch, all
 
     for q in todo:
         try:
-            loaded.append((q, load_audio(q.audio, q.offset, q.duration, limit)[0]))
+            most = None if is_transcription(q.prompt) else limit  # transcripts of pieces are joined
+            loaded.append((q, load_audio(q.audio, q.offset, q.duration, most)[0]))
         except UserError as e:
             bad += 1
             nothing = {"answer": "", "calls": 0, "seconds": 0.0, "audio_seconds": 0.0}
@@ -162,16 +166,16 @@ def answer_all(group, model, tokenizer, questions, journal, settings, batch, all
     right, scored, done = 0, 0, len(questions) - len(loaded)
     with tqdm(total=len(questions), initial=done, unit=" questions", disable=group.rank != 0) as progress:
         for i in range(0, len(loaded), batch):
-            asked, clips = zip(*loaded[i : i + batch])
+            asked, clips = zip(*loaded[i : i + batch], strict=True)
             prompts = [q.prompt for q in asked]
             answers = ask(model, tokenizer, clips, prompts, settings["stage"], options)
             lines = []
-            for q, a in zip(asked, answers):
+            for q, a in zip(asked, answers, strict=True):
                 spent = {"calls": a.calls, "seconds": a.seconds, "audio_seconds": a.audio_seconds}
                 lines.append({"id": q.id, "answer": a.text} | spent)
             keep(lines)
             if running:
-                marks = [running(q, a.text)["right"] for q, a in zip(asked, answers)]
+                marks = [running(q, a.text)["right"] for q, a in zip(asked, answers, strict=True)]
                 right += sum(mark is True for mark in marks)
                 scored += sum(mark is not None for mark in marks)
                 if scored:
@@ -224,7 +228,7 @@ def report_marks(benchmark, questions, lines, score):
         print(f"{len(marks)} answers, {empty} of them empty; this set needs a judge or its official scorer")
         return {}
     groups = defaultdict(list)
-    for q, mark in zip(questions, marks):
+    for q, mark in zip(questions, marks, strict=True):
         for heading, group in q.groups:
             groups[heading, group].append(mark)
     named = {f"{heading}: {group}": groups[heading, group] for heading, group in sorted(groups)}
@@ -236,12 +240,12 @@ def report_marks(benchmark, questions, lines, score):
         print(f"raw rule, letters not mapped: {sum(shares(marks, 'raw')) / len(marks):.1%}")
     if benchmark != "exact":
         return summary
-    asked = [(q, mark, lines[q.id]) for q, mark in zip(questions, marks)]
+    asked = [(q, mark, lines[q.id]) for q, mark in zip(questions, marks, strict=True)]
     for task in sorted(group for heading, group in groups if heading == "task"):
         print_task(task, [x for x in asked if ("task", task) in x[0].groups])
     said = [(q.answer, line["answer"]) for q, _, line in asked if is_transcript(q)]
     if said:
-        summary["wer"] = word_errors(*zip(*said), normalise)["wer"]
+        summary["wer"] = word_errors(*zip(*said, strict=True), normalise)["wer"]
         print(f"all {len(said)} transcripts: WER {summary['wer']:.1%}")
     return summary
 
@@ -450,7 +454,7 @@ class LmmsEval:
             part = order[i : i + self.batch_size]
             clips, questions = [jobs[j][1] for j in part], [jobs[j][0] for j in part]
             answers = ask(self.model, self.tokenizer, clips, questions, **self.options)
-            for j, answer in zip(part, answers):
+            for j, answer in zip(part, answers, strict=True):
                 texts[j] = answer.text
         return texts
 

@@ -1,15 +1,26 @@
-"""Pictures by command: the logged curves of training runs.
+"""Pictures by command.
 
-    python -m tools.figures out/tiny/stage1 out/tiny/stage2     # curves.png: loss and held-out loss
+    python -m tools.figures curves out/tiny/stage1 out/tiny/stage2     # logged losses -> curves.png
+    python -m tools.figures architecture                               # assets/architecture.svg
+    python -m tools.figures answer assets/demo/digits.wav "What is said?"   # assets/answer.svg, animated
+
+The last one is a real run: every network call is a frame, a word's shade is the confidence it was kept with.
 """
 
 import argparse
+import html
 import json
 import os
 import sys
 
-from model import Parser, UserError
-from weights import write_file
+from adapters import merge_lora
+from data import load_audio, window_seconds
+from decode import ask
+from model import Parser, UserError, exit_status
+from weights import load, write_file
+
+# ---------------------------------------------------------------------------------------------
+# matplotlib's
 
 
 def new_figure(width, height):
@@ -33,7 +44,7 @@ def smooth(values, decay):
     return curve
 
 
-def curves(folders, path="curves.png"):
+def curves(folders, path):
     """Draws the logged loss, smoothed, and the held-out loss of one or several runs."""
     runs = {}
     for folder in folders:
@@ -57,18 +68,195 @@ def curves(folders, path="curves.png"):
     save_figure(fig, path, 120)
 
 
+# ---------------------------------------------------------------------------------------------
+# SVG.  Pictures stand on a light card of their own, so they can be read on a dark page too.
+
+INK, CARD, FROZEN, TRAINED, MASKED = "#1f2933", "#fbfaf7", "#d5dde6", "#ffd9a0", "#e3e3e3"
+FONT = 'font-family="system-ui, Helvetica, Arial, sans-serif"'
+
+
+def text(x, y, words, size=13, anchor="middle", weight="normal"):
+    words = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words)  # XML forbids some
+    style = f'font-size="{size}" text-anchor="{anchor}" font-weight="{weight}"'
+    return f'<text x="{x}" y="{y}" {style}>{html.escape(words)}</text>'
+
+
+def box(x, y, width, height, lines, fill):
+    """A rounded box with lines of text in its middle, the first one bold."""
+    parts = [f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="{fill}" stroke="{INK}"/>']
+    first = y + height / 2 + 5 - 8.5 * (len(lines) - 1)
+    for n, line in enumerate(lines):
+        weight = "normal" if n else "bold"
+        parts.append(text(x + width / 2, first + 17 * n, line, 13 if n == 0 else 11.5, weight=weight))
+    return "".join(parts)
+
+
+def arrow(*points):
+    """A line through these points with a head at its end."""
+    path = " ".join(f"{x},{y}" for x, y in points)
+    return (
+        f'<polyline points="{path}" fill="none" stroke="{INK}" stroke-width="1.4" marker-end="url(#head)"/>'
+    )
+
+
+def picture(width, height, parts, style=""):
+    """The parts on a card, as the text of an SVG file."""
+    head = (
+        '<defs><marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" '
+        f'orient="auto"><path d="M0 0L10 5L0 10z" fill="{INK}"/></marker></defs>'
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" {FONT} fill="{INK}">{head}<style>{style}</style>'
+        f'<rect width="{width}" height="{height}" rx="12" fill="{CARD}"/>{"".join(parts)}</svg>\n'
+    )
+
+
+def write_svg(content, path):
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write(content)
+
+    write_file(path, write)
+    print(f"{path}: written")
+
+
+def architecture():
+    """The network: from a recording to an answer."""
+    parts = [
+        box(20, 40, 120, 70, ["recording", "16 kHz, mono", "log-mel"], CARD),
+        arrow((140, 75), (178, 75)),
+        box(180, 40, 150, 70, ["Whisper's encoder", "50 frames a second", "frozen"], FROZEN),
+        arrow((330, 58), (418, 58)),
+        text(374, 50, "layers", 11),
+        arrow((330, 95), (374, 95), (374, 145), (418, 145)),
+        text(396, 137, "last", 11),
+        box(420, 22, 215, 72, ["acoustic adapter", "a Q-Former, 64 tokens:", "how it sounds"], TRAINED),
+        box(420, 109, 215, 72, ["semantic adapter", "4 frames a token:", "what is said"], TRAINED),
+        arrow((527, 181), (527, 214)),
+        arrow((635, 58), (655, 58), (655, 198), (567, 198), (567, 214)),
+        box(20, 216, 345, 40, ["prompt: ... This is the audio:"], CARD),
+        box(375, 216, 260, 40, ["audio tokens"], TRAINED),
+        box(645, 216, 135, 40, ["What emotion?"], CARD),
+    ]
+    for n in range(4):
+        parts.append(box(790 + 48 * n, 216, 42, 40, ["?"], MASKED))
+    parts += [
+        text(883, 208, "the answer: all [MASK]", 11),
+        arrow((490, 256), (490, 284)),
+        box(20, 286, 956, 56, ["LLaDA: a language model that looks both ways", "frozen, with LoRA"], FROZEN),
+        f'<rect x="760" y="300" width="196" height="28" rx="6" fill="{TRAINED}" stroke="{INK}"/>',
+        text(858, 319, "LoRA beside its matrices", 11.5),
+        arrow((883, 342), (883, 368)),
+        text(
+            20,
+            388,
+            "Each call guesses every [MASK]; the surest words stay, the others are tried again:",
+            12,
+            "start",
+        ),
+    ]
+    for row, words in enumerate((("The", "?", "is", "?"), ("The", "voice", "is", "sad."))):
+        y = 372 + 34 * row
+        parts.append(text(740, y + 19, f"call {row + 1}", 11.5, "end"))
+        for n, word in enumerate(words):
+            parts.append(box(752 + 57 * n, y, 52, 28, [word], MASKED if word == "?" else CARD))
+    for x, fill, words in (
+        (20, FROZEN, "frozen in every stage"),
+        (220, TRAINED, "trained (about 1 % of the whole)"),
+    ):
+        parts.append(f'<rect x="{x}" y="412" width="22" height="16" rx="4" fill="{fill}" stroke="{INK}"/>')
+        parts.append(text(x + 30, 425, words, 12, "start"))
+    return picture(996, 446, parts)
+
+
+class Frames:
+    """`generate`'s on_step: what the response looked like after each call."""
+
+    def __init__(self, tokenizer, config):
+        self.tokenizer, self.config, self.frames = tokenizer, config, []
+
+    def __call__(self, response, confidence, call):
+        frame = []
+        for token, sure in zip(response[0].tolist(), confidence[0].tolist(), strict=True):
+            if token == self.config.mask_id:
+                frame.append((None, 0.0))
+            elif token not in (self.config.eos_id, self.config.eot_id):
+                frame.append((self.tokenizer.decode([token]).strip(" "), sure))
+            else:
+                frame.append(("", sure))  # end marks are shown as empty places
+        self.frames.append(frame)
+
+
+def draw_answer(frames, question, seconds=1.1):
+    """The frames of an answer as an animated SVG: a box a place, one frame a call."""
+    n_places = max(sum(word != "" for word, _ in frame) for frame in frames[-1:]) + 3
+    frames = [[(None, 0.0)] * n_places] + [frame[:n_places] for frame in frames]
+    width, total = 40 + 74 * min(n_places, 12), seconds * (len(frames) + 1)
+    rows = -(-n_places // 12)
+    parts = [text(20, 30, question, 15, "start", "bold")]
+    style = []
+    for k, frame in enumerate(frames):
+        begin = 100 * k * seconds / total
+        end = 100 if k + 1 == len(frames) else 100 * (k + 1) * seconds / total
+        visible = f"{begin:.2f}%,{end - 0.01:.2f}%{{opacity:1}}"
+        before = f"0%,{begin - 0.01:.2f}%{{opacity:0}}" if k else ""
+        after = f"{end:.2f}%,100%{{opacity:0}}" if end < 100 else ""
+        style.append(
+            f"@keyframes f{k}{{{before}{visible}{after}}}.f{k}{{animation:f{k} {total:.1f}s infinite}}"
+        )
+        parts.append(f'<g class="f{k}"' + ("" if k + 1 == len(frames) else ' opacity="0"') + ">")
+        parts.append(text(width - 20, 30, f"network call {k} of {len(frames) - 1}", 12, "end"))
+        for n, (word, sure) in enumerate(frame):
+            x, y = 20 + 74 * (n % 12), 48 + 46 * (n // 12)
+            if word is None:
+                parts.append(box(x, y, 70, 36, ["?"], MASKED))
+            elif word:
+                parts.append(f'<rect x="{x}" y="{y}" width="70" height="36" rx="8" fill="{CARD}"/>')
+                shade = f'fill="{TRAINED}" fill-opacity="{max(0.15, sure):.2f}" stroke="{INK}"'
+                parts.append(f'<rect x="{x}" y="{y}" width="70" height="36" rx="8" {shade}/>')
+                parts.append(text(x + 35, y + 18, word, 13, weight="bold"))
+                parts.append(text(x + 35, y + 31, f"{sure:.0%}", 9.5))
+        parts.append("</g>")
+    return picture(width, 58 + 46 * rows, parts, "".join(style))
+
+
+def answer(clip, question, model_name, **fields):
+    """A real answer, drawn call by call; fields: decode.Options'."""
+    model, tokenizer = load(model_name, "cpu")
+    merge_lora(model)
+    audio, _ = load_audio(clip, limit=window_seconds(model.config))
+    frames = Frames(tokenizer, model.config)
+    ask(model, tokenizer, [audio], [question], on_step=frames, **fields)
+    return draw_answer(frames.frames, f"{os.path.basename(clip)}: {question}")
+
+
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="figures", description=__doc__, formatter_class=raw)
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="of a run, with its log.jsonl")
-    parser.add_argument("--out", default="curves.png")
-    try:
+    kinds = parser.add_subparsers(dest="kind", required=True, parser_class=Parser)
+    kind = kinds.add_parser("curves", help="logged losses of training runs")
+    kind.add_argument("folders", nargs="+", metavar="FOLDER", help="of a run, with its log.jsonl")
+    kind.add_argument("--out", default="curves.png")
+    kind = kinds.add_parser("architecture", help="the network")
+    kind.add_argument("--out", default="assets/architecture.svg")
+    kind = kinds.add_parser("answer", help="an answer as it emerges")
+    kind.add_argument("clip")
+    kind.add_argument("question")
+    kind.add_argument("--model", default="tiny")
+    kind.add_argument("--factor", type=float, default=1.0)
+    kind.add_argument("--out", default="assets/answer.svg")
+
+    def run():
         args = parser.parse_args(argv)
-        curves(args.folders, args.out)
-    except UserError as e:
-        print(f"figures: {e}", file=sys.stderr)
-        return 2
-    return 0
+        if args.kind == "curves":
+            curves(args.folders, args.out)
+        elif args.kind == "architecture":
+            write_svg(architecture(), args.out)
+        else:
+            write_svg(answer(args.clip, args.question, args.model, factor=args.factor), args.out)
+
+    return exit_status("figures", run)
 
 
 if __name__ == "__main__":

@@ -168,10 +168,8 @@ def fullsize(folder, device, keep):
     for cache in ("none", "prefix"):
         laps, start = Laps(device or "cpu"), time.perf_counter()
         with Peak() as peak:
-            (answer,) = ask(
-                model, tokenizer, [clip], ["What emotion?"],
-                answer_length=16, block=16, steps=16, cache=cache, on_step=laps,
-            )  # fmt: skip
+            options = {"answer_length": 16, "block": 16, "steps": 16, "cache": cache, "on_step": laps}
+            (answer,) = ask(model, tokenizer, [clip], ["What emotion?"], **options)
         wall, (first, *rest) = time.perf_counter() - start, laps.seconds
         others = f"others median {statistics.median(rest):.2f} s ({min(rest):.2f} - {max(rest):.2f})"
         print(

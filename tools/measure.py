@@ -10,14 +10,32 @@ from model import PRESETS, Config, splice_order
 
 SIZES = PRESETS | {  # beside the presets: the real vocabulary on backbones that a CPU can run
     "wide": Config(  # and the real window
-        n_mels=80, audio_width=384, audio_heads=6, audio_layers=4, taps=(1, 2, 3, 4), qformer_ffn=1536,
-        width=512, layers=6, heads=8, ffn=1536,
+        n_mels=80,
+        audio_width=384,
+        audio_heads=6,
+        audio_layers=4,
+        taps=(1, 2, 3, 4),
+        qformer_ffn=1536,
+        width=512,
+        layers=6,
+        heads=8,
+        ffn=1536,
     ),
     "mid": Config(  # 0.4 billion parameters
-        n_mels=80, n_frames=500, audio_width=192, audio_heads=4, audio_layers=4, taps=(1, 2, 3, 4),
-        qformer_ffn=768, width=1024, layers=12, heads=16, ffn=3072, lora_rank=0,
+        n_mels=80,
+        n_frames=500,
+        audio_width=192,
+        audio_heads=4,
+        audio_layers=4,
+        taps=(1, 2, 3, 4),
+        qformer_ffn=768,
+        width=1024,
+        layers=12,
+        heads=16,
+        ffn=3072,
+        lora_rank=0,
     ),
-}  # fmt: skip
+}
 
 
 class Peak:

@@ -85,8 +85,15 @@ def moved(path, folder, new_folder):
 
 # corpora whose test speakers must be unheard
 SPEAKER_MATTERS = (
-    "ravdess", "librispeech", "iemocap", "vctk", "voxceleb1", "vocalsound", "speechocean762", "neural",
-)  # fmt: skip
+    "ravdess",
+    "librispeech",
+    "iemocap",
+    "vctk",
+    "voxceleb1",
+    "vocalsound",
+    "speechocean762",
+    "neural",
+)
 DOMAINS = ("sound", "music", "speech", "mixture")  # as Table A.1 has them
 
 
@@ -303,9 +310,11 @@ def build_parser():
         p.add_argument("manifest", help="lines with facts, as this program writes them")
         p.add_argument("--out", required=True)
         p.add_argument(
-            "--llm", required=True, metavar="URL",
+            "--llm",
+            required=True,
+            metavar="URL",
             help="OpenAI-compatible endpoint, e.g. http://localhost:8000/v1 (key: OPENAI_API_KEY)",
-        )  # fmt: skip
+        )
         p.add_argument("--model", required=True)
         p.add_argument("--workers", type=int, default=8, help="questions in flight (default 8)")
         p.add_argument("--timeout", type=float, default=60.0, help="seconds (default 60)")

@@ -8,7 +8,7 @@ def capital(text):
 
 
 def format_choices(choices):
-    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
+    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
 
 
 def mmsu_prompt(question, choices):

@@ -33,131 +33,181 @@ class Task:
     labels: bool = True  # the answers form a set that multiple choice can draw from
 
 
+def task_of(kind, questions, long="", labels=True):
+    """A Task of texts that hold several questions or full answers, each of which ends in "?" or "."."""
+
+    def apart(text):
+        return tuple(re.findall(r"[^?. ][^?.]*[?.]", text))
+
+    return Task(kind, apart(questions), apart(long), labels)
+
+
 TASKS = {
-    "asr": Task("words", (
-        ASR_QUESTION, "Write down what is said.", "What is being said in this recording?",
-        "Turn the speech into text.", "Give the exact words of the speaker.", "Which words can be heard?",
-        "Write out the spoken words.", "What does the speaker say?", "What is said?",
-        "Type what you hear being said.", "Transcribe the recording.", "Speech to text, please.",
-        "Put the spoken words into writing.", "Note down every word you hear.",
-        "What are the words in this clip?", "Please write a transcript.",
-        "Listen and write what is spoken.", "Provide the transcription of the speech.",
-        "Tell me word for word what was said.", "What did the person say?", "Render the speech as text.",
-        "Take dictation from this recording.",
-        "Spell out the words that are spoken.", "Give a transcript of the audio.",
+    "asr": task_of(
+        "words",
+        f"{ASR_QUESTION} Write down what is said. What is being said in this recording? "
+        "Turn the speech into text. Give the exact words of the speaker. Which words can be heard? "
+        "Write out the spoken words. What does the speaker say? What is said? "
+        "Type what you hear being said. Transcribe the recording. Speech to text, please. "
+        "Put the spoken words into writing. Note down every word you hear. "
+        "What are the words in this clip? Please write a transcript. Listen and write what is spoken. "
+        "Provide the transcription of the speech. Tell me word for word what was said. "
+        "What did the person say? Render the speech as text. Take dictation from this recording. "
+        "Spell out the words that are spoken. Give a transcript of the audio. "
         "What text does the voice speak?",
-    ), labels=False),
-    "digit": Task("digit", (
-        "Which digit is spoken?", "What digit is spoken?", "What number is said?",
-        "Which number do you hear?", "What digit do you hear?", "Name the digit.", "Which digit is it?",
-        "What number does the speaker say?",
-    ), ("The speaker says {}.", "The digit is {}.")),
-    "word": Task("word", (
-        "Which word is spoken?", "What word is said?", "What word do you hear?",
-        "Which word does the speaker say?", "What is the spoken word?", "Name the word.",
-        "What single word is this?",
-    ), ("The speaker says {}.", "The word is {}.")),
-    "sound": Task("sound", (
-        "What sound is this?", "Which sound do you hear?", "What makes this sound?", "Name the sound.",
-        "What can be heard in the recording?", "What is the source of the sound?", "Identify the sound.",
-        "Which environmental sound is it?", "What is making the noise?", "What kind of sound is this?",
-    ), ("This is the sound of {}.", "I hear {}.")),
-    "instrument": Task("instrument", (
-        "Which instrument or object is it?", "What instrument or object do you hear?",
-        "What object makes this sound?", "What is being played or struck?",
-        "Name the instrument or object.", "Which instrument do you hear?", "What makes this sound?",
-        "What is the source of the sound?",
-    ), ("This is the sound of {}.", "I hear {}.")),
-    "emotion": Task("emotion", (
-        "What emotion?", "How does the speaker feel?", "Which emotion does the voice express?",
-        "What is the speaker's emotion?", "How does the voice sound?", "What mood is the speaker in?",
-        "Describe the speaker's emotion.", "What feeling do you hear?",
-        "In what emotional state is the speaker?",
-    ), ("The speaker sounds {}.", "The voice is {}.")),
-    "intensity": Task("intensity", (
-        "How strong is the emotion?", "Is the emotion normal or strong?", "What is the emotional intensity?",
+        labels=False,
+    ),
+    "digit": task_of(
+        "digit",
+        "Which digit is spoken? What digit is spoken? What number is said? Which number do you hear? "
+        "What digit do you hear? Name the digit. Which digit is it? What number does the speaker say?",
+        "The speaker says {}. The digit is {}.",
+    ),
+    "word": task_of(
+        "word",
+        "Which word is spoken? What word is said? What word do you hear? Which word does the speaker say? "
+        "What is the spoken word? Name the word. What single word is this?",
+        "The speaker says {}. The word is {}.",
+    ),
+    "sound": task_of(
+        "sound",
+        "What sound is this? Which sound do you hear? What makes this sound? Name the sound. "
+        "What can be heard in the recording? What is the source of the sound? Identify the sound. "
+        "Which environmental sound is it? What is making the noise? What kind of sound is this?",
+        "This is the sound of {}. I hear {}.",
+    ),
+    "instrument": task_of(
+        "instrument",
+        "Which instrument or object is it? What instrument or object do you hear? "
+        "What object makes this sound? What is being played or struck? Name the instrument or object. "
+        "Which instrument do you hear? What makes this sound? What is the source of the sound?",
+        "This is the sound of {}. I hear {}.",
+    ),
+    "emotion": task_of(
+        "emotion",
+        "What emotion? How does the speaker feel? Which emotion does the voice express? "
+        "What is the speaker's emotion? How does the voice sound? What mood is the speaker in? "
+        "Describe the speaker's emotion. What feeling do you hear? In what emotional state is the speaker?",
+        "The speaker sounds {}. The voice is {}.",
+    ),
+    "intensity": task_of(
+        "intensity",
+        "How strong is the emotion? Is the emotion normal or strong? What is the emotional intensity? "
         "How intense is the feeling?",
-    ), ("The emotion is {}.",)),
-    "sex": Task("sex", (
-        "Is the speaker male or female?", "Is this a man or a woman?", "What is the speaker's sex?",
-        "Who speaks, a man or a woman?", "Is the voice male or female?", "What is the gender of the speaker?",
-    ), ("The speaker is {}.", "The voice is {}.")),
-    "age": Task("age", (
-        "Is the speaker a child or an adult?", "Do you hear a child or an adult?",
-        "Who speaks, a child or an adult?", "Is this the voice of a child or of an adult?",
-        "Child or adult?", "How old does the speaker sound?",
-    ), ("The speaker is {}.",)),
-    "speaker": Task("speaker", (
-        "Who is speaking?", "Which speaker is it?", "Name the speaker.",
-    ), ("The speaker is {}.",)),
-    "accent": Task("accent", (
-        "What accent does the speaker have?", "Which accent do you hear?",
-        "Where is the speaker's accent from?",
-    ), ("The accent is {}.",)),
-    "nationality": Task("nationality", (
-        "Which nationality is the speaker likely to have?", "Where does the speaker come from?",
-    ), ("The speaker comes from {}.",)),
-    "genre": Task("genre", (
-        "What genre of music is this?", "Which genre is the music?", "Name the musical genre.",
-    ), ("The music is {}.",)),
-    "caption": Task("caption", (
-        "Describe the recording.", "Describe the audio in a sentence.", "What is going on in this clip?",
+        "The emotion is {}.",
+    ),
+    "sex": task_of(
+        "sex",
+        "Is the speaker male or female? Is this a man or a woman? What is the speaker's sex? "
+        "Who speaks, a man or a woman? Is the voice male or female? What is the gender of the speaker?",
+        "The speaker is {}. The voice is {}.",
+    ),
+    "age": task_of(
+        "age",
+        "Is the speaker a child or an adult? Do you hear a child or an adult? "
+        "Who speaks, a child or an adult? Is this the voice of a child or of an adult? Child or adult? "
+        "How old does the speaker sound?",
+        "The speaker is {}.",
+    ),
+    "speaker": task_of(
+        "speaker",
+        "Who is speaking? Which speaker is it? Name the speaker.",
+        "The speaker is {}.",
+    ),
+    "accent": task_of(
+        "accent",
+        "What accent does the speaker have? Which accent do you hear? Where is the speaker's accent from?",
+        "The accent is {}.",
+    ),
+    "nationality": task_of(
+        "nationality",
+        "Which nationality is the speaker likely to have? Where does the speaker come from?",
+        "The speaker comes from {}.",
+    ),
+    "genre": task_of(
+        "genre",
+        "What genre of music is this? Which genre is the music? Name the musical genre.",
+        "The music is {}.",
+    ),
+    "caption": task_of(
+        "caption",
+        "Describe the recording. Describe the audio in a sentence. What is going on in this clip? "
         "Summarise what can be heard.",
-    ), labels=False),
-    "description": Task("description", (
-        "Describe the recording.", "Describe everything you hear.", "Describe the audio in a sentence.",
-        "Say in one sentence who or what can be heard, and how.", "Summarise what can be heard.",
+        labels=False,
+    ),
+    "description": task_of(
+        "description",
+        "Describe the recording. Describe everything you hear. Describe the audio in a sentence. "
+        "Say in one sentence who or what can be heard, and how. Summarise what can be heard. "
         "Give a full description of the recording.",
-    ), labels=False),
-    "background": Task("background", (
-        "What sound is in the background?", "What do you hear behind the speech?",
-        "What is the background noise?", "Which sound is under the voice?",
+        labels=False,
+    ),
+    "background": task_of(
+        "background",
+        "What sound is in the background? What do you hear behind the speech? "
+        "What is the background noise? Which sound is under the voice? "
         "Beside the voice, what can be heard?",
-    ), ("In the background there is {}.",)),
-    "music": Task("music", (
-        "Which instrument or object plays under it?", "What music is behind the voice?",
+        "In the background there is {}.",
+    ),
+    "music": task_of(
+        "music",
+        "Which instrument or object plays under it? What music is behind the voice? "
         "What else is played in the background?",
-    ), ("Behind it there is {}.",)),
-    "louder": Task("louder", (
-        "Which is louder, the voice or the background?", "Is the voice or the background louder?",
+        "Behind it there is {}.",
+    ),
+    "louder": task_of(
+        "louder",
+        "Which is louder, the voice or the background? Is the voice or the background louder? "
         "What is louder, speech or background?",
-    )),
-    "speed": Task("speed", (
-        "Does the speaker talk slowly or fast?", "How fast is the speech?", "Is the speech slow or fast?",
-    ), ("The speech is {}.",)),
-    "first_sound": Task("first_sound", (
-        "Which sound comes first?", "What is heard first?", "What is the first sound?",
-    ), ("First there is {}.",)),
-    "last_sound": Task("last_sound", (
-        "Which sound comes last?", "What is heard last?", "What is the last sound?",
-    ), ("At the end there is {}.",)),
-    "sound_count": Task("sound_count", (
-        "How many sounds follow each other?", "How many different sounds are there?", "Count the sounds.",
-    ), ("There are {} sounds.",)),
-    "any": Task("any", (
-        "What do you hear?", "What is in this recording?", "What is this?", "What can you hear?",
-        "Describe what you hear.", "What is happening in the audio?", "Listen and answer: what is it?",
-    ), labels=False),
-    "first": Task("first", (
-        "Which digit comes first?", "What is the first digit?", "Name the first digit you hear.",
-    ), ("The first digit is {}.",)),
-    "last": Task("last", (
-        "Which digit comes last?", "What is the last digit?", "Name the last digit you hear.",
-    ), ("The last digit is {}.",)),
-    "count": Task("count", (
-        "How many digits are spoken?", "How many digits do you hear?", "Count the digits.",
-    ), ("There are {} digits.",)),
-    "layer": Task("layer", (
-        "Is this speech or a sound?", "Do you hear speech or a sound?", "Speech or sound?",
-    )),
-}  # fmt: skip
+    ),
+    "speed": task_of(
+        "speed",
+        "Does the speaker talk slowly or fast? How fast is the speech? Is the speech slow or fast?",
+        "The speech is {}.",
+    ),
+    "first_sound": task_of(
+        "first_sound",
+        "Which sound comes first? What is heard first? What is the first sound?",
+        "First there is {}.",
+    ),
+    "last_sound": task_of(
+        "last_sound",
+        "Which sound comes last? What is heard last? What is the last sound?",
+        "At the end there is {}.",
+    ),
+    "sound_count": task_of(
+        "sound_count",
+        "How many sounds follow each other? How many different sounds are there? Count the sounds.",
+        "There are {} sounds.",
+    ),
+    "any": task_of(
+        "any",
+        "What do you hear? What is in this recording? What is this? What can you hear? "
+        "Describe what you hear. What is happening in the audio? Listen and answer: what is it?",
+        labels=False,
+    ),
+    "first": task_of(
+        "first",
+        "Which digit comes first? What is the first digit? Name the first digit you hear.",
+        "The first digit is {}.",
+    ),
+    "last": task_of(
+        "last",
+        "Which digit comes last? What is the last digit? Name the last digit you hear.",
+        "The last digit is {}.",
+    ),
+    "count": task_of(
+        "count",
+        "How many digits are spoken? How many digits do you hear? Count the digits.",
+        "There are {} digits.",
+    ),
+    "layer": task_of(
+        "layer",
+        "Is this speech or a sound? Do you hear speech or a sound? Speech or sound?",
+    ),
+}
 IN_A_SENTENCE = (" Answer in a full sentence.", " Answer in a sentence.", " Say it in a full sentence.")
-SELDOM = {
-    "layer": 0.3,
-    "speaker": 0.5,
-    "any": 0.7,
-    "description": 0.7,
-}  # how often a task is asked, others: 1
+SELDOM = {"layer": 0.3, "speaker": 0.5, "any": 0.7, "description": 0.7}  # how often one is asked, others: 1
 IN_FULL = ("asr", "caption", "description")  # tasks whose answer is the fact as it stands
 CHOICE_TASKS = [name for name, row in TASKS.items() if row.labels and name not in ("speaker", "layer")]
 A_OR_AN = {"child": "a child", "adult": "an adult"}  # how a label stands in a sentence
@@ -196,21 +246,41 @@ def derived(facts):
 
 
 HAPPENS = {  # a sound as a clause; any other is "... in the background"
-    "rain": "rain falls", "sea waves": "sea waves roll", "dog bark": "a dog barks",
-    "rooster": "a rooster crows", "baby cry": "a baby cries", "clock tick": "a clock ticks",
-    "person sneeze": "a person sneezes", "helicopter": "a helicopter flies by",
-    "chainsaw": "a chainsaw runs", "fire crackling": "a fire crackles",
-}  # fmt: skip
+    "rain": "rain falls",
+    "sea waves": "sea waves roll",
+    "dog bark": "a dog barks",
+    "rooster": "a rooster crows",
+    "baby cry": "a baby cries",
+    "clock tick": "a clock ticks",
+    "person sneeze": "a person sneezes",
+    "helicopter": "a helicopter flies by",
+    "chainsaw": "a chainsaw runs",
+    "fire crackling": "a fire crackles",
+}
 MANNER = {  # an emotion as an adverb
-    "neutral": "in a neutral voice", "calm": "calmly", "happy": "happily", "sad": "sadly", "angry": "angrily",
-    "fearful": "fearfully", "disgusted": "with disgust", "surprised": "with surprise", "excited": "excitedly",
-    "frustrated": "with frustration", "amused": "with amusement",
-}  # fmt: skip
+    "neutral": "in a neutral voice",
+    "calm": "calmly",
+    "happy": "happily",
+    "sad": "sadly",
+    "angry": "angrily",
+    "fearful": "fearfully",
+    "disgusted": "with disgust",
+    "surprised": "with surprise",
+    "excited": "excitedly",
+    "frustrated": "with frustration",
+    "amused": "with amusement",
+}
 PERSON = {  # (age, sex) -> who speaks
-    ("child", "female"): "a girl", ("child", "male"): "a boy", ("child", None): "a child",
-    ("adult", "female"): "a woman", ("adult", "male"): "a man", ("adult", None): "an adult",
-    (None, "female"): "a woman", (None, "male"): "a man", (None, None): "someone",
-}  # fmt: skip
+    ("child", "female"): "a girl",
+    ("child", "male"): "a boy",
+    ("child", None): "a child",
+    ("adult", "female"): "a woman",
+    ("adult", "male"): "a man",
+    ("adult", None): "an adult",
+    (None, "female"): "a woman",
+    (None, "male"): "a man",
+    (None, None): "someone",
+}
 OF_A_VOICE = ("words", "sex", "age", "accent", "nationality", "emotion", "intensity", "speed")
 
 
@@ -358,15 +428,16 @@ def with_a_wrong_word(text, pool, rng):
 # multiple choice
 
 
-CONFUSABLE = [  # sounds, feelings and words that are easily taken for each other
-    "rain|sea waves|fire crackling|water", "helicopter|chainsaw", "dog bark|rooster|baby cry|person sneeze",
-    "clock tick|camera|shaker|hi-hat", "happy|surprised|angry|fearful", "neutral|calm|sad",
-    "disgusted|angry|fearful", "five|nine|four", "one|nine", "six|seven|eight", "two|three|zero",
-    "three|tree", "bed|bird|dog", "no|go", "on|off", "up|off", "house|down|wow", "yes|left",
-    "guitar|bass|piano", "bell|gong|glass|metal", "bass drum|drum|snare drum|tabla|percussion",
-    "female voice|female voices|male voice|male voices", "synthesizer|theremin|electronic sound",
-    "plastic|squeak|balloon|door", "one|two|three|four|five",
-]  # fmt: skip
+# sounds, feelings and words that are easily taken for each other
+CONFUSABLE = (
+    "rain, sea waves, fire crackling, water; helicopter, chainsaw; clock tick, camera, shaker, hi-hat; "
+    "dog bark, rooster, baby cry, person sneeze; happy, surprised, angry, fearful; neutral, calm, sad; "
+    "disgusted, angry, fearful; five, nine, four; one, nine; six, seven, eight; two, three, zero; "
+    "three, tree; bed, bird, dog; no, go; on, off; up, off; house, down, wow; yes, left; "
+    "guitar, bass, piano; bell, gong, glass, metal; bass drum, drum, snare drum, tabla, percussion; "
+    "female voice, female voices, male voice, male voices; synthesizer, theremin, electronic sound; "
+    "plastic, squeak, balloon, door; one, two, three, four, five"
+)
 CHOICE_STYLES = ("mmsu", "mmsu", "mmau", "mmau", "letter", "both", "both", "text", "text")  # drawn evenly
 CHOICE_COUNTS = (2, 3, 4, 4, 4, 4, 5, 6, 8)
 
@@ -374,9 +445,10 @@ CHOICE_COUNTS = (2, 3, 4, 4, 4, 4, 5, 6, 8)
 def distractors(label, pool, n, rng):
     """n wrong labels out of `pool`, half of them those most like the right one, first."""
     near = set()
-    for group in CONFUSABLE:
-        if label in group.split("|"):
-            near.update(group.split("|"))
+    for group in CONFUSABLE.split("; "):
+        labels = group.split(", ")
+        if label in labels:
+            near.update(labels)
     others = sorted(set(pool) - {label})
     rng.shuffle(others)
 
@@ -524,4 +596,3 @@ def draw_balanced(clips, kind, n, rng):
     groups = by_fact(clips, kind)
     names = sorted(groups)
     return [rng.choice(groups[names[i % len(names)]]) for i in range(n)] if names else []
-

@@ -12,9 +12,16 @@ import re
 
 SEX = {"m": "male", "f": "female", "male": "male", "female": "female"}
 IEMOCAP_EMOTION = {
-    "ang": "angry", "hap": "happy", "exc": "excited", "sad": "sad", "neu": "neutral", "fru": "frustrated",
-    "fea": "fearful", "sur": "surprised", "dis": "disgusted",
-}  # fmt: skip
+    "ang": "angry",
+    "hap": "happy",
+    "exc": "excited",
+    "sad": "sad",
+    "neu": "neutral",
+    "fru": "frustrated",
+    "fea": "fearful",
+    "sur": "surprised",
+    "dis": "disgusted",
+}
 ADULT = 13  # years from which a speaker counts as one
 
 
@@ -167,9 +174,9 @@ def rows_of_fma(path):
     """tracks.csv: a header of two lines, then the name of the index."""
     with open(path, encoding="utf-8", newline="") as f:
         table = csv.reader(f)
-        header = ["/".join(pair) for pair in zip(next(table), next(table))]
+        header = ["/".join(pair) for pair in zip(next(table), next(table), strict=False)]
         next(table)
-        return [dict(zip(["id", *header[1:]], row)) for row in table]
+        return [dict(zip(["id", *header[1:]], row, strict=False)) for row in table]
 
 
 def rows_of_tacos(path):

@@ -287,7 +287,7 @@ def speak_sentences(source, out, engine, test_voices=(), limit=None, hours=None,
         try:
             for start in range(0, len(rows), at_once):
                 part = rows[start : start + at_once]
-                for row, length in zip(part, pool.map(say, part)):
+                for row, length in zip(part, pool.map(say, part), strict=True):
                     if hours is not None and seconds >= hours * 3600:
                         break
                     spoken.append(row)

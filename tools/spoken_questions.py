@@ -76,29 +76,34 @@ SPOKEN_WORDS = 60  # longer questions are not spoken
 # ---------------------------------------------------------------------------------------------
 # short questions with short answers
 
-NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen twenty"
-).split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-OPPOSITES = (
-    ("hot", "cold"), ("big", "small"), ("up", "down"), ("left", "right"), ("day", "night"), ("black",
-    "white"), ("open", "closed"), ("happy", "sad"), ("fast", "slow"), ("old", "young"), ("high", "low"),
-    ("long", "short"), ("rich", "poor"), ("full", "empty"), ("hard", "soft"), ("light", "dark"), ("early",
-    "late"), ("strong", "weak"), ("wet", "dry"), ("near", "far"), ("good", "bad"), ("first", "last"),
-    ("in", "out"), ("on", "off"), ("heavy", "light"),
-)  # fmt: skip
-COLOURS = {
-    "grass": "green", "snow": "white", "the sky": "blue", "blood": "red", "coal": "black",
-    "a banana": "yellow", "a lemon": "yellow", "a carrot": "orange", "milk": "white", "a tomato": "red",
-    "the sun": "yellow", "a leaf": "green", "night": "black", "chocolate": "brown",
-}  # fmt: skip
-ANIMALS = {
-    "barks": "dog", "meows": "cat", "moos": "cow", "crows in the morning": "rooster", "gives milk": "cow",
-    "gives wool": "sheep", "lays eggs": "hen", "swims in the sea": "fish", "makes honey": "bee",
-    "spins a web": "spider", "has a trunk": "elephant", "has a long neck": "giraffe", "hops": "rabbit",
-    "croaks": "frog", "neighs": "horse", "oinks": "pig", "roars": "lion", "quacks": "duck",
-}  # fmt: skip
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+NUMBERS += ["eleven", "twelve", "thirteen", "fourteen", "fifteen"]
+NUMBERS += ["sixteen", "seventeen", "eighteen", "nineteen", "twenty"]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+
+
+def pairs_of(text):
+    """[("hot", "cold"), ...] of "hot: cold, ..."."""
+    return [tuple(pair.split(": ")) for pair in text.split(", ")]
+
+
+OPPOSITES = pairs_of(
+    "hot: cold, big: small, up: down, left: right, day: night, black: white, open: closed, happy: sad, "
+    "fast: slow, old: young, high: low, long: short, rich: poor, full: empty, hard: soft, light: dark, "
+    "early: late, strong: weak, wet: dry, near: far, good: bad, first: last, in: out, on: off, "
+    "heavy: light"
+)
+COLOURS = pairs_of(
+    "grass: green, snow: white, the sky: blue, blood: red, coal: black, a banana: yellow, "
+    "a lemon: yellow, a carrot: orange, milk: white, a tomato: red, the sun: yellow, a leaf: green, "
+    "night: black, chocolate: brown"
+)
+ANIMALS = pairs_of(
+    "barks: dog, meows: cat, moos: cow, crows in the morning: rooster, gives milk: cow, "
+    "gives wool: sheep, lays eggs: hen, swims in the sea: fish, makes honey: bee, spins a web: spider, "
+    "has a trunk: elephant, has a long neck: giraffe, hops: rabbit, croaks: frog, neighs: horse, "
+    "oinks: pig, roars: lion, quacks: duck"
+)
 
 
 def short_questions():
@@ -122,10 +127,10 @@ def short_questions():
     for word, answer in opposite.items():
         pairs.append((f"What is the opposite of {word}?", answer))
         pairs.append((f"Tell me the opposite of {word}.", answer))
-    for thing, colour in COLOURS.items():
+    for thing, colour in COLOURS:
         pairs.append((f"What colour is {thing}?", colour))
         pairs.append((f"Which colour has {thing}?", colour))
-    for does, animal in ANIMALS.items():
+    for does, animal in ANIMALS:
         named = ("an " if animal[0] in "aeiou" else "a ") + animal
         pairs.append((f"Which animal {does}?", named))
         pairs.append((f"What animal {does}?", named))

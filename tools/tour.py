@@ -51,14 +51,26 @@ from tools.questions import (
 TOUR = ("fsdd", "speech_commands", "esc10", "ravdess", "librispeech", "berklee", "sonicpi", "speechocean762")
 SENTENCES = ("speechocean762", "neural")  # corpora of sentences, no two clips alike
 BALANCE = {  # fact -> clips drawn for it in a manifest, every value of it equally often
-    "digit": 1500, "word": 2500, "sound": 2500, "instrument": 3000,
-    "emotion": 5000, "sex": 1500, "intensity": 2000, "age": 1500,
-}  # fmt: skip
+    "digit": 1500,
+    "word": 2500,
+    "sound": 2500,
+    "instrument": 3000,
+    "emotion": 5000,
+    "sex": 1500,
+    "intensity": 2000,
+    "age": 1500,
+}
 TEST_TASKS = {  # corpus -> what its test clips are asked
-    "fsdd": ("digit",), "speech_commands": ("word",), "esc10": ("sound",), "ravdess": ("emotion", "sex", "intensity"),
-    "librispeech": ("sex",), "berklee": ("instrument",), "sonicpi": ("instrument",),
-    "speechocean762": ("asr", "sex", "age"), "neural": ("asr", "sex"),
-}  # fmt: skip
+    "fsdd": ("digit",),
+    "speech_commands": ("word",),
+    "esc10": ("sound",),
+    "ravdess": ("emotion", "sex", "intensity"),
+    "librispeech": ("sex",),
+    "berklee": ("instrument",),
+    "sonicpi": ("instrument",),
+    "speechocean762": ("asr", "sex", "age"),
+    "neural": ("asr", "sex"),
+}
 TEST_LINES = 300
 DOMAINS = {
     "sound": "sound",
@@ -81,7 +93,7 @@ def sentences_of(folder, most=15):
 
 
 def compose_clips(part, n, rng, folder, progress):
-    """Strings of digits and of words, and speech over sounds, made of a split's clips -> kind of composition -> clips."""
+    """Made of a split's clips: strings of digits and of words, speech over sounds -> {kind: clips}."""
     digits = [c for c in part if c.dataset == "fsdd"]
     words = [c for c in part if c.dataset == "speech_commands"]
     sounds = [c for c in part if "sound" in c.facts]
@@ -108,7 +120,9 @@ def written(line):
 
 
 def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
-    """Writes tokenizer.json, stage0.jsonl to stage4.jsonl, held_out.jsonl, test.jsonl, mmsu.jsonl and mmau.json.
+    """Writes the manifests of the small model's run, the tokenizer and two benchmarks.
+
+    They are tokenizer.json, stage0.jsonl to stage4.jsonl, held_out.jsonl, test.jsonl, mmsu.jsonl, mmau.json.
 
     audio: folder that holds the corpora of TOUR, or some of them.  text: folder of books.  speech: what
     `prepare speak sentences` wrote.  n_strings: composed digit strings; all else in proportion.
@@ -215,8 +229,9 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
 
 
 def test_lines(clips, made, rng, out):
-    """The test split: a question for each task that a corpus is tested by, spoken questions, and composed clips.
+    """The test split.
 
+    A question for each task that a corpus is tested by, spoken questions, and composed clips.
     At most TEST_LINES of each corpus and task, drawn at random.
     """
     by_task = defaultdict(list)
@@ -251,19 +266,35 @@ def benchmark(clips, pools, n, rng, out):
         question, choices, right = multiple_choice(task, fact, pools[task], 4, rng)
         path = os.path.relpath(clip.path, out)
         if task in DOMAINS or len(choices) != 4:  # MMSU always has four
-            mmau.append({
-                "id": f"q{i:04}", "audio_id": path, "question": question, "choices": choices, "answer": choices[right],
-                "task": DOMAINS.get(task, "speech"), "difficulty": "medium", "sub-category": task, "dataset": clip.dataset,
-            })  # fmt: skip
+            mmau.append(
+                {
+                    "id": f"q{i:04}",
+                    "audio_id": path,
+                    "question": question,
+                    "choices": choices,
+                    "answer": choices[right],
+                    "task": DOMAINS.get(task, "speech"),
+                    "difficulty": "medium",
+                    "sub-category": task,
+                    "dataset": clip.dataset,
+                }
+            )
         else:
             paralinguistic = task in ("emotion", "intensity", "sex", "age", "accent")
             fields = dict(zip(("choice_a", "choice_b", "choice_c", "choice_d"), choices, strict=True))
-            mmsu.append({
-                "id": f"q{i:04}", "audio_path": path, "question": question, **fields, "answer_gt": choices[right],
-                "task_name": task, "category": "Reasoning" if task == "count" else "Perception",
-                "sub-category": "Paralinguistics" if paralinguistic else "Linguistics",
-                "sub-sub-category": "Paralinguistics" if paralinguistic else "Semantics",
-            })  # fmt: skip
+            mmsu.append(
+                {
+                    "id": f"q{i:04}",
+                    "audio_path": path,
+                    "question": question,
+                    **fields,
+                    "answer_gt": choices[right],
+                    "task_name": task,
+                    "category": "Reasoning" if task == "count" else "Perception",
+                    "sub-category": "Paralinguistics" if paralinguistic else "Linguistics",
+                    "sub-sub-category": "Paralinguistics" if paralinguistic else "Semantics",
+                }
+            )
     write_lines(mmsu, os.path.join(out, "mmsu.jsonl"))
     write_text(json.dumps(mmau, indent=1, ensure_ascii=False), os.path.join(out, "mmau.json"))
     return len(mmsu), len(mmau)

@@ -117,7 +117,7 @@ def ask_all(endpoint, prompts, path, workers):
     replies = read_journal(path)
     missing = {key: prompt for key, prompt in prompts.items() if key not in replies}
     try:
-        journal = open(path, "a+", encoding="utf-8")
+        journal = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - `with` below closes it
     except OSError as e:
         raise UserError(f"{path}: cannot be written ({e.strerror})") from None
     with (
@@ -162,7 +162,7 @@ def write_with_llm(manifest, out, endpoint, kind, workers=8, limit=None):
         prompts[key] = (system, user, read)
     replies = ask_all(endpoint, prompts, out + ".replies.jsonl", workers)
     lines, unusable, silent = [], 0, 0
-    for key, (entry, example) in zip(keys, pairs):
+    for key, (entry, example) in zip(keys, pairs, strict=True):
         reply = replies.get(key)
         audios = [os.path.relpath(example.audio, new_folder)] if example.audio else []
         if reply is None:
