@@ -263,7 +263,7 @@ STAGES = {
     "tiny": {
         0: Stage(("backbone.",), lr=2e-3, batch=32, warmup=30, steps=1200, written=True, **TINY),
         1: Stage(("semantic.", "soft_prompts"), lr=1.5e-3, batch=32, warmup=20, steps=220, **HEARING),
-        2: Stage(ADAPTERS, lr=1.5e-3, batch=32, warmup=20, steps=760, **HEARING),
+        2: Stage(ADAPTERS, lr=1.5e-3, batch=32, warmup=20, steps=660, **HEARING),
         3: Stage((*ADAPTERS, "lora"), lr=1e-3, batch=32, warmup=10, steps=180, **HEARING),
         4: Stage((*ADAPTERS, "lora"), 5e-5, 8, warmup=5, steps=60, loss=VRPO, beta2=0.98, augment=True),
     },

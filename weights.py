@@ -46,6 +46,7 @@ from model import DIFFA2, PRESETS, SPECIAL_TOKENS, Config, Parser, UserError, ex
 HERE = os.path.dirname(os.path.abspath(__file__))
 ASSETS = {"tiny": os.path.join(HERE, "assets", "tiny")}  # presets whose weights come with the code
 TINY_ENCODER = "whisper-tiny.en"  # the folder of assets that holds the encoder of preset tiny
+TINY_FINGERPRINT = "c7311073ee9e7c16"  # its `fingerprint`
 
 
 # ---------------------------------------------------------------------------------------------
@@ -163,8 +164,8 @@ def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=
         beside = {part: where if os.path.exists(where) else None for part, where in beside.items()}
         files = llada or beside["llada"], whisper or beside["whisper"]
         if None in files:
-            files = fetch(base["name"], None, *files, adapters=False)
-        model, _ = assemble(config, *files, device, dtype, int(header["stage"]), base["name"])
+            files = fetch(base["name"], None, *files, adapters=False)[:2]
+        model, _ = assemble(config, *files, None, device, dtype, int(header["stage"]), base["name"])
         for part, where in (("llada", files[0]), ("whisper", files[1])):
             check_fingerprint(name_or_path, part, where, model.base[part], base[part])
         dtype = torch.float32  # that of everything trained
@@ -173,8 +174,8 @@ def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=
         with torch.device("meta"):
             model = DIFFA2(config, lora=any("lora_A" in k for k in weights))
         if base:
-            if not whisper and base["whisper"] != TINY_ENCODER:
-                raise UserError(f"{name_or_path}: was trained on another encoder; give its file by --whisper")
+            beside = os.path.join(folder, "whisper")
+            whisper = whisper or (beside if os.path.exists(beside) else None)
             load_tiny_encoder(model, whisper, device, dtype)
             check_fingerprint(name_or_path, "whisper", whisper, model.base["whisper"], base["whisper"])
     model.stage = int(header["stage"])
@@ -191,7 +192,8 @@ def load_tiny_encoder(model, whisper=None, device=None, dtype=None):
     weight = model.encoder.conv1.weight
     shipped = os.path.join(HERE, "assets", TINY_ENCODER)
     load_whisper(model, whisper or shipped, device or weight.device, dtype or weight.dtype)
-    model.base = {"name": "tiny", "whisper": fingerprint(model.encoder) if whisper else TINY_ENCODER}
+    found = fingerprint(model.encoder)
+    model.base = {"name": "tiny", "whisper": TINY_ENCODER if found == TINY_FINGERPRINT else found}
 
 
 def fingerprint(module):

@@ -502,7 +502,7 @@ def test_tables_that_do_not_fit(tmp_path, capsys):
             (d / name).write_text(text)
         assert main(["meld", str(d), "--out", str(tmp_path / "m.jsonl")]) == 2
         err = capsys.readouterr().err.splitlines()
-        assert says in err[-1] and err[-1].startswith("prepare.py: ")
+        assert says in err[-1] and err[-1].startswith("prepare: ")
     assert os.listdir(tmp_path) == ["c"]
 
 

@@ -24,6 +24,7 @@ from data import (
     prompt_text,
     read_manifest,
     response_length,
+    split_clip,
     window_seconds,
 )
 from model import PRESETS, SPECIAL_TOKENS, UserError
@@ -374,3 +375,30 @@ def test_llada_style_tokenizer_position():
     t.add_special_tokens(list(SPECIAL_TOKENS.values()))
     ids, at = build_prompt(t, "Hm?")
     assert t.decode(ids[at : at + 8]) == " <audio>"
+
+
+# ------------------------------------------------------------------------- clips beyond the window
+
+
+@pytest.mark.parametrize("seconds", [0.01, 1.99, 2.0, 2.01, 3.0, 4.3, 61.7])
+def test_split_clip_uses_each_sample_once(config, seconds):
+    """Pieces are whole, in order, fit the window; none but the last is shorter than half of it."""
+    window = config.n_frames * 320
+    audio = np.random.default_rng(0).uniform(-1, 1, int(seconds * 16000)).astype(np.float32)
+    pieces = split_clip(audio, config)
+    assert pieces[0][0] == 0 and pieces[-1][1] == len(audio)
+    assert all(a[1] == b[0] for a, b in zip(pieces[:-1], pieces[1:], strict=True))
+    assert all(0 < end - start <= window for start, end in pieces)
+    assert all(end - start >= window // 2 for start, end in pieces[:-1])
+    assert (len(pieces) == 1) == (len(audio) <= window)
+
+
+def test_split_clip_cuts_where_it_is_quiet(config):
+    """Silences of 0.4 s at 1.3, 2.6 and 4.2 s: the cuts lie within them."""
+    audio = np.random.default_rng(0).uniform(-1, 1, 5 * 16000).astype(np.float32)
+    for start in (1.3, 2.6, 4.2):
+        audio[int(start * 16000) : int((start + 0.4) * 16000)] = 0
+    cuts = [end / 16000 for _, end in split_clip(audio, config)[:-1]]
+    assert len(cuts) == 3
+    for cut, start in zip(cuts, (1.3, 2.6, 4.2), strict=True):
+        assert start < cut < start + 0.4

@@ -1,6 +1,7 @@
 """Samplers against slow references, Eq. 8 against brute force, rows against themselves alone, bad input."""
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -12,8 +13,10 @@ import pytest
 import soundfile
 import torch
 
+from data import load_audio, split_clip
 from decode import (
     Options,
+    Stream,
     ask,
     choose,
     close_after_end,
@@ -752,8 +755,10 @@ def test_clips_that_work_with_a_note(tmp_path, small_folder, capsys):
     silent, long = wav(f"{tmp_path}/s.wav", np.zeros(8000)), wav(f"{tmp_path}/l.wav", np.tile(NOISE, 4))
     assert main([silent, "What?", "--model", small_folder, "--answer-length", "8"]) == 0
     assert "silent" in capsys.readouterr().err
-    assert main([long, "What?", "--model", small_folder, "--answer-length", "8"]) == 0
+    assert main([long, "What?", "--model", small_folder, "--answer-length", "8", "--long", "cut"]) == 0
     assert "the first 2 s are used" in capsys.readouterr().err
+    assert main([long, "What?", "--model", small_folder, "--answer-length", "8"]) == 0
+    assert "answered in pieces of at most 2 s" in capsys.readouterr().err
 
 
 def test_too_short_for_a_token_still_answers(tmp_path, small_folder):
@@ -764,3 +769,88 @@ def test_too_short_for_a_token_still_answers(tmp_path, small_folder):
 def test_ask_reports_the_context(small, tokenizer):
     with pytest.raises(UserError, match="512"):
         ask(small, tokenizer, [NOISE.astype(np.float32)], ["word " * 600], stage=2)
+
+
+# ---------------------------------------------------------------------------------- long clips, streams
+
+
+def test_a_long_clip_is_answered_piece_by_piece(small_folder, tmp_path, capsys):
+    """Each piece as it would be alone; transcripts joined, other answers with their times."""
+    path = wav(f"{tmp_path}/long.wav", np.tile(NOISE, 6))
+    model, tokenizer = load(small_folder, "cpu")
+    audio, _ = load_audio(path)
+    spans = split_clip(audio, model.config)
+    assert len(spans) > 2
+    alone = ask(model, tokenizer, [audio[a:b] for a, b in spans], "Hm?", answer_length=8, block=8)
+    whole = ask(model, tokenizer, path, "Hm?", answer_length=8, block=8)
+    assert whole.pieces == [(a / 16000, b / 16000, x.text) for (a, b), x in zip(spans, alone, strict=True)]
+    lines = whole.text.split("\n[")
+    assert len(lines) == len(spans) and lines[0].startswith("[0:00 - 0:01] ")
+    assert whole.calls == sum(x.calls for x in alone)
+    assert math.isclose(whole.audio_seconds, len(audio) / 16000)
+    spoken = ask(model, tokenizer, path, "What is said?", answer_length=8, block=8)
+    assert spoken.text == " ".join(text for *_, text in spoken.pieces if text)
+    cut = ask(model, tokenizer, path, "Hm?", long="cut", answer_length=8, block=8)
+    assert cut.pieces == [] and cut.audio_seconds == 2.0
+    assert main([path, "Hm?", "--model", small_folder, "--answer-length", "8", "--json"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert [(p["start"], p["end"], p["answer"]) for p in line["pieces"]] == whole.pieces
+
+
+def test_ask_takes_paths_arrays_one_or_many(small_folder, clip):
+    model, tokenizer = load(small_folder, "cpu")
+    audio, _ = load_audio(clip)
+    options = {"answer_length": 8, "block": 8}
+    one = ask(model, tokenizer, clip, "Hm?", **options)
+    for same in (audio, torch.from_numpy(audio), pathlib.Path(clip)):
+        assert ask(model, tokenizer, same, "Hm?", **options).text == one.text
+    many = ask(model, tokenizer, [clip, audio], ["Hm?", "What?"], **options)
+    assert many[0].text == one.text and len(many) == 2
+    assert [a.text for a in ask(model, tokenizer, [clip, audio], "Hm?", **options)] == [one.text] * 2
+    assert 1 <= len(one.confidence) <= 8 and all(0 < c <= 1 for c in one.confidence)
+    with pytest.raises(UserError, match="no such file"):
+        ask(model, tokenizer, "gone.wav", "Hm?")
+
+
+def test_what_is_streamed_adds_up_to_the_answer(small, tokenizer):
+    """Block by block, never a character that is taken back."""
+    for seed in range(4):
+        audio = np.random.default_rng(seed).uniform(-0.5, 0.5, 16000).astype(np.float32)
+        out = io.StringIO()
+        seen = []
+        stream = Stream(tokenizer, small.config, out)
+
+        def show(response, end, stream=stream, out=out, seen=seen):
+            stream.show(response, end)
+            seen.append(out.getvalue())
+
+        answer = ask(small, tokenizer, audio, "Hm?", 2, answer_length=24, block=4, on_block=show)
+        assert out.getvalue() == answer.text + "\n"
+        assert len(seen) == 6 and all(b.startswith(a) for a, b in zip(seen[:-1], seen[1:], strict=True))
+
+
+def test_stream_on_the_command_line(small_folder, clip, capsys):
+    args = [clip, "Hm?", "--model", small_folder, "--answer-length", "16", "--block", "4"]
+    assert main(args) == 0
+    plain = capsys.readouterr().out
+    assert main([*args, "--stream"]) == 0
+    assert capsys.readouterr().out == plain
+    refused([*args, "--stream", "--json"], capsys, "--json")
+
+
+def test_no_float64_reaches_the_models_device(small, tokenizer, monkeypatch):
+    """Apple's GPUs have none: no operation of torch on the way from audio to answer gives one."""
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor) and found.dtype == torch.float64:
+                seen.append(str(function))
+            return found
+
+    audio = np.random.default_rng(0).uniform(-0.5, 0.5, 16000).astype(np.float32)
+    with Watch():
+        for cache in ("none", "prefix", "dual"):
+            ask(small, tokenizer, audio, "Hm?", 2, answer_length=8, block=8, cache=cache)
+    assert seen == []

@@ -144,15 +144,6 @@ def test_every_count_is_equally_likely_in_every_stratum():
                 assert sorted(row[j] for row in table) == list(range(1, length + 1)), (length, n, j)
 
 
-def test_rounding_half_to_even_would_be_biased():
-    """Why stratified_counts floors: rounding evenly spaced counts favours some of them at L = 6, n = 4."""
-    seen = [0] * 7
-    for k in range(1, 7):
-        for j in range(4):
-            seen[min(6, max(1, round((k - 1 + j * 6 / 4) % 6) + 1)) % 7] += 1
-    assert len(set(seen[1:])) > 1
-
-
 def test_draw_counts_masks_exactly_as_many_as_it_weighs():
     g = torch.Generator().manual_seed(0)
     is_answer = torch.zeros(300, 12, dtype=torch.bool)

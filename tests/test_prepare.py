@@ -101,7 +101,7 @@ def test_bad_sources(tmp_path, corpora, capsys):
     ):
         assert main(argv) == 2
         out, err = capsys.readouterr()
-        assert err.count("\n") == 1 and says in err and err.startswith("prepare.py: "), err
+        assert err.count("\n") == 1 and says in err and err.startswith("prepare: "), err
     assert os.listdir(tmp_path) == []
 
 

@@ -424,14 +424,27 @@ def test_stage_1_file_with_a_random_qformer_or_none(released):
 
 
 def test_compact_checkpoint(released, tmp_path, tokenizer):
-    """--export writes adapters and LoRA alone; load puts the frozen parts back from where they lie."""
+    """--export writes adapters and LoRA alone; load finds the frozen parts, and knows them from others."""
     c, authors, folder, ear = released(8, 4)
     model, _ = assemble(
         c, f"{folder}/llada", ear, f"{folder}/pytorch_model.bin", torch.device("cpu"), torch.float32, 4
     )
     save(model, tokenizer, tmp_path / "compact", dtype=torch.float32)
-    again, _ = load(str(tmp_path / "compact"), "cpu", torch.float32)
+    parts = {"llada": f"{folder}/llada", "whisper": ear}
+    again, _ = load(str(tmp_path / "compact"), "cpu", torch.float32, **parts)
     assert again.stage == 4
+    # on another machine: no path is stored, and parts beside the checkpoint are found
+    assert folder.encode() not in (tmp_path / "compact" / "model.safetensors").read_bytes()
+    os.rename(tmp_path / "compact", tmp_path / "moved")
+    for part, where in parts.items():
+        os.symlink(where, tmp_path / "moved" / part)
+    load(str(tmp_path / "moved"), "cpu", torch.float32)
+    # other weights of the same shapes
+    other = {k: v + 1 for k, v in authors.llada().items()}
+    write_llada(f"{tmp_path}/other", other, tokenizer)
+    with pytest.raises(UserError, match="other: not the weights that .*moved was trained on .llada"):
+        load(str(tmp_path / "moved"), "cpu", torch.float32, llada=f"{tmp_path}/other")
+    os.rename(tmp_path / "moved", tmp_path / "compact")
     for key, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
     trained = sum(v.numel() * 4 for v in authors.trained().values())

@@ -102,7 +102,7 @@ def test_the_endpoint_refuses(server, tmp_path, capsys):
     replies += [401] * 9
     assert main(argv) == 2
     err = capsys.readouterr().err.splitlines()[-1]
-    assert err.startswith(f"prepare.py: {url}: refuses (401") and not os.path.exists(out)
+    assert err.startswith(f"prepare: {url}: refuses (401") and not os.path.exists(out)
     assert "sk-secret" not in err
     replies[:] = [500] * 6
     with pytest.raises(UserError, match="no WAV that can be read, voice a, in 6 tries"):
@@ -193,7 +193,7 @@ def test_bad_requests(tmp_path, capsys):
     ):
         assert main(argv) == 2, argv
         err = capsys.readouterr().err
-        assert says in err and err.startswith("prepare.py: ") and err.count("\n") == 1, err
+        assert says in err and err.startswith("prepare: ") and err.count("\n") == 1, err
     assert sorted(os.listdir(tmp_path)) == ["book.txt", "empty.txt"]
 
 

@@ -262,3 +262,32 @@ def test_whole_model_step_is_the_plain_formula(pairs, config):
     biggest = max(p.grad.abs().max() for p in chosen.values())
     for n, p in chosen.items():
         assert (p.grad - got[n]).abs().max() < 1e-5 * max(1, biggest), n
+
+
+def test_the_reference_is_another_model_under_bf16(pairs, config):
+    """Autocast remembers bf16 copies of weights; the reference must not be scored with the policy's.
+
+    The policy has moved far from the reference.  With a cache that is not switched off both would
+    have the same likelihoods and every margin would be 0; in fp32 the margins are the measure.
+    """
+    model = build(config, seed=0)
+    model.add_lora()
+    trained = freeze_all_but(model, ("semantic.", "acoustic.", "lora"))
+    reference = tuple(p.detach().clone() for p in trained.values())
+    model.eval()
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in trained.values():
+            p.add_(0.2 * torch.randn(p.shape, generator=g))
+    losses = {}
+    for enabled in (False, True):
+        autocast = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=enabled)
+        context = Context(
+            model, 4, 0, Stage((), 1.0, 3, 0, loss=VRPO), autocast, tuple(trained.values()), reference
+        )
+        losses[enabled] = vrpo(context, pairs)
+        for p in trained.values():
+            p.grad = None
+    start = math.log(2)
+    assert (losses[False] - start).abs().min() > 0.01  # the margins are not 0
+    assert torch.allclose(losses[True], losses[False], rtol=0.15, atol=0.02)

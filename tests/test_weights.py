@@ -405,22 +405,29 @@ def test_checkpoint_leaves_the_shipped_encoder_out(without_encoder, tokenizer, t
         assert sha256("again/model.safetensors") == sha256("m/model.safetensors")
 
 
-def test_another_encoder_in_its_place(without_encoder, tokenizer, small_folder, tmp_path):
+def test_the_same_encoder_from_another_file_or_none_other(without_encoder, tokenizer, small_folder, tmp_path):
+    """A checkpoint knows its encoder by fingerprint: any file of those weights fits, no other does."""
     model, folder = without_encoder
-    g = torch.Generator().manual_seed(0)
     shipped = load_file(os.path.join(SHIPPED, "encoder.safetensors"))
-    other = {k: torch.randn(v.shape, generator=g) for k, v in shipped.items()}
+    torch.save({"model_state_dict": shipped}, tmp_path / "same.pt")
+    again, _ = load(folder, "cpu", whisper=str(tmp_path / "same.pt"))
+    assert again.base == model.base
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    other = {k: torch.randn(v.shape, generator=torch.Generator().manual_seed(0)) for k, v in shipped.items()}
     torch.save({"model_state_dict": other}, tmp_path / "other.pt")
-    again, _ = load(folder, "cpu", whisper=str(tmp_path / "other.pt"))
-    for key, value in again.state_dict().items():
-        assert torch.equal(value, other[key] if key in other else model.state_dict()[key]), key
-    assert again.base["whisper"] == str(tmp_path / "other.pt")
-    save(again, tokenizer, str(tmp_path / "n"), dtype=torch.float32)
-    saved, _ = load(str(tmp_path / "n"), "cpu")
+    why = says(lambda: load(folder, "cpu", whisper=str(tmp_path / "other.pt")))
+    assert "other.pt: not the weights" in why and f"wanted {TINY_ENCODER}" in why
+    # a model trained on another encoder: found beside the checkpoint or given, wherever that lies
+    load_tiny_encoder(model, str(tmp_path / "other.pt"))
+    save(model, tokenizer, str(tmp_path / "n"), dtype=torch.float32)
+    assert str(tmp_path).encode() not in (tmp_path / "n" / "model.safetensors").read_bytes()
+    assert "not the weights" in says(load, str(tmp_path / "n"), "cpu")
+    os.makedirs(tmp_path / "n" / "whisper")
+    save_file(other, tmp_path / "n" / "whisper" / "encoder.safetensors")
+    os.rename(tmp_path / "n", tmp_path / "moved")
+    saved, _ = load(str(tmp_path / "moved"), "cpu")
     assert torch.equal(saved.encoder.conv1.weight, other["encoder.conv1.weight"])
-    # its place is known and looked at
-    os.remove(tmp_path / "other.pt")
-    assert "other.pt: no such file" in says(load, str(tmp_path / "n"), "cpu")
     # a checkpoint that holds its encoder takes no other
     assert "--whisper" in says(lambda: load(small_folder, "cpu", whisper=SHIPPED))
     assert "--llada" in says(lambda: load(folder, "cpu", llada=SHIPPED))

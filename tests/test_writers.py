@@ -192,7 +192,7 @@ def test_endpoint_down_or_refusing(tmp_path, corpora, capsys, monkeypatch):
     down = ["--out", out, "--llm", "http://127.0.0.1:9/v1", "--model", "m"]
     assert main(["preferences", manifest, *down]) == 2
     err = capsys.readouterr().err.splitlines()[-1]
-    assert err.startswith("prepare.py: http://127.0.0.1:9/v1: no answer after 2 tries")
+    assert err.startswith("prepare: http://127.0.0.1:9/v1: no answer after 2 tries")
     assert not os.path.exists(out)
     messages = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A"}]
     (tmp_path / "plain.jsonl").write_text(json.dumps({"messages": messages}) + "\n")

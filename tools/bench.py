@@ -14,7 +14,7 @@ bench_decode.py.
 import argparse
 import sys
 
-from model import Parser, UserError
+from model import Parser, exit_status
 from tools.bench_decode import decode_bench
 from tools.bench_train import one_training_kind, train_bench, variance_bench
 from tools.fullsize import fullsize
@@ -59,7 +59,8 @@ def main(argv=None):
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--plot", metavar="PNG")
     p.add_argument("--device")
-    try:
+
+    def start():
         args = parser.parse_args(argv)
         if args.command == "decode":
             decode_bench(args)
@@ -71,10 +72,8 @@ def main(argv=None):
             train_bench(args)
         else:
             one_training_kind(args)
-    except UserError as e:
-        print(f"bench: {e}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status("bench", start)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from adapters import merge_lora
 from data import SAMPLE_RATE, is_transcription, load_audio, window_seconds
 from decode import Options, ask, length_option
-from model import Parser, UserError
+from model import Parser, UserError, exit_status
 from tools.benchmarks import (
     BENCHMARKS,
     OFFICIAL,
@@ -615,7 +615,8 @@ def main(argv=None):
     parser.add_argument(
         "--table", nargs="+", metavar="OUT", help="results beside the paper's rows, in Markdown"
     )
-    try:
+
+    def start():
         args = parser.parse_args(argv)
         if args.compare:
             compare(*args.compare)
@@ -625,10 +626,8 @@ def main(argv=None):
             raise UserError(f"give a benchmark ({', '.join(sorted(BENCHMARKS))}) and its question file")
         else:
             run(args)
-    except UserError as e:
-        print(f"evaluate: {e}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status("evaluate", start)
 
 
 if __name__ == "__main__":

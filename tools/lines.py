@@ -1,6 +1,6 @@
 """How long the files are and how much of them explains: the measures this project holds itself to.
 
-python -m tools.lines
+Printed by `python -m tools.lines`.
 """
 
 import ast

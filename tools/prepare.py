@@ -30,7 +30,7 @@ from data import (
     read_entries,
     read_manifest,
 )
-from model import PRESETS, Parser, UserError
+from model import PRESETS, Parser, UserError, exit_status
 from tools.corpora import CORPORA, read_corpus
 from tools.questions import ask, choices_in, make_folder, seconds_of, write_lines
 from tools.speech import choose_engine, speak_questions, speak_sentences
@@ -204,7 +204,7 @@ class Report:
         if self.n_errors:
             plural = "s" if self.n_errors > 1 else ""
             above = f", the first {self.show} above" if self.n_errors > self.show else ""
-            print(f"prepare.py: {self.n_errors} error{plural} in {self.lines} lines{above}", file=sys.stderr)
+            print(f"prepare: {self.n_errors} error{plural} in {self.lines} lines{above}", file=sys.stderr)
 
 
 def check(paths, decode=False, show=5):
@@ -256,9 +256,7 @@ def names(text):
 
 
 def build_parser():
-    parser = Parser(
-        prog="prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     p = commands.add_parser("tour", help="all manifests of the small model")
@@ -420,11 +418,7 @@ def run(args):
 
 
 def main(argv=None):
-    try:
-        return run(build_parser().parse_args(argv))
-    except UserError as e:
-        print(f"prepare.py: {e}", file=sys.stderr)
-        return 2
+    return exit_status("prepare", lambda: run(build_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from adapters import merge_lora
 from data import answer_text, build_prompt, pad_written, read_manifest, write_audio
 from decode import generate
-from model import Parser, UserError
+from model import Parser, exit_status
 from tools.benchmarks import normalise, wilson, word_errors
 from weights import load
 
@@ -40,7 +40,8 @@ def main(argv=None):
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--limit", type=int, default=100, help="questions a task and corpus (default 100)")
     parser.add_argument("--batch", type=int, default=16)
-    try:
+
+    def start():
         args = parser.parse_args(argv)
         model, tokenizer = load(args.model, "cpu", torch.float32)
         merge_lora(model)
@@ -61,10 +62,8 @@ def main(argv=None):
             if task == "asr":
                 line += f"   WER {word_errors([e.answer for e in examples], answers, normalise)['wer']:.1%}"
             print(line, flush=True)
-    except UserError as e:
-        print(f"written: {e}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status("written", start)
 
 
 if __name__ == "__main__":
