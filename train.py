@@ -26,11 +26,13 @@ between them is housekeeping (processes, logs, signals).
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import importlib.util
 import json
 import math
 import os
+import platform
 import re
 import resource
 import signal
@@ -449,8 +451,16 @@ def process_group(device=None):
     is_ours = not dist.is_initialized()
     if is_ours:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    group = ProcessGroup(dist.get_rank(), size, device)
     try:
-        yield ProcessGroup(dist.get_rank(), size, device)
+        yield group
+        # rank 0 leaves last: a process that goes while another still waits for it takes that one down
+        goodbye = torch.zeros(1, device=device)
+        if group.rank:
+            dist.send(goodbye, 0)
+        else:
+            for rank in range(1, size):
+                dist.recv(goodbye, rank)
     finally:
         if is_ours:
             dist.destroy_process_group()
@@ -469,21 +479,53 @@ def exit_process(code):
 
 
 class StopSignal:
-    """Remembers SIGTERM and Ctrl-C until the step is done; a second Ctrl-C is not waited for."""
+    """Remembers SIGTERM and Ctrl-C until the step is done; a second Ctrl-C is not waited for.
+
+    torchrun killed outright can send no signal to its workers: they find that their parent is another.
+    """
 
     def __enter__(self):
-        self.received = False
+        self.caught, self.parent = False, os.getppid()
         self.before = {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def note(self, number, _):
-        if self.received and number == signal.SIGINT:
+        if self.caught and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = True
+        self.caught = True
+
+    @property
+    def received(self):
+        is_orphan = "WORLD_SIZE" in os.environ and os.getppid() != self.parent
+        return self.caught or is_orphan
 
     def __exit__(self, *error):
         for n, handler in self.before.items():
             signal.signal(n, handler)
+
+
+@contextlib.contextmanager
+def locked(out, wait):
+    """The folder belongs to one run: a lock that dies with its holder, however that dies.
+
+    Between machines it holds where the shared disk has flock (NFS from version 4 on).  wait: until the other
+    run is gone; else a UserError names it.
+    """
+    path = os.path.join(out, ".lock")
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT)
+    except OSError as e:
+        raise UserError(f"{out}: cannot be written ({e.strerror})") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        os.truncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} of {platform.node()}".encode())
+        yield
+    except BlockingIOError:
+        holder = os.read(handle, 200).decode(errors="replace") or "another process"
+        raise UserError(f"{out}: {holder} is training here; --wait waits until it is gone") from None
+    finally:
+        os.close(handle)
 
 
 def ignore_signals(_):
@@ -907,58 +949,64 @@ def run(args):
     if args.objective == "ar" and (name in RELEASES or stage == 4):
         raise UserError("the autoregressive baseline is a small model's, stages 0 to 3")
     args.data = args.data or f"data/stage{stage}.jsonl"
-    out = args.out or f"out/{name}{OBJECTIVES[args.objective]}/stage{stage}"
+    args.out = args.out or f"out/{name}{OBJECTIVES[args.objective]}/stage{stage}"
     if not os.path.exists(args.data):
         how = "`python -m tools.prepare tour --audio DIR --out data` makes it"
         raise UserError(f"{args.data}: no such manifest; {how}")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard")
-    states = list_states(out)
-    if args.restart:
-        for path in states:
-            os.remove(path)
-        states = []
-    if states and not args.resume:
+    if list_states(args.out) and not args.resume and not args.restart:
         how = "--resume goes on with it, --restart begins anew, --out writes elsewhere"
-        raise UserError(f"{out}: holds a run already; {how}")
+        raise UserError(f"{args.out}: holds a run already; {how}")
     try:
-        os.makedirs(out, exist_ok=True)
+        os.makedirs(args.out, exist_ok=True)
     except OSError as e:
-        raise UserError(f"{out}: cannot be written ({e.strerror})") from None
-    with process_group(args.device) as group:
-        state = read_state(states[-1]) if states else None
-        if state and state.get("finished"):
-            if group.rank == 0:
-                print(f"{out}: finished already")
-            return 0
-        args.precision = args.precision or ("bf16" if group.device.type == "cuda" else "fp32")
-        names = [field.name for field in dataclasses.fields(Options)]
-        options, row = Options(**{name: getattr(args, name) for name in names}), row_of(args)
-        model, tokenizer = start_from(args, group.device)
-        torch.manual_seed(args.seed)
-        if "lora" in row.trains and not any("lora_" in n for n, _ in model.named_parameters()):
-            model.add_lora()
-        # clips are looked for when they are read: a missing one is skipped and told of
-        examples = read_manifest(args.data, stage, check=False)
-        default = os.path.join(os.path.dirname(args.data), "held_out.jsonl")
-        held_out_path = args.held_out or (default if os.path.exists(default) else None)
-        held_out = read_manifest(held_out_path, None, check=False) if held_out_path else []
-        steps = options.max_steps or total_steps(row, len(examples))
-        if row.warmup > steps / 10 and args.warmup is None:
-            # a warm-up made for a hundred thousand steps would outlast a short run
-            row = dataclasses.replace(row, warmup=max(1, steps // 10))
+        raise UserError(f"{args.out}: cannot be written ({e.strerror})") from None
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    lock = locked(args.out, args.wait) if is_first else contextlib.nullcontext()
+    with lock, process_group(args.device) as group:
+        return run_stage(group, args)
+
+
+def run_stage(group, args):
+    """`run`, in the processes of a group, with the folder locked."""
+    stage, out = args.stage, args.out
+    if args.restart:
+        group.first_only(lambda: [os.remove(path) for path in list_states(out)])
+    states = group.first_only(lambda: list_states(out))  # the same on every rank, after any wait
+    state = read_state(states[-1]) if states else None
+    if state and state.get("finished"):
         if group.rank == 0:
-            parts = ", ".join(prefix.rstrip(".") for prefix in row.trains)
-            print(f"stage {stage}: trains {parts} on {len(examples)} examples, {steps} steps of {row.batch},")
-            print(f"learning rate {row.lr:g} after {row.warmup} steps, weight decay {row.weight_decay:g}")
-        if not train(group, model, tokenizer, examples, stage, row, out, options, state, held_out):
-            if group.rank == 0:
-                print(f"{out}: stopped and saved; --resume goes on")
-            return 0
-        finish(group, model, tokenizer, out, stage)
+            print(f"{out}: finished already")
+        return 0
+    args.precision = args.precision or ("bf16" if group.device.type == "cuda" else "fp32")
+    names = [field.name for field in dataclasses.fields(Options)]
+    options, row = Options(**{name: getattr(args, name) for name in names}), row_of(args)
+    model, tokenizer = start_from(args, group.device)
+    torch.manual_seed(args.seed)
+    if "lora" in row.trains and not any("lora_" in n for n, _ in model.named_parameters()):
+        model.add_lora()
+    # clips are looked for when they are read: a missing one is skipped and told of
+    examples = read_manifest(args.data, stage, check=False)
+    default = os.path.join(os.path.dirname(args.data), "held_out.jsonl")
+    held_out_path = args.held_out or (default if os.path.exists(default) else None)
+    held_out = read_manifest(held_out_path, None, check=False) if held_out_path else []
+    steps = options.max_steps or total_steps(row, len(examples))
+    if row.warmup > steps / 10 and args.warmup is None:
+        # a warm-up made for a hundred thousand steps would outlast a short run
+        row = dataclasses.replace(row, warmup=max(1, steps // 10))
+    if group.rank == 0:
+        parts = ", ".join(prefix.rstrip(".") for prefix in row.trains)
+        print(f"stage {stage}: trains {parts} on {len(examples)} examples, {steps} steps of {row.batch},")
+        print(f"learning rate {row.lr:g} after {row.warmup} steps, weight decay {row.weight_decay:g}")
+    if not train(group, model, tokenizer, examples, stage, row, out, options, state, held_out):
         if group.rank == 0:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            print(f"{out}: written; peak memory {peak:.0f} MiB")
+            print(f"{out}: stopped and saved; --resume goes on")
+        return 0
+    finish(group, model, tokenizer, out, stage)
+    if group.rank == 0:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f"{out}: written; peak memory {peak:.0f} MiB")
     return 0
 
 
@@ -980,6 +1028,7 @@ def parse(argv):
     option("--diffa", help="with --init diffa2: the authors' pytorch_model.bin, instead of the hub's")
     option("--resume", action="store_true", help="go on with the run that --out holds")
     option("--restart", action="store_true", help="begin anew over the run that --out holds")
+    option("--wait", action="store_true", help="wait until no other run is training in --out")
     option("--lr", type=float, help="learning rate, instead of the table's")
     option("--batch", type=int, help="examples in a step, instead of the table's")
     option("--epochs", type=float, help="times the manifest is read, instead of the table's")

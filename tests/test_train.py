@@ -484,6 +484,42 @@ def test_killed_twenty_times(one, toured, tmp_path):
     kill_while_saving(one, toured, tmp_path, 20, seed=1)
 
 
+def test_a_folder_belongs_to_one_run(one, toured, tmp_path, capsys):
+    """A second run is told who holds the folder; the lock goes with its holder, however that ends."""
+    argv = arguments(toured, tmp_path, 1, "--init", f"{one}/stage0", "--max-steps", "100000")
+    process = start([argv], tmp_path)
+    log = tmp_path / "stage1" / "log.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count("\n") >= 2, process)
+    assert main([*argv, "--resume"]) == 2
+    assert f"process {process.pid} of" in capsys.readouterr().err
+    waiting = start([[*argv, "--resume", "--stop-after", "1", "--wait"]], tmp_path)
+    time.sleep(1)
+    assert waiting.poll() is None
+    process.kill()
+    process.communicate()
+    _, err = waiting.communicate(timeout=60)
+    assert waiting.returncode == 0, err[-2000:]
+
+
+def test_workers_leave_when_torchrun_is_killed(one, toured, tmp_path):
+    """SIGKILL to torchrun alone: its two workers save, leave, and the run goes on from there."""
+    argv = arguments(toured, tmp_path, 1, "--init", f"{one}/stage0", "--max-steps", "100000")
+    process = start([argv], tmp_path, processes=2)
+    log = tmp_path / "stage1" / "log.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count("\n") >= 2, process)
+    holder = int((tmp_path / "stage1" / ".lock").read_text().split()[1])
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 60
+    while os.path.exists(f"/proc/{holder}") and time.monotonic() < end:
+        time.sleep(0.1)
+    (path,) = list_states(tmp_path / "stage1")
+    step = read_state(path)["step"]
+    assert step >= 2 and len(losses(tmp_path / "stage1")) == step
+    assert main([*argv[:-2], "--resume", "--max-steps", str(step + 2)]) == 0
+    process.communicate()
+
+
 def test_a_full_disk_keeps_the_older_checkpoint(tmp_path):
     out = str(tmp_path)
     write_state({"step": 1, "x": torch.zeros(10)}, out, 1)

@@ -1,0 +1,102 @@
+"""Fine-tuning a model in the released format on 64 clips, by the command lines that a user would type."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from test_released import EIGHT, Authors, sizes, write_llada, write_whisper
+
+import decode
+import train
+from adapters import merge_lora
+from data import BatchBuilder, encode_question, part_of, read_manifest
+from decode import ask
+from diffusion import draw_counts, elbo
+from model import PRESETS
+from weights import load
+
+ANSWERS = ("zero", "one", "two", "rain")
+PITCH = (200, 500, 1100, 2500)  # Hz: what the answer depends on
+
+
+@pytest.fixture
+def released(tmp_path, tokenizer, monkeypatch):
+    """Files of a small model in the authors' formats; what the command line needs to find them."""
+    torch.manual_seed(0)
+    c = sizes(tokenizer, n_frames=100, **EIGHT)
+    authors, folder = Authors(c, True), str(tmp_path / "released")
+    write_llada(f"{folder}/llada", authors.llada(), tokenizer)
+    ear = write_whisper(folder, authors.whisper_model, c, "pt")
+    torch.save(authors.trained(), f"{folder}/pytorch_model.bin")
+    monkeypatch.setitem(PRESETS, "diffa2", c)
+    return ["--llada", f"{folder}/llada", "--whisper", ear], ["--diffa", f"{folder}/pytorch_model.bin"]
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """64 half-second tones under noise, the answer by their pitch; a rejected answer for stage 4."""
+    rng, lines = np.random.default_rng(0), []
+    for i in range(64):
+        t = np.arange(8000) / 16000
+        tone = 0.4 * np.sin(2 * np.pi * PITCH[i % 4] * rng.uniform(0.95, 1.05) * t)
+        soundfile.write(str(tmp_path / f"{i}.wav"), tone + rng.uniform(-0.02, 0.02, 8000), 16000)
+        question = {"role": "user", "content": "<audio>What do you hear?"}
+        answer = {"role": "assistant", "content": ANSWERS[i % 4]}
+        rejected = ANSWERS[(i + 1) % 4]
+        lines.append({"messages": [question, answer], "audios": [f"{i}.wav"], "rejected_response": rejected})
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def measure(model, tokenizer, manifest):
+    """Share of exact answers, and the mean ELBO of the right one (Eq. 3)."""
+    merge_lora(model)
+    examples = read_manifest(manifest)
+    answers = ask(
+        model, tokenizer, [e.audio for e in examples], "What do you hear?", answer_length=16, block=16
+    )
+    right = sum(a.text == e.answer for a, e in zip(answers, examples, strict=True)) / len(examples)
+    batch = BatchBuilder(tokenizer, model.config, encode_question, 0)(examples, 0)["batch"]
+    text = part_of(batch)
+    with torch.no_grad():
+        audio = model.adapt(*model.encode(batch["mel"], batch["n_frames"]), batch["n_frames"], model.stage)
+        masks = draw_counts(text["is_answer"], 4, torch.Generator().manual_seed(0))
+        bound = elbo(train.predictor(model, text, *audio), text["ids"], *masks, model.config.mask_id)
+    return right, bound.mean().item()
+
+
+def test_sixty_four_clips_are_learned_moved_and_preferred(released, manifest, tmp_path, capsys):
+    frozen, trained = released
+    on_cpu = ["--model", "diffa2", "--precision", "fp32", "--device", "cpu"]
+    paths = dict(zip(("llada", "whisper"), frozen[1::2], strict=True))
+    model, tokenizer = load("diffa2", "cpu", torch.float32, **paths, diffa=trained[1])
+    right, bound = measure(model, tokenizer, manifest)
+    assert right < 0.1
+    numbers = ["--lr", "0.01", "--batch", "16", "--epochs", "60", "--no-dropout"]
+    out = str(tmp_path / "mine")
+    argv = ["--stage", "3", "--init", "diffa2", "--data", manifest, "--out", out, *frozen, *trained]
+    assert train.main([*argv, *on_cpu, *numbers]) == 0
+    assert "240 steps of 16" in capsys.readouterr().out
+    # exported, and moved to another machine: other paths
+    export = str(tmp_path / "export")
+    assert decode.main(["--model", out, *frozen, "--export", export, "--device", "cpu"]) == 0
+    os.rename(out, str(tmp_path / "elsewhere"))
+    os.rename(str(tmp_path / "released"), str(tmp_path / "colleague"))
+    frozen = [part.replace("/released/", "/colleague/") for part in frozen]
+    paths = dict(zip(("llada", "whisper"), frozen[1::2], strict=True))
+    model, tokenizer = load(export, "cpu", torch.float32, **paths)
+    right, new_bound = measure(model, tokenizer, manifest)
+    assert right >= 0.9 and new_bound > bound + 5, (right, bound, new_bound)
+    # stage 4 goes on from there
+    argv = ["--stage", "4", "--init", export, "--data", manifest, "--out", str(tmp_path / "four"), *frozen]
+    assert train.main([*argv, *on_cpu, "--max-steps", "2"]) == 0
+    assert load(str(tmp_path / "four"), "cpu", torch.float32, **paths)[0].stage == 4
+
+
+def test_a_released_model_is_no_start_for_another(manifest, capsys):
+    argv = ["--stage", "3", "--model", "tiny", "--init", "diffa2", "--data", manifest]
+    assert train.main(argv) == 2 and "goes with --model diffa2" in capsys.readouterr().err
