@@ -905,16 +905,17 @@ def start_from(args, device):
         llada, whisper, _ = fetch(name, None, args.llada, args.whisper, adapters=False)
         model, tokenizer = assemble(PRESETS[name], llada, whisper, None, device, torch.bfloat16, 1, name)
         return with_fresh_adapters(model, args.seed), tokenizer
+    # the frozen parts of a released model as they were published, in bf16, unless fp32 is asked for
+    dtype = None if name in RELEASES and args.precision == "bf16" else torch.float32
     if args.init in RELEASES:  # fine-tuning: the authors' last stage, or their stage 1
         released_stage = 1 if stage == 2 else 4
-        return load(args.init, device, None, released_stage, args.llada, args.whisper, args.diffa)
+        return load(args.init, device, dtype, released_stage, args.llada, args.whisper, args.diffa)
     init = args.init or f"out/{name}{OBJECTIVES[args.objective]}/stage{stage - 1}"
     if stage == 1 and name in ASSETS and not args.init and not is_causal:
         init = ASSETS[name]  # the shipped backbone, as it was before any audio
     if not os.path.exists(os.path.join(init, "model.safetensors")):
         how = f"; `python train.py --stage {stage - 1} --model {name}` makes it" if stage else ""
         raise UserError(f"{init}: no checkpoint to start from{how}")
-    dtype = None if name in RELEASES else torch.float32
     model, tokenizer = load(init, device, dtype, llada=args.llada, whisper=args.whisper)
     if model.config.causal != is_causal:
         kind = "ar" if model.config.causal else "diffusion"
