@@ -11,11 +11,15 @@ The batch that leaves `collate` is clean.  Noise is added in the training step (
 `python data.py CLIP [QUESTION]` shows what the model is given for a clip.
 """
 
+import contextlib
+import fcntl
+import hashlib
 import itertools
 import json
 import math
 import os
 import random
+import tempfile
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +29,7 @@ import torch
 from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram
 
 from model import SPECIAL_TOKENS, UserError
+from weights import write_file
 
 SAMPLES_PER_FRAME = 2 * HOP_LENGTH  # an encoder frame is two mel frames: 20 ms
 RESPONSE_UNIT = 16  # a response is a multiple of this many tokens long
@@ -55,7 +60,7 @@ class Example:
 
 
 def read_manifest(path, stage=None, check=True):
-    """Reads a manifest of any of four kinds into a list of Examples.
+    """Reads a whole manifest of any of four kinds into a list of Examples.
 
       * JSONL, one {"messages": [user, assistant], "audios": [path]} a line (ms-swift, LLaMA-Factory),
         plus "rejected_response" in stage 4 and our own "facts" (an object), "task" and "dataset"
@@ -64,7 +69,7 @@ def read_manifest(path, stage=None, check=True):
         in stage 1 the answer is "transcription", in stage 4 the worse answer is "rejected"
 
     Paths are relative to the manifest.  check: every audio file must exist.
-    Raises UserError naming file and line.
+    Raises UserError naming file and line.  For training, see Manifest.
     """
     entries = list(read_entries(path))
     if not entries:
@@ -74,25 +79,161 @@ def read_manifest(path, stage=None, check=True):
 
 
 def read_entries(path):
-    """The entries of a manifest -> (where, dict), JSONL line by line: memory does not grow with it."""
+    """The entries of a manifest -> (where, dict), one by one: memory does not grow with it."""
+    with open_manifest(path) as f:
+        is_list = starts_a_list(f)
+        for _, number, raw in scan(f, path):
+            yield where_in(path, number, is_list), decode_entry(raw, path, number, is_list)
+
+
+def open_manifest(path):
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such manifest")
-    n = 0
+    return open(path, "rb")
+
+
+def starts_a_list(f):
+    """Whether an open manifest is a JSON list; JSONL otherwise."""
+    first = f.read(64).lstrip()
+    f.seek(0)
+    return first.startswith(b"[")
+
+
+def where_in(path, number, is_list):
+    return f"{path}: entry {number}" if is_list else f"{path}:{number}"
+
+
+def decode_entry(raw, path, number, is_list):
+    """The bytes of an entry -> what they say.  Raises UserError."""
     try:
-        with open(path, encoding="utf-8") as f:
-            first = f.read(64).lstrip()
-            f.seek(0)
-            if first.startswith("["):
-                for n, entry in enumerate(json.load(f), 1):
-                    yield f"{path}: entry {n}", entry
-                return
-            for n, line in enumerate(f, 1):
-                if line.strip():
-                    yield f"{path}:{n}", json.loads(line)
+        return json.loads(raw)
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file") from None
     except json.JSONDecodeError as e:
-        raise UserError(f"{path}:{n or e.lineno}: not JSON ({e.msg})") from None
+        raise UserError(f"{where_in(path, number, is_list)}: not JSON ({e.msg})") from None
+
+
+def scan(f, path, chunk=1 << 20):
+    """Where the entries of an open manifest lie: (first byte, number of the line or entry, bytes)."""
+    if not starts_a_list(f):
+        start = 0
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                yield start, number, line
+            start += len(line)
+        return
+    # a list may be larger than memory: entries are cut out of it a megabyte at a time.  As latin-1 a
+    # character is a byte, and what JSON is made of is ASCII.
+    decoder, text, base, at, number = json.JSONDecoder(), f.read(chunk).decode("latin-1"), 0, 0, 1
+    at = text.index("[") + 1
+    while True:
+        at += len(text) - at - len(text[at:].lstrip(" \t\r\n,")) if at < len(text) else 0
+        try:
+            if text[at : at + 1] == "]":
+                return
+            _, end = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as e:
+            more = f.read(chunk).decode("latin-1")
+            if not more:
+                raise UserError(f"{path}: entry {number}: not JSON ({e.msg})") from None
+            text, base, at = text[at:] + more, base + at, 0
+            continue
+        yield base + at, number, text[at:end].encode("latin-1")
+        at, number = end, number + 1
+
+
+# Where an entry lies, and what its cost is made of; 24 bytes an entry
+INDEX = np.dtype(
+    [("start", "<i8"), ("size", "<i4"), ("number", "<i4"), ("letters", "<i4"), ("seconds", "<f4")]
+)
+
+
+class Manifest:
+    """A manifest of any length, opened and not read: manifest[i] is the Example, parsed when asked for.
+
+    What is in memory is the mapped index (PATH.index.npy, or in the temporary folder where that cannot be
+    written), built once by one process while the others wait, and again when the manifest has changed.
+    manifest[i] raises UserError for a line that cannot be used.
+    """
+
+    def __init__(self, path, stage=None):
+        self.path, self.stage, self.folder = path, stage, os.path.dirname(os.path.abspath(path))
+        with open_manifest(path) as f:
+            self.is_list = starts_a_list(f)
+        self.index = open_index(path)
+        if not len(self.index):
+            raise UserError(f"{path}: holds no example")
+
+    def __len__(self):
+        return len(self.index)
+
+    def where(self, i):
+        return where_in(self.path, int(self.index["number"][i]), self.is_list)
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        _, size, number, *_ = self.index[i]
+        with open_manifest(self.path) as f:
+            f.seek(int(self.index["start"][i]))
+            entry = decode_entry(f.read(int(size)), self.path, number, self.is_list)
+        return parse_example(entry, int(i), self.where(i), self.folder, self.stage, check=False)
+
+
+def open_index(path):
+    """The index of a manifest (n,), mapped; built where there is none or the manifest has changed since."""
+    name = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16]
+    places = [path + ".index.npy", os.path.join(tempfile.gettempdir(), f"{name}.index.npy")]
+    with open_manifest(path) as f:
+        fcntl.flock(f, fcntl.LOCK_EX)  # one process builds it, the others find it built
+        now = os.fstat(f.fileno())
+        for place in places:
+            index = index_at(place, now)
+            if index is not None:
+                return index
+
+        def write(temporary):
+            with open(temporary, "wb") as out:
+                np.save(out, index)
+            os.utime(temporary, ns=(now.st_mtime_ns, now.st_mtime_ns))
+
+        index = build_index(f, path, now.st_size)
+        for place in places:
+            try:
+                write_file(place, write)
+            except UserError:
+                continue
+            return index_at(place, now)
+    return index[1:]
+
+
+def index_at(place, manifest):
+    """The index at `place` if it is whole and of the manifest with this stat, else None."""
+    try:
+        index = np.load(place, mmap_mode="r")
+        is_current = os.stat(place).st_mtime_ns == manifest.st_mtime_ns
+    except (OSError, ValueError, EOFError):
+        return None
+    if not is_current or index.dtype != INDEX or index["start"][0] != manifest.st_size:
+        return None
+    return index[1:]
+
+
+def build_index(f, path, size):
+    """The index of an open manifest; its first row says how long the manifest is."""
+    parts, rows = [], [(size, 0, 0, 0, 0.0)]
+    for start, number, raw in scan(f, path):
+        letters, seconds = 0, -1.0
+        # what cannot be used is found, and told of, when it is asked for
+        with contextlib.suppress(UserError, ValueError):
+            example = parse_example(json.loads(raw), 0, path, "", check=False)
+            letters = letters_in(example)
+            seconds = -1.0 if example.duration is None else example.duration
+        rows.append((start, len(raw), number, letters, seconds))
+        if len(rows) == 1 << 16:
+            parts.append(np.array(rows, dtype=INDEX))
+            rows = []
+    return np.concatenate([*parts, np.array(rows, dtype=INDEX)])
 
 
 def need(entry, field, where, kind=str):
@@ -565,16 +706,22 @@ class BatchBuilder:
             mel = mask_mel(mel, generator)
         return item | {"mel": mel, "n_frames": n_frames, "seconds": len(audio) / SAMPLE_RATE}
 
-    def __call__(self, examples, epoch):
-        """-> {"batch", "ids", "epoch", "skipped", "seconds"}; batch is None when no example is left."""
+    def __call__(self, examples, epoch, chosen=None):
+        """-> {"batch", "ids", "epoch", "skipped", "seconds"}; batch is None when no example is left.
+
+        examples: a list or a Manifest; chosen: the places of those to take, None: all.
+        """
         items, ids, skipped = [], [], []
-        for example in examples:
+        for i in range(len(examples)) if chosen is None else chosen:
             try:
+                example = examples[i]  # a Manifest parses the line here
                 items.append(self.item(example, epoch))
                 ids.append(example.id)
             except (UserError, OSError, ValueError, RuntimeError) as e:
                 why = str(e).splitlines()[0] if str(e) else type(e).__name__
-                skipped.append({"id": example.id, "where": example.where, "why": why})
+                is_line = isinstance(examples, Manifest)
+                where = examples.where(i) if is_line else examples[i].where
+                skipped.append({"id": i if is_line else examples[i].id, "where": where, "why": why})
         seconds = sum(item["seconds"] for item in items)
         micro = {"ids": ids, "epoch": epoch, "skipped": skipped, "seconds": seconds, "batch": None}
         if not items:
@@ -599,11 +746,27 @@ class BatchBuilder:
         return micro | {"batch": batch}
 
 
-def cost_of(example, config):
-    """About how many positions an example takes: a quarter of its letters, its audio tokens, its response."""
-    seconds = example.duration or window_seconds(config)
-    text = len(example.question) + 2 * len(example.answer) + 2 * len(example.rejected or "")
-    return 55 + text // 4 + config.n_queries + round(12.5 * min(seconds, window_seconds(config)))
+def letters_in(example):
+    """Letters of an example's text; those of an answer count twice, its response has end marks too."""
+    return len(example.question) + 2 * len(example.answer) + 2 * len(example.rejected or "")
+
+
+def cost_of(letters, seconds, config):
+    """About how many positions an example takes: a quarter of its letters, its audio tokens, its response.
+
+    letters, seconds: numbers or arrays; negative seconds are unknown, and count as the whole window.
+    """
+    window = window_seconds(config)
+    seconds = np.where(np.asarray(seconds) < 0, window, np.minimum(seconds, window))
+    return 55 + np.asarray(letters) // 4 + config.n_queries + np.rint(12.5 * seconds).astype(np.int64)
+
+
+def costs_of(examples, config):
+    """cost_of each of a list of Examples or of a Manifest, (n,)."""
+    if isinstance(examples, Manifest):
+        return cost_of(examples.index["letters"], examples.index["seconds"], config)
+    seconds = [-1.0 if e.duration is None else e.duration for e in examples]
+    return cost_of([letters_in(e) for e in examples], seconds, config)
 
 
 def bucket(ids, costs, budget):
@@ -629,11 +792,11 @@ def schedule_of(n_examples, batch, seed, start=0):
     per_epoch = -(-n_examples // batch)
     for epoch in itertools.count(start // per_epoch):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(n_examples, generator=generator).tolist()
+        order = torch.randperm(n_examples, generator=generator)
         for n in range(epoch * per_epoch, (epoch + 1) * per_epoch):
             if n >= start:
                 first = (n - epoch * per_epoch) * batch
-                yield n, epoch, order[first : first + batch]
+                yield n, epoch, order[first : first + batch].tolist()
 
 
 class MicroBatches(torch.utils.data.IterableDataset):
@@ -646,7 +809,7 @@ class MicroBatches(torch.utils.data.IterableDataset):
         self.examples, self.builder, self.batch = examples, builder, batch
         self.rank, self.size, self.budget, self.seed = rank, size, budget, seed
         self.start, self.stop = start, stop
-        self.costs = [cost_of(example, builder.config) for example in examples]
+        self.costs = costs_of(examples, builder.config)
 
     def plan(self):
         """(step, epoch, ids, whether the step ends here) of every micro-batch."""
@@ -661,7 +824,7 @@ class MicroBatches(torch.utils.data.IterableDataset):
         worker = torch.utils.data.get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         for step, epoch, ids, last in itertools.islice(self.plan(), first, None, stride):
-            micro = self.builder([self.examples[i] for i in ids], epoch)
+            micro = self.builder(self.examples, epoch, ids)
             yield micro | {"step": step, "last": last}
 
 

@@ -50,9 +50,10 @@ from tqdm import tqdm
 
 from data import (
     BatchBuilder,
+    Manifest,
     MicroBatches,
     bucket,
-    cost_of,
+    costs_of,
     encode_pair,
     encode_question,
     generator_for,
@@ -604,7 +605,7 @@ def held_out_loss(context, builder, examples, group, tokens):
     was_training = model.training
     model.eval()
     sums = torch.zeros(len(HELD_OUT_T), 2, dtype=torch.float64)  # nats, tokens
-    costs = {i: cost_of(e, c) for i, e in enumerate(examples)}
+    costs = costs_of(examples, c)
     for ids in bucket(range(group.rank, len(examples), group.size), costs, tokens):
         micro = builder([examples[i] for i in ids], 0)
         if micro["batch"] is None:
@@ -802,7 +803,7 @@ def train(group, model, tokenizer, examples, stage, row, out, options, state=Non
             bad_steps = 0 if is_good else bad_steps + (n > 0)
             if bad_steps >= MAX_BAD_STEPS:
                 last_ids = sorted(i for some in group.gather(ids) for i in some)[:20]
-                places = ", ".join(examples[i].where or str(i) for i in last_ids)
+                places = ", ".join(examples[i].where for i in last_ids)
                 raise UserError(
                     f"loss or gradient not finite {MAX_BAD_STEPS} steps in a row; the last step's "
                     f"examples: {places}"
@@ -988,7 +989,7 @@ def run_stage(group, args):
     if "lora" in row.trains and not any("lora_" in n for n, _ in model.named_parameters()):
         model.add_lora()
     # clips are looked for when they are read: a missing one is skipped and told of
-    examples = read_manifest(args.data, stage, check=False)
+    examples = Manifest(args.data, stage)
     default = os.path.join(os.path.dirname(args.data), "held_out.jsonl")
     held_out_path = args.held_out or (default if os.path.exists(default) else None)
     held_out = read_manifest(held_out_path, None, check=False) if held_out_path else []

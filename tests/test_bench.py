@@ -194,3 +194,11 @@ def test_variance_table(capsys, toured, small_folder, tmp_path):
         shared, independent = found["shared", t], found["independent", t]
         assert 0 < shared[0] < independent[0] and 0 < shared[1] <= independent[1] * 1.5
     assert bench.main(["variance", str(tmp_path / "none.jsonl")]) == 2
+
+
+def test_the_data_path(capsys):
+    """All of its lines come out, at a small size; what is opened in another process holds every line."""
+    assert bench.main(["data", "--lines", "3000", "--clips", "16"]) == 0
+    out = capsys.readouterr().out
+    assert "3,000 synthetic lines" in out and "1000 lines parsed" in out and "8,500,000" in out
+    assert [line for line in out.splitlines() if line.startswith("--workers 2: ")]

@@ -10,20 +10,26 @@ import torch
 import whisper.audio
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import data as data_module
 from data import (
     ASR_QUESTION,
     RESPONSE_UNIT,
+    BatchBuilder,
+    Manifest,
     answer_ids,
     answer_text,
     bucket,
     build_prompt,
     collate,
+    costs_of,
+    encode_question,
     encode_text,
     load_audio,
     log_mel,
     prompt_text,
     read_manifest,
     response_length,
+    scan,
     split_clip,
     window_seconds,
 )
@@ -402,3 +408,93 @@ def test_split_clip_cuts_where_it_is_quiet(config):
     assert len(cuts) == 3
     for cut, start in zip(cuts, (1.3, 2.6, 4.2), strict=True):
         assert start < cut < start + 0.4
+
+
+# ------------------------------------------------------------------------- manifests of any length
+
+
+def lines_in(kind):
+    """Entries of each format, with letters of more than a byte and empty lines between."""
+    texts = ["Ä dog?", "Was hört man — ja?", '"quoted" [x], {y}', "日本語" * 50]
+    if kind == "messages":
+        return [
+            {"messages": [user(t), assistant(t[::-1])], "audios": ["a.wav"], "duration": 2.5} for t in texts
+        ]
+    if kind == "nemo":
+        return [{"audio_filepath": "a.wav", "text": t, "duration": 1.5, "offset": 0.5} for t in texts]
+    return [{"audio_id": i, "audio_filepath": "a.wav", "input": t, "target": t} for i, t in enumerate(texts)]
+
+
+def write_entries(path, entries, kind):
+    if kind == "list":
+        path.write_text(json.dumps(entries, indent=2, ensure_ascii=False), encoding="utf-8")
+    else:
+        path.write_text("\n\n".join(json.dumps(e, ensure_ascii=False) for e in entries), encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["messages", "nemo", "authors", "list"])
+def test_a_manifest_is_opened_and_not_read(kind, config, tmp_path):
+    """Example by example what read_manifest reads whole; costs are those of the examples."""
+    path = tmp_path / "m.json"
+    write_entries(path, lines_in(kind), kind)
+    whole, opened = read_manifest(str(path), check=False), Manifest(str(path))
+    assert [opened[i] for i in range(len(opened))] == whole and len(whole) == 4
+    assert costs_of(opened, config).tolist() == costs_of(whole, config).tolist()
+    with pytest.raises(IndexError):
+        opened[4]
+
+
+def test_a_long_list_is_cut_a_chunk_at_a_time(tmp_path):
+    entries = lines_in("list") * 30
+    path = tmp_path / "m.json"
+    write_entries(path, entries, "list")
+    for chunk in (1, 7, 64, 1000):
+        with open(path, "rb") as f:
+            found = [json.loads(raw) for _, _, raw in scan(f, str(path), chunk)]
+        assert found == entries
+    data = path.read_bytes()
+    for start, number, raw in scan(open(path, "rb"), str(path)):  # noqa: SIM115
+        assert data[start : start + len(raw)] == raw and json.loads(raw) == entries[number - 1]
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="entry [0-9]+: not JSON"):
+        Manifest(str(path))
+
+
+def test_the_index_is_built_once_and_again_when_it_must(tmp_path, monkeypatch):
+    path, built = tmp_path / "m.jsonl", []
+    write_entries(path, lines_in("messages"), "messages")
+    real = data_module.build_index
+
+    def counted(*args):
+        built.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(data_module, "build_index", counted)
+    index = tmp_path / "m.jsonl.index.npy"
+    assert len(Manifest(str(path))) == len(Manifest(str(path))) == 4 and len(built) == 1
+    index.write_bytes(index.read_bytes()[:-10])  # cut
+    assert len(Manifest(str(path))) == 4 and len(built) == 2
+    write_entries(path, lines_in("messages") * 2, "messages")  # changed
+    assert len(Manifest(str(path))) == 8 and len(built) == 3
+    # a folder that cannot be written: the index lies elsewhere
+    index.unlink()
+    os.mkdir(index)
+    assert len(Manifest(str(path))) == 8 and len(built) == 4
+    assert len(Manifest(str(path))) == 8 and len(built) == 4
+
+
+def test_a_bad_line_is_told_of_when_it_is_met(config, tokenizer, tmp_path):
+    path = tmp_path / "m.jsonl"
+    soundfile.write(str(tmp_path / "a.wav"), np.zeros(1600), 16000)
+    good = json.dumps({"messages": [user("Hm?"), assistant("Rain.")], "audios": ["a.wav"]})
+    path.write_text("\n".join([good, "{not json", good, json.dumps({"messages": []})]))
+    manifest = Manifest(str(path))
+    micro = BatchBuilder(tokenizer, config, encode_question, 0)(manifest, 0, [0, 1, 2, 3])
+    assert micro["ids"] == [0, 2] and [s["id"] for s in micro["skipped"]] == [1, 3]
+    assert [s["where"] for s in micro["skipped"]] == [f"{path}:2", f"{path}:4"]
+    assert "not JSON" in micro["skipped"][0]["why"]
+    with pytest.raises(UserError, match="holds no example"):
+        (tmp_path / "empty.jsonl").write_text("\n")
+        Manifest(str(tmp_path / "empty.jsonl"))
+    with pytest.raises(UserError, match="no such manifest"):
+        Manifest(str(tmp_path / "gone.jsonl"))

@@ -29,7 +29,7 @@ from data import (
     MicroBatches,
     answer_text,
     augment,
-    cost_of,
+    costs_of,
     generator_for,
     mask_mel,
     part_of,
@@ -282,7 +282,7 @@ def test_ranks_share_out_the_global_batch(world, batch):
     """Every example once an epoch, whatever the number of ranks; every rank ends every step."""
     config = PRESETS["tiny"]
     examples = [Example(i, "clip.wav", "Hm?", "a" * (i % 37), duration=2.0) for i in range(200)]
-    costs = [cost_of(example, config) for example in examples]
+    costs = costs_of(examples, config)
     builder = BatchBuilder(None, config, None, 0)
     steps = -(-len(costs) // batch)
     plans = []
@@ -800,7 +800,7 @@ def test_cost_counts_what_a_row_holds(toured, config):
     for e in read_manifest(f"{toured}/stage2.jsonl", 2)[:40]:
         builder = builder_for(tokenizer, config.with_tokenizer(tokenizer), SMALL_STAGES[3], 0)
         row = builder([e], 0)["batch"]["text.ids"].size(1) + config.n_queries
-        assert 0.7 * row < cost_of(e, config) < 2.5 * row
+        assert 0.7 * row < costs_of([e], config)[0] < 2.5 * row
     assert Options().tokens == 6144
 
 

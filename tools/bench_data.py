@@ -1,0 +1,122 @@
+"""The data path, measured: opening a long manifest, the order of an epoch, clips a second.
+
+Every measurement of a manifest runs in a process of its own, so that its memory is its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import soundfile
+import torch
+
+from data import (
+    SAMPLE_RATE,
+    BatchBuilder,
+    Manifest,
+    MicroBatches,
+    encode_question,
+    load_audio,
+    log_mel,
+    schedule_of,
+    window_seconds,
+)
+from tools.measure import SIZES, anonymous_bytes, machine, spread
+from weights import load_tokenizer
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+EPOCH = 8_500_000  # utterances of the paper's stage 1
+
+
+def write_lines(path, n):
+    """n lines of speech recognition, about as long as LibriSpeech's."""
+    with open(path, "w", encoding="utf-8") as f:
+        for i in range(n):
+            text = f"the {i} quick brown foxes jumped over the lazy dogs and read another sentence to them"
+            asked = {"role": "user", "content": "<audio>Please transcribe the audio to text."}
+            line = {"messages": [asked, {"role": "assistant", "content": text}]}
+            line |= {
+                "audios": [f"train/{i // 1000}/{i}.flac"],
+                "duration": 12.0,
+                "dataset": "x",
+                "task": "asr",
+            }
+            f.write(json.dumps(line) + "\n")
+
+
+def one_opening(path):
+    """Opens a manifest and draws one batch of it; prints seconds and bytes as a line of JSON."""
+    before, start = anonymous_bytes(), time.perf_counter()
+    manifest = Manifest(path)
+    opened = time.perf_counter() - start
+    examples = [manifest[i] for i in range(0, len(manifest), max(1, len(manifest) // 1000))]
+    found = {"lines": len(manifest), "open": opened, "bytes": anonymous_bytes() - before}
+    print(json.dumps(found | {"parsed": len(examples), "all": time.perf_counter() - start}))
+
+
+def in_a_process(path):
+    command = [sys.executable, "-m", "tools.bench", "data", "--open", path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def clips_a_second(manifest, tokenizer, config, workers, n):
+    """Clips that leave the loader in a second, mel included."""
+    builder = BatchBuilder(tokenizer, config, encode_question, 0)
+    batches = MicroBatches(manifest, builder, 16, 0, 1, 10**9, 0, 0, n // 16)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=list)
+    start = time.perf_counter()
+    for _ in loader:
+        pass
+    return n / (time.perf_counter() - start)
+
+
+def data_bench(args):
+    if args.open:
+        one_opening(args.open)
+        return
+    print(f"{machine('cpu')}, torch {torch.__version__}, {args.lines:,} synthetic lines\n")
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "m.jsonl")
+        write_lines(path, args.lines)
+        size = os.path.getsize(path) / 1e6
+        built, again = in_a_process(path), in_a_process(path)
+        print(f"manifest of {size:.0f} MB: index built in {built['open']:.1f} s;", end=" ")
+        print(f"opened again in {again['open']:.2f} s and {again['bytes'] / 1e6:.0f} MB of memory")
+        print(f"{again['parsed']} lines parsed all over it: {again['all'] - again['open']:.3f} s\n")
+
+        before, start = anonymous_bytes(), time.perf_counter()
+        next(schedule_of(EPOCH, 1280, 0, start=EPOCH // 1280 // 2))
+        seconds = time.perf_counter() - start
+        print(f"order of an epoch of {EPOCH:,}, from its middle: {seconds:.2f} s,", end=" ")
+        print(f"{(anonymous_bytes() - before) / 1e6:.0f} MB\n")
+
+        rng, clips = np.random.default_rng(0), os.path.join(folder, "clips.jsonl")
+        with open(clips, "w", encoding="utf-8") as f:
+            for i in range(args.clips):
+                noise = rng.uniform(-0.3, 0.3, 12 * SAMPLE_RATE)
+                soundfile.write(os.path.join(folder, f"{i}.flac"), noise, SAMPLE_RATE)
+                line = {"audio_filepath": f"{i}.flac", "text": "one two three", "duration": 12.0}
+                f.write(json.dumps(line) + "\n")
+        config = SIZES["diffa2"]
+        torch.set_num_threads(1)
+        start = time.perf_counter()
+        audios = [load_audio(os.path.join(folder, f"{i}.flac"))[0] for i in range(args.clips)]
+        middle = time.perf_counter()
+        for audio in audios:
+            log_mel(audio[: round(window_seconds(config) * SAMPLE_RATE)], config)
+        ended = time.perf_counter()
+        read, mel = (middle - start) / args.clips, (ended - middle) / args.clips
+        print(f"a clip of 12 s, FLAC, one thread: decoded in {1e3 * read:.1f} ms, log-mel {1e3 * mel:.1f} ms")
+        tokenizer = load_tokenizer(os.path.join(ROOT, "assets", "tiny"))
+        tiny = SIZES["tiny"].with_tokenizer(tokenizer)
+        manifest = Manifest(clips)
+        for workers in (0, 1, 2):
+            rates = [clips_a_second(manifest, tokenizer, tiny, workers, args.clips) for _ in range(3)]
+            print(
+                f"--workers {workers}: {spread(rates, '{:.0f}')} clips a second (10 s windows, 80 mel bands)"
+            )
