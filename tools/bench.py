@@ -4,7 +4,7 @@
     python -m tools.bench fullsize DIR --device cuda
     python -m tools.bench train              a training step of each stage beside a naive one
     python -m tools.bench variance data/stage4.jsonl --model out/tiny/stage3     VRPO's estimators
-    python -m tools.bench data               a manifest of a million lines, the order of an epoch, clips a second
+    python -m tools.bench data               a manifest of a million lines, an epoch's order, clips a second
     python -m tools.bench decode             decoding beside a naive reference, 12-layer 1024-wide backbone
     python -m tools.bench decode --data data/test.jsonl --choices data/mmsu.jsonl --plot decode.png
 
