@@ -420,7 +420,7 @@ def ask(
     on_step=None,
     on_block=None,
     long="split",
-    batch=16,
+    batch=None,
     **fields,
 ):
     """Answers questions about clips.  Returns a list of Answers, or one for one clip.
@@ -431,13 +431,13 @@ def ask(
     stage: reads the audio as that stage does; by default the model's.  options, generator (one or a list,
     one a clip), on_step, on_block, fields: as of `generate`; an autoregressive model takes length,
     temperature and generator from them.  answer_length="auto" gives each clip `length_for` its seconds, as
-    one block.  batch: clips (or pieces) that pass the network together.
+    one block.  batch: clips or pieces that pass the network together (default: all the clips, at least 16).
     Raises UserError for a clip that cannot be read, and when prompt, audio and answer exceed the context.
     """
     is_one = isinstance(audios, (str, os.PathLike, np.ndarray, torch.Tensor))
     audios = [audios] if is_one else audios
     questions = [questions] * len(audios) if isinstance(questions, str) else questions
-    options = dataclasses.replace(options, **fields)
+    options, batch = dataclasses.replace(options, **fields), batch or max(16, len(audios))
     window = round(window_seconds(model.config) * SAMPLE_RATE)
     jobs = []  # (clip's number, start, end, samples)
     for n, audio in enumerate(audios):
