@@ -494,8 +494,8 @@ def answer_text(tokenizer, ids, config):
 SPOKEN = ("words", "speaker", "caption")  # facts that no acoustic token stands for
 
 
-def write_audio(facts, tokenizer, config, generator):
-    """Imitates the audio tokens of a clip by word embeddings: the facts known of it, written down.
+def imitate_audio(facts, tokenizer, config, generator):
+    """Imitates the audio tokens of a clip by word embeddings: the facts known of it.
 
     LLaDA-8B can answer questions about a description before it hears anything, and the adapters only
     have to learn to describe.  A small backbone learns this from text alone (stage 0) if the description
@@ -664,8 +664,8 @@ def collate(items, config):
     }
 
 
-def pad_written(items):
-    """Items of write_audio as one batch: ids, weights (B, A, 2), noise (B, A, width), valid (B, A)."""
+def pad_imitations(items):
+    """Items of imitate_audio as one batch: ids, weights (B, A, 2), noise (B, A, width), valid (B, A)."""
     pad = torch.nn.utils.rnn.pad_sequence
     batch = {k: pad([item[k] for item in items], batch_first=True) for k in ("ids", "weights", "noise")}
     is_token = [torch.ones(len(item["ids"]), dtype=torch.bool) for item in items]
@@ -673,29 +673,29 @@ def pad_written(items):
 
 
 def part_of(batch, name="text"):
-    """The tensors of one text of a batch, or of "written", by name."""
+    """The tensors of one text of a batch, or of "imitated", by name."""
     return {k.removeprefix(name + "."): v for k, v in batch.items() if k.startswith(name + ".")}
 
 
 class BatchBuilder:
     """Examples -> a clean micro-batch.  An example that cannot be used is left out and told of.
 
-    encode: encode_question or encode_pair.  written: clips are written down (write_audio) instead of
+    encode: encode_question or encode_pair.  is_imitated: clips are imitated (imitate_audio) instead of
     read.  is_augmented: `augment` and `mask_mel` on each clip.
     """
 
-    def __init__(self, tokenizer, config, encode, seed, written=False, is_augmented=False):
+    def __init__(self, tokenizer, config, encode, seed, is_imitated=False, is_augmented=False):
         self.tokenizer, self.config, self.encode, self.seed = tokenizer, config, encode, seed
-        self.written, self.is_augmented = written, is_augmented
+        self.is_imitated, self.is_augmented = is_imitated, is_augmented
 
     def item(self, example, epoch):
-        """One example -> {"texts", "transcript", "seconds"} and "written", or "mel" and "n_frames"."""
+        """One example -> {"texts", "transcript", "seconds"} and "imitated", or "mel" and "n_frames"."""
         c, generator = self.config, generator_for(self.seed, epoch, example.id)
         words = self.tokenizer.encode(example.facts.get("words", ""), add_special_tokens=False).ids
         item = {"texts": self.encode(example, self.tokenizer, c, generator), "transcript": words}
-        if self.written:
-            written = write_audio(example.facts, self.tokenizer, c, generator)
-            return item | {"written": written, "seconds": 0.0}
+        if self.is_imitated:
+            imitated = imitate_audio(example.facts, self.tokenizer, c, generator)
+            return item | {"imitated": imitated, "seconds": 0.0}
         if example.audio is None:
             raise UserError("has no audio")
         audio, _ = load_audio(example.audio, example.offset, example.duration, window_seconds(c))
@@ -726,8 +726,8 @@ class BatchBuilder:
         micro = {"ids": ids, "epoch": epoch, "skipped": skipped, "seconds": seconds, "batch": None}
         if not items:
             return micro
-        if self.written:
-            parts = {"written": pad_written([item["written"] for item in items])}
+        if self.is_imitated:
+            parts = {"imitated": pad_imitations([item["imitated"] for item in items])}
             batch = {}
         else:
             parts = {}

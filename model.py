@@ -405,8 +405,8 @@ class DIFFA2(nn.Module):
             final[rows, :size], taps[rows, :, :size] = some_final, some_taps
         return taps, final
 
-    def embed_written(self, ids, weights, noise):
-        """Audio tokens of clips that are written down (data.write_audio): mixed embeddings under noise.
+    def embed_imitation(self, ids, weights, noise):
+        """Audio tokens imitated by words (data.imitate_audio): weighted sums of embeddings plus noise.
 
         ids, weights (B, A, 2), noise (B, A, D) in units of the embeddings' root mean square -> (B, A, D).
         """

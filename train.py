@@ -1,23 +1,26 @@
 """Training: one table of stages, one loop, on a laptop or on many GPUs.
 
-    torchrun --nproc_per_node=8 train.py --stage 1     # diffa2 on eight GPUs; add --nnodes for more
     python -m tools.prepare tour --audio DIR --text DIR --out data    # data/stage0.jsonl ... stage4.jsonl
-    python train.py --stage 1 --model tiny             # semantic adapter on speech recognition
-    python train.py --stage 2 --model tiny             # both adapters on audio questions
-    python train.py --stage 3 --model tiny             # both adapters and LoRA
-    python train.py --stage 4 --model tiny             # the same parts by preference (vrpo.py)
-    python train.py --stage 0 --model tiny             # the small backbone, from text alone
-    python train.py --stage 1 --resume                 # goes on where a stopped run was, to the bit
+    python train.py --model tiny --stage 0             # the small backbone, from text alone
+    python train.py --model tiny --stage 1 --init out/tiny/stage0     # semantic adapter: transcripts
+    python train.py --model tiny --stage 2             # both adapters: questions about clips
+    python train.py --model tiny --stage 3             # both adapters and LoRA
+    python train.py --model tiny --stage 4             # the same parts by preference (vrpo.py)
+    python train.py --model tiny --stage 4 --resume    # goes on where a stopped run was, to the bit
 
-Each stage starts from the folder the one before it wrote (out/MODEL/stageN).  Stage 1 starts from
-what was trained before this project begins: LLaDA and Whisper, or the small backbone and Whisper
-tiny.en that lie in assets.  Stage 0 makes that small backbone, by the same loss, on questions about
-clips that are written down where the audio will be spliced in (data.write_audio).
+    torchrun --nproc_per_node=8 train.py --stage 1     # diffa2 on eight GPUs; add --nnodes for more
+
+Stages 2 to 4 start from the folder that the one before wrote (out/MODEL/stageN), or from --init.
+Stage 1 starts from what was trained before this project begins: LLaDA and Whisper as published, or
+the small backbone and Whisper tiny.en that lie in assets.  Stage 0 makes that small backbone, by the
+same loss, on questions about clips, with word embeddings in the place of their audio
+(data.imitate_audio).
 
 The loss is averaged over the global batch: a batch is a list of examples, rank r takes
-ids[r::world] in micro-batches under a token budget, gradients of plain sums are added up and divided
+ids[r::world] in micro-batches of so many positions, gradients of plain sums are added up and divided
 by the number of examples once.  What an example is masked and augmented with is seeded by (seed,
-epoch, example), so the number of processes changes nothing but the speed.
+epoch, example): apart from dropout and rounding, the number of processes and the size of a
+micro-batch change nothing but the speed.
 
 Reading order: the losses, the table of stages, the optimizers, `train` (the loop); what stands
 between them is housekeeping (processes, logs, signals).
@@ -85,7 +88,7 @@ from weights import (
 
 
 @dataclass(frozen=True)
-class Context:
+class LossContext:
     """What a loss needs beside its micro-batch.
 
     Handed over as an argument, so that a loss can be called from a test or a notebook with a model of
@@ -95,7 +98,7 @@ class Context:
     model: nn.Module
     stage: int
     seed: int
-    row: "Stage"
+    settings: "Stage"
     autocast: Callable  # () -> context manager
     trained: tuple = ()  # the parameters that train
     reference: tuple = ()  # their values before stage 4
@@ -111,14 +114,15 @@ def predictor(model, text, audio, is_audio):
 
 
 def audio_tokens(context, batch):
-    """The audio tokens of a batch's clips, encoded or written down: audio (B, A, D), is_audio (B, A)."""
+    """The audio tokens of a batch's clips, encoded or imitated: audio (B, A, D), is_audio (B, A)."""
     model = context.model
     if "mel" in batch:
         taps, final = model.encode(batch["mel"], batch["n_frames"])
         return model.adapt(taps, final, batch["n_frames"], context.stage)
-    # stage 0: nothing is heard; word embeddings, mixed and blurred, stand where audio tokens will
-    written = part_of(batch, "written")
-    return model.embed_written(written["ids"], written["weights"], written["noise"]), written["valid"]
+    # stage 0: no audio; weighted sums of word embeddings plus noise stand where audio tokens will
+    imitated = part_of(batch, "imitated")
+    audio = model.embed_imitation(imitated["ids"], imitated["weights"], imitated["noise"])
+    return audio, imitated["valid"]
 
 
 def ctc_loss(model, batch, audio, is_audio, stage):
@@ -139,11 +143,11 @@ def ctc_loss(model, batch, audio, is_audio, stage):
 
 
 def question_loss(context, batch, audio, is_audio, generators):
-    """L_sft-a of a clean batch, one value per example (B,), with gradient; of a causal model its own loss.
+    """Eq. 2 with audio, one value per example (B,), with gradient; of a causal model its own loss.
 
     audio, is_audio: audio_tokens'.
     """
-    model, least_t, text = context.model, context.row.least_t, part_of(batch)
+    model, least_t, text = context.model, context.settings.least_t, part_of(batch)
     predict = predictor(model, text, audio, is_audio)
     if model.config.causal:
         return next_token_loss(predict, text["ids"], text["is_answer"])
@@ -153,25 +157,29 @@ def question_loss(context, batch, audio, is_audio, generators):
 
 
 def sft(context, micro):
-    """Stages 0-3: Eq. 1, 2, and CTC beside it where the row says so.
+    """Stages 0-3: Eq. 1, 2, and CTC beside it where the settings say so.
 
-    Pre-training and fine-tuning are one function: what differs is which parameters train, which
-    examples are read, and that only the answer's tokens are ever hidden.
+    One function for all of them: a stage differs in which parameters train and which examples are read.
+    Only the answer's tokens are ever hidden.
     """
     batch = micro["batch"]
     with context.autocast():
         audio, is_audio = audio_tokens(context, batch)
         losses = question_loss(context, batch, audio, is_audio, context.noise(micro))
     total = losses
-    if context.row.ctc:
-        total = losses + context.row.ctc * ctc_loss(context.model, batch, audio, is_audio, context.stage)
-    if total.requires_grad:  # where a small t has hidden nothing in any row there is no gradient
+    if context.settings.ctc:
+        total = losses + context.settings.ctc * ctc_loss(context.model, batch, audio, is_audio, context.stage)
+    if total.requires_grad:  # where a small t has hidden nothing in any example there is no gradient
         total.sum().backward()
     return losses.detach()
 
 
 def vrpo(context, micro):
-    """Stage 4: Eq. 4, 5.  The backbone's graph lives for one sample at a time, the adapters' once."""
+    """Stage 4: Eq. 4, 5.
+
+    A "sample" is one draw of masks (Eq. 3 has n of them).  The backbone's autograd graph is freed after
+    each sample; the adapters' is kept, and walked once at the end.
+    """
     model, batch = context.model, micro["batch"]
     texts = {name: part_of(batch, name) for name in ("chosen", "rejected")}
     is_answer = [text["is_answer"] for text in texts.values()]
@@ -236,8 +244,8 @@ class Stage:
     epochs: float = 0  # over the manifest, or
     steps: int = 0  # this many steps whatever its size
     loss: Loss = SFT
-    written: bool = False  # clips are written down (data.write_audio) instead of encoded
-    least_t: float = 0.0  # t is drawn from (least_t, 1]: decoding begins fully masked
+    is_imitated: bool = False  # word embeddings in the place of audio (data.imitate_audio)
+    least_t: float = 0.0  # t is drawn from (least_t, 1]: decoding starts from nothing visible
     ctc: float = 0.0  # weight of CTC of the transcript on the semantic tokens
     weight_decay: float = 0.05
     beta2: float = 0.999
@@ -249,10 +257,11 @@ class Stage:
 # acoustic adapter joins in stage 2, when there is something to attach "how it sounds" to; only then may
 # LLaDA itself move, by LoRA (stage 3); and stage 4 polishes by comparison what stage 3 has learned.
 ADAPTERS = ("semantic.", "acoustic.")
-# three departures that pay at this size: t is not small while so little is known, CTC teaches the
-# adapter where a word stands, Muon is the faster optimizer
+# Departures that pay in a run of an hour on a few hours of recordings: no t below 0.3, for little is learned
+# from answers that are nearly whole; AdamW forgets faster; Muon for the matrices of the blocks
 TINY = {"least_t": 0.3, "beta2": 0.98, "muon": True}
-HEARING = TINY | {"ctc": 0.5, "augment": True}
+# and with real audio: CTC tells the adapter where a word stands, augmentation stretches few recordings
+TINY_AUDIO = TINY | {"ctc": 0.5, "augment": True}
 
 STAGES = {
     # paper, Table B.2; soft prompts train with stage 1
@@ -264,10 +273,10 @@ STAGES = {
     },
     # the same table with small numbers
     "tiny": {
-        0: Stage(("backbone.",), lr=2e-3, batch=32, warmup=30, steps=1200, written=True, **TINY),
-        1: Stage(("semantic.", "soft_prompts"), lr=1.5e-3, batch=32, warmup=20, steps=220, **HEARING),
-        2: Stage(ADAPTERS, lr=1.5e-3, batch=32, warmup=20, steps=660, **HEARING),
-        3: Stage((*ADAPTERS, "lora"), lr=1e-3, batch=32, warmup=10, steps=180, **HEARING),
+        0: Stage(("backbone.",), lr=2e-3, batch=32, warmup=30, steps=1200, is_imitated=True, **TINY),
+        1: Stage(("semantic.", "soft_prompts"), lr=1.5e-3, batch=32, warmup=20, steps=220, **TINY_AUDIO),
+        2: Stage(ADAPTERS, lr=1.5e-3, batch=32, warmup=20, steps=660, **TINY_AUDIO),
+        3: Stage((*ADAPTERS, "lora"), lr=1e-3, batch=32, warmup=10, steps=180, **TINY_AUDIO),
         4: Stage((*ADAPTERS, "lora"), 5e-5, 8, warmup=5, steps=60, loss=VRPO, beta2=0.98, augment=True),
     },
 }
@@ -285,7 +294,7 @@ def freeze_all_but(model, prefixes):
     return trained
 
 
-def halve_frozen(model):
+def frozen_to_bf16(model):
     """Frozen matrices in bf16; vectors stay as they are (Whisper's norms want fp32, and weigh nothing).
 
     What trains stays in fp32: a step of 1e-5 on a weight of 0.1 is less than bf16 can tell apart.
@@ -314,18 +323,22 @@ def recompute(model):
 # optimizers
 
 
-def learning_rate(step, row, steps):
+def learning_rate(step, settings, steps):
     """Linear warm-up, then a cosine down to zero.  step counts from 0, steps is the length of the run."""
-    if step < row.warmup:
-        return row.lr * (step + 1) / row.warmup
-    return row.lr * 0.5 * (1 + math.cos(math.pi * (step - row.warmup) / max(1, steps - row.warmup)))
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / settings.warmup
+    return (
+        settings.lr
+        * 0.5
+        * (1 + math.cos(math.pi * (step - settings.warmup) / max(1, steps - settings.warmup)))
+    )
 
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024) for matrices: the momentum's nearest matrix with equal singular values.
 
-    Directions of small gradient move as fast as the others.  Updates are scaled to the size of AdamW's, so
-    one learning rate serves both.  torch.optim.Muon does the same in bf16, which processors without bf16
+    Every direction gets a step of the same size, however small its gradient.  Updates are scaled to the
+    size of AdamW's, so one learning rate serves both.  torch.optim.Muon does the same in bf16, which processors without bf16
     arithmetic take thirty times as long for; this one computes in fp32.
     """
 
@@ -358,23 +371,27 @@ def orthogonalize(matrix, steps=5):
     return x.T if is_tall else x
 
 
-def make_optimizers(trained, row):
-    """AdamW for `trained` (name -> parameter); with row.muon Muon for the matrices of the blocks.
+def make_optimizers(trained, settings):
+    """AdamW for `trained` (name -> parameter); with settings.muon Muon for the matrices of the blocks.
 
     Muon is for matrices that map hidden states to hidden states.  Embeddings, the head, convolutions and
     vectors stay with AdamW, as Muon's authors advise.
     """
     in_blocks = re.compile(r"(backbone\.blocks|acoustic\.layers)\.\d+\..*weight$")
-    by_muon = {name for name, p in trained.items() if row.muon and p.dim() == 2 and in_blocks.match(name)}
+    by_muon = {
+        name for name, p in trained.items() if settings.muon and p.dim() == 2 and in_blocks.match(name)
+    }
     rest = [p for name, p in trained.items() if name not in by_muon]
     # no decay on vectors: norms, biases, gains
     groups = [
-        {"params": [p for p in rest if p.dim() > 1], "weight_decay": row.weight_decay},
+        {"params": [p for p in rest if p.dim() > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    optimizers = [torch.optim.AdamW(groups, lr=row.lr, betas=(0.9, row.beta2), fused=True)]
+    optimizers = [torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=True)]
     if by_muon:
-        optimizers.append(Muon([trained[name] for name in sorted(by_muon)], row.lr, row.weight_decay))
+        optimizers.append(
+            Muon([trained[name] for name in sorted(by_muon)], settings.lr, settings.weight_decay)
+        )
     return optimizers
 
 
@@ -535,7 +552,7 @@ def ignore_signals(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def as_is(micro):
+def no_collate(micro):
     return micro
 
 
@@ -544,7 +561,7 @@ def to_device(batch, device):
 
 
 # ---------------------------------------------------------------------------------------------
-# what is written down of a run
+# what is logged of a run
 
 
 class Log:
@@ -661,87 +678,93 @@ class Options:
     tensorboard: bool = False
 
 
-MAX_BAD_STEPS = 10
+MAX_BAD_STEPS = 10  # in a row
 
 
-def total_steps(row, n_examples):
-    return row.steps or math.ceil(row.epochs * math.ceil(n_examples / row.batch))
+def count_steps(settings, n_examples):
+    """Steps of a stage: as many as the table says, or so many epochs."""
+    return settings.steps or math.ceil(settings.epochs * math.ceil(n_examples / settings.batch))
 
 
-def train(group, model, tokenizer, examples, stage, row, out, options, state=None, held_out=()):
-    """Runs a stage.  Returns True when it is finished, False when it was asked to stop and has saved.
+def make_loader(examples, tokenizer, config, settings, options, group, start, stop):
+    """What one process works on, micro-batch by micro-batch, from step `start` up to step `stop`."""
+    builder = BatchBuilder(
+        tokenizer, config, settings.loss.encode, options.seed, settings.is_imitated, settings.augment
+    )
+    place = (settings.batch, group.rank, group.size, options.tokens, options.seed, start, stop)
+    return torch.utils.data.DataLoader(
+        MicroBatches(examples, builder, *place),
+        batch_size=None,  # the data set makes whole micro-batches
+        num_workers=options.workers,
+        collate_fn=no_collate,
+        worker_init_fn=ignore_signals,
+        pin_memory=group.device.type == "cuda",
+        generator=torch.Generator(),  # its own: a loader must not shift dropout's numbers
+    )
 
-    state: what write_state wrote, to go on from.
+
+def restore_random_states(state, group):
+    """Dropout's generators as they were; with another number of processes they start anew."""
+    if group.size == len(state["random"]):
+        torch.set_rng_state(state["random"][group.rank])
+        if group.device.type == "cuda" and state["random_cuda"]:
+            torch.cuda.set_rng_state(state["random_cuda"][group.rank], group.device)
+
+
+def train(group, model, tokenizer, examples, stage, settings, out, options, steps, state=None, held_out=()):
+    """Runs a stage of `steps` steps.  True when it is finished, False when it was stopped and has saved.
+
+    examples: a list or a Manifest.  state: what write_state wrote, to go on from.
     """
     # ---- what trains, and with what
-    device, steps = group.device, options.max_steps or total_steps(row, len(examples))
-    trained = freeze_all_but(model, row.trains)
+    device = group.device
+    trained = freeze_all_but(model, settings.trains)
     is_released = (model.base or {}).get("name") in RELEASES
-    if is_released and options.precision == "bf16":  # a small model keeps to the bit what it froze
-        halve_frozen(model)
-    optimizers = make_optimizers(trained, row)
-    reference = tuple(p.detach().clone() for p in trained.values()) if row.loss.has_reference else ()
-    step, skipped_ids, bad_steps, hours = 0, set(), 0, 0.0
+    if is_released and options.precision == "bf16":  # a small model's frozen weights stay in fp32
+        frozen_to_bf16(model)
+    optimizers = make_optimizers(trained, settings)
+    reference = ()
+    if settings.loss.has_reference:
+        reference = tuple(p.detach().clone() for p in trained.values())
+    step, skipped_ids, bad_in_a_row, audio_hours = 0, set(), 0, 0.0
     torch.manual_seed(options.seed + group.rank)  # dropout: all other randomness has generators of its own
 
-    # ---- going on: weights, moments, random states, and the place in the data (the step says it all,
-    # for the order of an epoch is drawn from the seed alone)
+    # ---- going on: weights, moments, random states.  The number of the step fixes the place in the data,
+    # for the order of an epoch is drawn from the seed alone.
     if state is not None:
-        step, hours, skipped_ids = state["step"], state["hours"], set(state["skipped"])
+        step, audio_hours, skipped_ids = state["step"], state["hours"], set(state["skipped"])
         for name, p in trained.items():
             p.data.copy_(state["trained"][name])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         reference = tuple(r.to(device) for r in state["reference"])
-        if group.size == len(state["random"]):
-            torch.set_rng_state(state["random"][group.rank])
-            if device.type == "cuda" and state["random_cuda"]:
-                torch.cuda.set_rng_state(state["random_cuda"][group.rank], device)
+        restore_random_states(state, group)
 
     # ---- how it computes, and what feeds it
-    undo = recompute(model) if options.recompute else contextlib.ExitStack()
+    restore_forward = recompute(model) if options.recompute else contextlib.ExitStack()
     if options.compile:
         for block in model.backbone.blocks:
             block.compile()
     is_bf16 = options.precision == "bf16"
     autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=is_bf16)
-    context = Context(model, stage, options.seed, row, autocast, tuple(trained.values()), reference)
-    builder = BatchBuilder(
-        tokenizer, model.config, row.loss.encode, options.seed, row.written, is_augmented=row.augment
-    )
-    plain_builder = BatchBuilder(tokenizer, model.config, row.loss.encode, 0, row.written)
-    end = steps if options.stop_after is None else min(steps, step + options.stop_after)
-    micro_batches = MicroBatches(
-        examples, builder, row.batch, group.rank, group.size, options.tokens, options.seed, step, end
-    )
-    loader = torch.utils.data.DataLoader(
-        micro_batches,
-        batch_size=None,
-        num_workers=options.workers,
-        collate_fn=as_is,
-        worker_init_fn=ignore_signals,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # its own: a loader must not shift dropout's numbers
-    )
-    model.train(options.dropout and row.loss.has_dropout)
+    context = LossContext(model, stage, options.seed, settings, autocast, tuple(trained.values()), reference)
+    held_out_builder = BatchBuilder(tokenizer, model.config, settings.loss.encode, 0, settings.is_imitated)
+    stop_step = steps if options.stop_after is None else min(steps, step + options.stop_after)
+    loader = make_loader(examples, tokenizer, model.config, settings, options, group, step, stop_step)
+    micro_batches = iter(loader)
+    model.train(options.dropout and settings.loss.has_dropout)
     log = Log(out, step, options.tensorboard) if group.rank == 0 else None
-    mean_loss, started, saved_at = None, time.perf_counter(), step
-    progress = tqdm(
-        total=steps,
-        initial=step,
-        desc=f"stage {stage}",
-        unit=" steps",
-        mininterval=1,
-        disable=group.rank != 0,
-    )
+    progress = tqdm(total=steps, initial=step, unit=" steps", mininterval=1, disable=group.rank != 0)
+    progress.set_description(f"stage {stage}", refresh=False)
+    smoothed_loss, started, saved_at = None, time.perf_counter(), step
 
     def save_checkpoint():
         random_states = group.gather(torch.get_rng_state())
         random_cuda = group.gather(torch.cuda.get_rng_state(device)) if device.type == "cuda" else []
-        whole = {  # tensors, numbers and lists alone: it is read back with weights_only=True
+        checkpoint = {  # tensors, numbers and lists alone: it is read back with weights_only=True
             "step": step,
             "stage": stage,
-            "hours": hours,
+            "hours": audio_hours,
             "skipped": sorted(skipped_ids),
             "reference": list(reference),
             "trained": {n: p.detach() for n, p in trained.items()},
@@ -749,103 +772,115 @@ def train(group, model, tokenizer, examples, stage, row, out, options, state=Non
             "random": random_states,
             "random_cuda": random_cuda,
         }
-        group.first_only(lambda: write_state(whole, out, step))
+        group.first_only(lambda: write_state(checkpoint, out, step))
 
-    with StopSignal() as stop, progress, undo, contextlib.closing(log) if log else contextlib.nullcontext():
-        losses, ids, skipped, seconds = [], [], [], 0.0
-        for micro in loader:
-            # ---- forward and backward of one micro-batch: gradients of plain sums add up in .grad
-            skipped += micro["skipped"]
-            if micro["batch"] is not None:
-                micro["batch"] = to_device(micro["batch"], device)
-                losses.append(row.loss.backward(context, micro))
-                ids += micro["ids"]
-                seconds += micro["seconds"]
-            if not micro["last"]:
-                continue
+    closing_log = contextlib.closing(log) if log else contextlib.nullcontext()
+    with StopSignal() as signals, progress, restore_forward, closing_log:
+        while step < stop_step:
+            # ---- forward and backward of this process's share of the global batch, a micro-batch at a
+            # time: gradients of plain sums add up in .grad.  Processes may have different numbers of
+            # micro-batches (one of them may be empty); they meet when the step ends.
+            losses, ids, skipped, audio_seconds, is_over = [], [], [], 0.0, False
+            while not is_over:
+                micro = next(micro_batches)
+                skipped += micro["skipped"]
+                if micro["batch"] is not None:
+                    micro["batch"] = to_device(micro["batch"], device)
+                    losses.append(settings.loss.backward(context, micro))
+                    ids += micro["ids"]
+                    audio_seconds += micro["seconds"]
+                is_over = micro["last"]
 
-            # ---- the global batch is complete: what every rank has to say, in one reduction
+            # ---- what every process has to say, in one reduction.  A loss that is not finite must not
+            # enter the sum of the others'; a signal to one process stops all.
             loss = torch.cat(losses).cpu().double() if losses else torch.zeros(0)
-            is_bad = not bool(loss.isfinite().all())
-            # a NaN on one rank must not enter the others' sums, and a signal to one of them stops all
-            mine = [0.0 if is_bad else float(loss.sum()), len(loss), seconds]
-            mine += [is_bad, len(skipped), stop.received]
-            loss_sum, n, all_seconds, n_bad, n_skipped, n_stop = group.sum(mine)
+            is_finite = bool(loss.isfinite().all())
+            local = [float(loss.sum()) if is_finite else 0.0, len(loss), audio_seconds]
+            local += [not is_finite, len(skipped), signals.received]
+            loss_sum, n_examples, all_seconds, n_not_finite, n_skipped, n_stop = group.sum(local)
+            audio_hours += all_seconds / 3600
             if n_skipped:
-                every_rank = [entry for some in group.gather(skipped) for entry in some]
-                count = group.first_only(functools.partial(record_skipped, out, every_rank, skipped_ids))
-                if count > options.skip_limit * max(len(examples), 1 / options.skip_limit):
+                all_skipped = [entry for some in group.gather(skipped) for entry in some]
+                # skipped_ids is kept, and saved, by rank 0 alone
+                n_unusable = group.first_only(
+                    functools.partial(record_skipped, out, all_skipped, skipped_ids)
+                )
+                if n_unusable > max(1, options.skip_limit * len(examples)):
                     raise UserError(
-                        f"{count} of {len(examples)} examples cannot be used, more than "
+                        f"{n_unusable} of {len(examples)} examples cannot be used, more than "
                         f"{options.skip_limit:.0%}: see {out}/skipped.jsonl"
                     )
 
-            # ---- the step: mean gradient of the global batch, clipped, then the optimizers
-            lr = learning_rate(step, row, steps)
+            # ---- the step: the mean gradient of the global batch, clipped, then the optimizers
+            lr = learning_rate(step, settings, steps)
             for optimizer in optimizers:
                 for param_group in optimizer.param_groups:
                     param_group["lr"] = lr
-            for p in trained.values():  # a rank without examples adds zeros
+            for p in trained.values():  # a process without examples adds zeros
                 if p.grad is None:
                     p.grad = torch.zeros_like(p)
             group.all_reduce_gradients(trained.values())
-            for p in trained.values():  # n counts what could be used: skipped clips do not dilute the mean
-                p.grad.div_(max(n, 1))
+            for p in trained.values():  # counted are examples that could be used: skipped ones dilute nothing
+                p.grad.div_(max(n_examples, 1))
             norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)
-            is_good = n > 0 and not n_bad and bool(norm.isfinite())
+            is_good = n_examples > 0 and not n_not_finite and bool(norm.isfinite())
             if is_good:
                 for optimizer in optimizers:
                     optimizer.step()
             for p in trained.values():
                 p.grad = None
+            step += 1
 
             # ---- a step whose loss or gradient is not finite is left out; many in a row are an error
-            bad_steps = 0 if is_good else bad_steps + (n > 0)
-            if bad_steps >= MAX_BAD_STEPS:
+            if is_good:
+                bad_in_a_row = 0
+            elif n_examples:
+                bad_in_a_row += 1
+            if bad_in_a_row >= MAX_BAD_STEPS:
                 last_ids = sorted(i for some in group.gather(ids) for i in some)[:20]
                 places = ", ".join(examples[i].where for i in last_ids)
                 raise UserError(
                     f"loss or gradient not finite {MAX_BAD_STEPS} steps in a row; the last step's "
                     f"examples: {places}"
                 )
-            step, hours = step + 1, hours + all_seconds / 3600
+
+            # ---- what one sees: a line in the log, the progress bar
             if log is not None:
-                if is_good:
-                    new = loss_sum / n
-                    mean_loss = (
-                        new if mean_loss is None else mean_loss + (new - mean_loss) * max(0.02, 1 / step)
-                    )
+                mean_loss = loss_sum / n_examples if n_examples and not n_not_finite else None
                 log.write(
                     step=step,
-                    loss=loss_sum / n if n and not n_bad else None,
+                    loss=mean_loss,
                     lr=lr,
                     norm=norm.item() if norm.isfinite() else None,
-                    n=int(n),
-                    hours=hours,
-                    bad=int(bad_steps > 0),
+                    n=int(n_examples),
+                    hours=audio_hours,
+                    bad=int(n_examples > 0 and not is_good),
                     skipped=len(skipped_ids),
                     seconds=time.perf_counter() - started,
                 )
-                shown = {"loss": "-" if mean_loss is None else f"{mean_loss:.3f}", "lr": f"{lr:.1e}"}
-                shown |= {"norm": f"{norm:.2f}", "audio": f"{hours:.2f}h"}
+                if is_good:
+                    before = mean_loss if smoothed_loss is None else smoothed_loss
+                    smoothed_loss = before + (mean_loss - before) / min(step, 50)
+                fields = {"loss": "-" if smoothed_loss is None else f"{smoothed_loss:.3f}", "lr": f"{lr:.1e}"}
+                fields |= {"norm": f"{norm:.2f}", "audio": f"{audio_hours:.2f}h"}
                 if skipped_ids:
-                    shown["skipped"] = len(skipped_ids)
-                progress.set_postfix(shown, refresh=False)
+                    fields["skipped"] = len(skipped_ids)
+                progress.set_postfix(fields, refresh=False)
                 progress.update()
+
             # ---- now and then: the held-out loss, a checkpoint
             is_due = step % options.held_out_every == 0 or step == steps
-            if len(held_out) and row.loss.has_held_out and is_due:
-                value, per_t = held_out_loss(context, plain_builder, held_out, group, options.tokens)
+            if len(held_out) and settings.loss.has_held_out and is_due:
+                value, per_t = held_out_loss(context, held_out_builder, held_out, group, options.tokens)
                 if log is not None:
                     by_t = dict(zip(map(str, HELD_OUT_T), per_t, strict=True))
                     log.write(step=step, held_out=value, held_out_t=by_t)
-            if step % options.save_every == 0 and step < steps:
+            if step % options.save_every == 0:
                 save_checkpoint()
                 saved_at = step
             if n_stop:
                 break
-            losses, ids, skipped, seconds = [], [], [], 0.0
-        if step < steps and saved_at != step:
+        if saved_at != step:  # also after the last step: writing the model may fail
             save_checkpoint()
     return step == steps
 
@@ -882,7 +917,7 @@ def with_fresh_adapters(model, seed):
     torch.manual_seed(seed)
     with torch.device(weight.device):
         fresh.add_adapters()
-    # as loud as words: what is ten times quieter than a layer's output drowns in the first
+    # with the root mean square of word embeddings: what is ten times smaller drowns in the first layer
     nn.init.normal_(fresh.soft_prompts, std=weight.float().pow(2).mean().sqrt().item())
     return fresh
 
@@ -926,15 +961,15 @@ def start_from(args, device):
     return model, tokenizer
 
 
-def row_of(args):
-    """The table's row, with what the command line says otherwise: fine-tuning wants its own numbers."""
-    row = STAGES[args.model][args.stage]
+def settings_of(args):
+    """The table's settings, with what the command line says otherwise: fine-tuning wants its own numbers."""
+    settings = STAGES[args.model][args.stage]
     for name in ("lr", "batch", "warmup", "weight_decay", "augment"):
         if getattr(args, name) is not None:
-            row = dataclasses.replace(row, **{name: getattr(args, name)})
+            settings = dataclasses.replace(settings, **{name: getattr(args, name)})
     if args.epochs is not None:
-        row = dataclasses.replace(row, epochs=args.epochs, steps=0)
-    return row
+        settings = dataclasses.replace(settings, epochs=args.epochs, steps=0)
+    return settings
 
 
 # ---------------------------------------------------------------------------------------------
@@ -953,7 +988,7 @@ def run(args):
     args.data = args.data or f"data/stage{stage}.jsonl"
     args.out = args.out or f"out/{name}{OBJECTIVES[args.objective]}/stage{stage}"
     if not os.path.exists(args.data):
-        how = "`python -m tools.prepare tour --audio DIR --out data` makes it"
+        how = "`python -m tools.prepare tour --audio DIR --out data` makes the small model's (docs/DATA.md)"
         raise UserError(f"{args.data}: no such manifest; {how}")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard")
@@ -983,25 +1018,26 @@ def run_stage(group, args):
         return 0
     args.precision = args.precision or ("bf16" if group.device.type == "cuda" else "fp32")
     names = [field.name for field in dataclasses.fields(Options)]
-    options, row = Options(**{name: getattr(args, name) for name in names}), row_of(args)
+    options, settings = Options(**{name: getattr(args, name) for name in names}), settings_of(args)
     model, tokenizer = start_from(args, group.device)
     torch.manual_seed(args.seed)
-    if "lora" in row.trains and not any("lora_" in n for n, _ in model.named_parameters()):
+    if "lora" in settings.trains and not any("lora_" in n for n, _ in model.named_parameters()):
         model.add_lora()
     # clips are looked for when they are read: a missing one is skipped and told of
     examples = Manifest(args.data, stage)
     default = os.path.join(os.path.dirname(args.data), "held_out.jsonl")
     held_out_path = args.held_out or (default if os.path.exists(default) else None)
     held_out = read_manifest(held_out_path, None, check=False) if held_out_path else []
-    steps = options.max_steps or total_steps(row, len(examples))
-    if row.warmup > steps / 10 and args.warmup is None:
+    steps = options.max_steps or count_steps(settings, len(examples))
+    if settings.warmup > steps / 10 and args.warmup is None:
         # a warm-up made for a hundred thousand steps would outlast a short run
-        row = dataclasses.replace(row, warmup=max(1, steps // 10))
+        settings = dataclasses.replace(settings, warmup=max(1, steps // 10))
     if group.rank == 0:
-        parts = ", ".join(prefix.rstrip(".") for prefix in row.trains)
-        print(f"stage {stage}: trains {parts} on {len(examples)} examples, {steps} steps of {row.batch},")
-        print(f"learning rate {row.lr:g} after {row.warmup} steps, weight decay {row.weight_decay:g}")
-    if not train(group, model, tokenizer, examples, stage, row, out, options, state, held_out):
+        parts = ", ".join(prefix.rstrip(".") for prefix in settings.trains)
+        print(f"stage {stage}: trains {parts} on {len(examples)} examples, {steps} steps of", end=" ")
+        print(f"{settings.batch}, learning rate {settings.lr:g} after {settings.warmup} steps,", end=" ")
+        print(f"weight decay {settings.weight_decay:g}")
+    if not train(group, model, tokenizer, examples, stage, settings, out, options, steps, state, held_out):
         if group.rank == 0:
             print(f"{out}: stopped and saved; --resume goes on")
         return 0
@@ -1022,7 +1058,7 @@ def parse(argv):
     option("--objective", choices=sorted(OBJECTIVES), default="diffusion", help=text)
     option("--data", help="manifest (default: data/stageN.jsonl)")
     option("--held-out", help="manifest of held-out examples (default: held_out.jsonl beside --data)")
-    text = "checkpoint to start from, or diffa2: the released one (default: out/MODEL/stage(N-1))"
+    text = "checkpoint to start from, or diffa2: the released one (default: out/MODEL/stage(N-1); see above)"
     option("--init", help=text)
     option("--out", help="folder to write (default: out/MODEL/stageN)")
     option("--llada", help="diffa1, diffa2: folder of LLaDA-8B-Instruct, instead of the hub's")
@@ -1066,6 +1102,8 @@ def parse(argv):
             raise UserError(f"--{flag} {value} must be positive")
     if args.weight_decay is not None and not 0 <= args.weight_decay < math.inf:
         raise UserError(f"--weight-decay {args.weight_decay} must be 0 or more")
+    if not 0 <= args.skip_limit <= 1:
+        raise UserError(f"--skip-limit {args.skip_limit} must lie between 0 and 1")
     if args.stage is None:
         raise UserError("give a stage: python train.py --stage 1 --model tiny")
     return args
@@ -1083,12 +1121,14 @@ def tutorial():
         total = sum(p.numel() for p in model.parameters())
         print(f"{name}: {total:,} parameters\n")
         print(f"  {'stage':7}{'trains':36}{'parameters':>12}{'share':>8}{'rate':>9}{'batch':>7}  loss")
-        for stage, row in stages.items():
-            n = sum(p.numel() for p in freeze_all_but(model, row.trains).values())
-            parts = ", ".join(prefix.rstrip(".") for prefix in row.trains)
-            loss = "VRPO, Eq. 4 and 5" if row.loss is VRPO else "Eq. 1 and 2"
-            loss += f" + {row.ctc:g} CTC" if row.ctc else ""
-            print(f"  {stage:<7}{parts:36}{n:>12,}{n / total:>8.1%}{row.lr:>9g}{row.batch:>7}  {loss}")
+        for stage, settings in stages.items():
+            n = sum(p.numel() for p in freeze_all_but(model, settings.trains).values())
+            parts = ", ".join(prefix.rstrip(".") for prefix in settings.trains)
+            loss = "VRPO, Eq. 4 and 5" if settings.loss is VRPO else "Eq. 1 and 2"
+            loss += f" + {settings.ctc:g} CTC" if settings.ctc else ""
+            print(
+                f"  {stage:<7}{parts:36}{n:>12,}{n / total:>8.1%}{settings.lr:>9g}{settings.batch:>7}  {loss}"
+            )
         print()
     print("python train.py --stage N --model tiny   trains one of them; --help lists the options")
 

@@ -23,7 +23,7 @@ import weights
 SMALL_STAGES = {
     # a small rate: Muon makes directions that are all rounding as long as the others, and no two runs
     # would be alike
-    0: train.Stage(("backbone.",), 1e-5, 6, 2, steps=20, written=True, least_t=0.2, muon=True),
+    0: train.Stage(("backbone.",), 1e-5, 6, 2, steps=20, is_imitated=True, least_t=0.2, muon=True),
     1: train.Stage(("semantic.", "soft_prompts"), 1e-3, 7, 2, steps=20, ctc=0.5, augment=True),
     2: train.Stage(train.ADAPTERS, 1e-3, 7, 2, steps=20, augment=True),
     3: train.Stage((*train.ADAPTERS, "lora"), 1e-3, 7, 2, steps=20, augment=True),

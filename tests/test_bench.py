@@ -118,7 +118,7 @@ def test_the_naive_step_computes_the_same(config, stage):
     reference = (
         tuple(p.detach().clone() for n, p in other.named_parameters() if n in chosen) if stage == 4 else ()
     )
-    context = train.Context(
+    context = train.LossContext(
         model,
         stage,
         0,

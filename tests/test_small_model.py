@@ -70,7 +70,7 @@ def test_real_recordings(shipped, shared_audio, task):
 
 
 def test_strings_of_digits_short_and_long(shipped, shared_audio, tmp_path):
-    """Forty strings of the test split; joined to clips of a minute they are read as well (data.split_clip)."""
+    """Forty strings of the test split; joined to clips of a minute they are read as well."""
     digits = [c for c in read_corpus("fsdd", os.path.join(shared_audio, "fsdd")) if c.is_test]
     made = list(strings(digits, 40, 5, random.Random(0), str(tmp_path), tqdm(disable=True)))
     audios, texts = [load_audio(c.path)[0] for c in made], [c.facts["words"] for c in made]

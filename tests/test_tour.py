@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import read_lines
 
-from data import build_prompt, prompt_text, read_manifest, write_audio
+from data import build_prompt, imitate_audio, prompt_text, read_manifest
 from tools.corpora import Clip, read_corpus
 from tools.prepare import main
 from tools.questions import askable
@@ -172,10 +172,10 @@ def test_stage_0_is_text_alone(toured, tmp_path, corpora):
     assert all(e.facts == {"words": e.answer} for e in read)
 
 
-def test_a_written_clip_holds_its_facts(tokenizer, config):
+def test_an_imitated_clip_holds_its_facts(tokenizer, config):
     """The transcript's pieces stand in their order among the semantic tokens, the facts among the acoustic.
 
-    Equal pieces are parted by a blank; there is nothing else; what is written depends on the generator alone.
+    Equal pieces are parted by a blank; there is nothing else; what is drawn depends on the generator alone.
     """
     config = dataclasses.replace(config, n_frames=500)  # room for all of it
     facts = {"words": "seven seven two rain", "sex": "speaker", "sound": "dog", "speaker": "jackson"}
@@ -184,7 +184,7 @@ def test_a_written_clip_holds_its_facts(tokenizer, config):
     firsts = set()
 
     def make(seed):
-        return write_audio(facts, tokenizer, config, torch.Generator().manual_seed(seed))
+        return imitate_audio(facts, tokenizer, config, torch.Generator().manual_seed(seed))
 
     for seed in range(60):
         made, again = make(seed), make(seed)

@@ -47,7 +47,7 @@ from train import (
     main,
     make_optimizers,
     parse,
-    row_of,
+    settings_of,
 )
 from weights import list_states, load, read_state, write_state
 
@@ -64,7 +64,7 @@ def small_preset():
 
 def builder_for(tokenizer, config, row, seed):
     """What `train` makes micro-batches of a row with."""
-    return BatchBuilder(tokenizer, config, row.loss.encode, seed, row.written, row.augment)
+    return BatchBuilder(tokenizer, config, row.loss.encode, seed, row.is_imitated, row.augment)
 
 
 def arguments(toured, out, stage, *extra):
@@ -254,7 +254,7 @@ def test_the_command_line_overrides_the_row(one, toured, tmp_path, capsys):
     """What is used is printed; a warm-up is at most a tenth of the run; epochs count the manifest."""
     given = ("--lr", "0.002", "--batch", "5", "--epochs", "0.2", "--weight-decay", "0.5", "--no-augment")
     args = parse(arguments(toured, tmp_path, 2, "--init", f"{one}/stage1", *given))
-    row = row_of(args)
+    row = settings_of(args)
     assert (row.lr, row.batch, row.weight_decay, row.augment) == (0.002, 5, 0.5, False)
     assert main(arguments(toured, tmp_path, 2, "--init", f"{one}/stage1", *given)) == 0
     n = len(read_manifest(f"{toured}/stage2.jsonl", 2))
@@ -671,7 +671,7 @@ def test_a_micro_batch_with_nothing_hidden_is_no_error(one, toured, monkeypatch)
     example = read_manifest(f"{toured}/stage2.jsonl", 2)[0]
     row = SMALL_STAGES[2]
     chosen = freeze_all_but(model, row.trains)
-    context = train.Context(model, 2, 0, row, contextlib.nullcontext, tuple(chosen.values()))
+    context = train.LossContext(model, 2, 0, row, contextlib.nullcontext, tuple(chosen.values()))
     builder = builder_for(tokenizer, model.config, row, 0)
     monkeypatch.setattr(train, "draw_t", lambda n, generators: torch.full((n,), 1e-9))
     assert train.sft(context, builder([example], 0)).tolist() == [0.0]
@@ -714,7 +714,7 @@ def test_ctc_is_torchs_on_similarities_to_words(config, tokenizer):
     assert audio.grad[1, config.n_queries + 6 :].abs().sum() == 0 and audio.grad[2].abs().sum() == 0
 
 
-def test_stage_0_reads_what_is_written(toured, config, tokenizer):
+def test_stage_0_reads_imitated_audio(toured, config, tokenizer):
     """The audio tokens of stage 0 are the weighted embeddings plus noise in the embeddings' loudness.
 
     No encoder runs.
@@ -724,16 +724,20 @@ def test_stage_0_reads_what_is_written(toured, config, tokenizer):
     examples = read_manifest(f"{toured}/stage0.jsonl", 0)[:4]
     assert all(e.audio is None for e in examples)
     micro = builder_for(tokenizer, config, SMALL_STAGES[0], 0)(examples, 0)
-    context = train.Context(model, 0, 0, SMALL_STAGES[0], contextlib.nullcontext)
+    context = train.LossContext(model, 0, 0, SMALL_STAGES[0], contextlib.nullcontext)
     audio, is_audio = train.audio_tokens(context, micro["batch"])
-    w, ids, wte = micro["batch"]["written.weights"], micro["batch"]["written.ids"], model.backbone.wte.weight
+    w, ids, wte = (
+        micro["batch"]["imitated.weights"],
+        micro["batch"]["imitated.ids"],
+        model.backbone.wte.weight,
+    )
     mixed = wte[ids[..., 0]] * w[..., :1] + wte[ids[..., 1]] * w[..., 1:]
     assert torch.allclose(
-        audio, mixed + wte.pow(2).mean().sqrt() * micro["batch"]["written.noise"], atol=1e-5
+        audio, mixed + wte.pow(2).mean().sqrt() * micro["batch"]["imitated.noise"], atol=1e-5
     )
     alone = builder_for(tokenizer, config, SMALL_STAGES[0], 0)(examples[2:3], 0)
     n = int(is_audio[2].sum())
-    assert is_audio[2, :n].all() and torch.equal(alone["batch"]["written.ids"][0], ids[2, :n])
+    assert is_audio[2, :n].all() and torch.equal(alone["batch"]["imitated.ids"][0], ids[2, :n])
 
 
 def test_training_by_eq_1_memorises_an_answer(toured, config, tokenizer):
@@ -746,7 +750,7 @@ def test_training_by_eq_1_memorises_an_answer(toured, config, tokenizer):
     ][:4]
     row = dataclasses.replace(SMALL_STAGES[0], trains=("backbone.",))
     chosen = freeze_all_but(model, row.trains)
-    context = train.Context(model, 0, 0, row, contextlib.nullcontext, tuple(chosen.values()))
+    context = train.LossContext(model, 0, 0, row, contextlib.nullcontext, tuple(chosen.values()))
     optimizer = torch.optim.AdamW(chosen.values(), lr=5e-3)
     builder, curve = builder_for(tokenizer, config, row, 0), []
     for step in range(800):
@@ -819,6 +823,7 @@ def test_cost_counts_what_a_row_holds(toured, config):
         (["--stage", "1", "--objective", "ar"], "small model"),
         (["--stage", "1", "--lr", "0"], "must be positive"),
         (["--stage", "1", "--lr", "nan"], "must be positive"),
+        (["--stage", "1", "--skip-limit", "2"], "between 0 and 1"),
         (["--stage", "1", "--batch", "0"], "at least 1"),
         (["--stage", "1", "--epochs", "-1"], "must be positive"),
         (["--stage", "1", "--warmup", "0"], "at least 1"),

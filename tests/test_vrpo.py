@@ -11,7 +11,7 @@ import torch.nn as nn
 from data import BatchBuilder, encode_pair, generator_for, part_of, read_manifest
 from diffusion import Toy, draw_counts, elbo
 from model import build
-from train import VRPO, Context, Stage, freeze_all_but, vrpo
+from train import VRPO, LossContext, Stage, freeze_all_but, vrpo
 from vrpo import BETA, SAMPLES, backward_per_sample, draw_pair_masks, margin, score, swapped, vrpo_loss
 
 
@@ -217,7 +217,7 @@ def test_whole_model_step_is_the_plain_formula(pairs, config):
     reference = tuple(p.detach().clone() for p in chosen.values())
     model.eval()
     row = Stage((), 1.0, 3, 0, loss=VRPO)
-    context = Context(
+    context = LossContext(
         model,
         4,
         0,
@@ -282,7 +282,7 @@ def test_the_reference_is_another_model_under_bf16(pairs, config):
     losses = {}
     for enabled in (False, True):
         autocast = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=enabled)
-        context = Context(
+        context = LossContext(
             model, 4, 0, Stage((), 1.0, 3, 0, loss=VRPO), autocast, tuple(trained.values()), reference
         )
         losses[enabled] = vrpo(context, pairs)

@@ -98,14 +98,14 @@ def one_training_kind(args):
         model = DIFFA2(config, lora=stage >= 3)
     trained = train.freeze_all_but(model, row.trains)
     if not naive:
-        train.halve_frozen(model)
+        train.frozen_to_bf16(model)
     other = copy.deepcopy(model) if naive and stage == 4 else None
     model.train(stage != 4)
     micro = random_questions(config, args.batch, ("chosen", "rejected") if stage == 4 else ("text",))
     micro["batch"] = train.to_device(micro["batch"], device)
     autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
     reference = tuple(p.detach().clone() for p in trained.values()) if stage == 4 else ()
-    context = train.Context(model, stage, 0, row, autocast, tuple(trained.values()), reference)
+    context = train.LossContext(model, stage, 0, row, autocast, tuple(trained.values()), reference)
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-5, fused=True)
     if args.recompute and not naive:
         train.recompute(model)

@@ -114,7 +114,7 @@ def compose_clips(part, n, rng, folder, progress):
     return made
 
 
-def written(line):
+def without_audio(line):
     """A manifest line without its audio: what stage 0 reads in its place are the facts."""
     return {k: v for k, v in line.items() if k not in ("audios", "duration", "offset")}
 
@@ -196,7 +196,7 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
     def text_alone(r):
         for line in itertools.chain(transcripts(r), about_clips(1, r), by_choice(0.6, r)):
             if line:
-                yield written(line)
+                yield without_audio(line)
         books = sentences_of(text) if text else []
         for sentence in r.sample(books, min(len(books), int(25_000 * scale))):
             question = r.choice((ASR_QUESTION, r.choice(TASKS["asr"].questions)))

@@ -1,9 +1,9 @@
 """What a description is worth: questions about clips answered from their facts, without hearing anything.
 
-    python -m tools.written data/test.jsonl --model out/tiny/stage0     the ceiling of whatever listens
+    python -m tools.imitated data/test.jsonl --model out/tiny/stage0     the ceiling of whatever listens
     python -m tools.evaluate exact data/test.jsonl                      the same questions, from the sound
 
-The facts stand where the audio would, as stage 0 learns to read them (data.write_audio).
+The facts stand where the audio would, as stage 0 learns to read them (data.imitate_audio).
 """
 
 import argparse
@@ -13,7 +13,7 @@ from collections import defaultdict
 import torch
 
 from adapters import merge_lora
-from data import answer_text, build_prompt, pad_written, read_manifest, write_audio
+from data import answer_text, build_prompt, imitate_audio, pad_imitations, read_manifest
 from decode import generate
 from model import Parser, exit_status
 from tools.benchmarks import normalise, wilson, word_errors
@@ -21,21 +21,23 @@ from weights import load
 
 
 @torch.no_grad()
-def answer_written(model, tokenizer, examples, seed=0, **options):
-    """The answers to a batch of Examples whose clips are written down; options as decode.Options' fields."""
-    written = []
+def answer_imitated(model, tokenizer, examples, seed=0, **options):
+    """The answers to a batch of Examples whose audio is imitated; options as decode.Options' fields."""
+    imitated = []
     for example in examples:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + example.id)
-        written.append(write_audio(example.facts, tokenizer, model.config, generator))
-    batch = pad_written(written)
-    audio = model.embed_written(batch["ids"], batch["weights"], batch["noise"])
+        imitated.append(imitate_audio(example.facts, tokenizer, model.config, generator))
+    batch = pad_imitations(imitated)
+    audio = model.embed_imitation(batch["ids"], batch["weights"], batch["noise"])
     prompts, audio_at = zip(*(build_prompt(tokenizer, e.question) for e in examples), strict=True)
     ids, _ = generate(model, prompts, audio, batch["valid"], audio_at, **options)
     return [answer_text(tokenizer, row, model.config) for row in ids.tolist()]
 
 
 def main(argv=None):
-    parser = Parser(prog="written", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="imitated", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("manifest")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--limit", type=int, default=100, help="questions a task and corpus (default 100)")
@@ -54,7 +56,7 @@ def main(argv=None):
             answers = []
             for i in range(0, len(examples), args.batch):
                 some = examples[i : i + args.batch]
-                answers += answer_written(model, tokenizer, some, answer_length=32, block=32)
+                answers += answer_imitated(model, tokenizer, some, answer_length=32, block=32)
             right = sum(normalise(a) == normalise(e.answer) for a, e in zip(answers, examples, strict=True))
             low, high = wilson(right, len(examples))
             n = len(examples)
@@ -63,7 +65,7 @@ def main(argv=None):
                 line += f"   WER {word_errors([e.answer for e in examples], answers, normalise)['wer']:.1%}"
             print(line, flush=True)
 
-    return exit_status("written", start)
+    return exit_status("imitated", start)
 
 
 if __name__ == "__main__":
