@@ -338,8 +338,8 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024) for matrices: the momentum's nearest matrix with equal singular values.
 
     Every direction gets a step of the same size, however small its gradient.  Updates are scaled to the
-    size of AdamW's, so one learning rate serves both.  torch.optim.Muon does the same in bf16, which processors without bf16
-    arithmetic take thirty times as long for; this one computes in fp32.
+    size of AdamW's, so one learning rate serves both.  torch.optim.Muon does the same in bf16, which takes
+    processors without bf16 arithmetic thirty times as long; this one computes in fp32.
     """
 
     def __init__(self, parameters, lr, weight_decay, momentum=0.95):
