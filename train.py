@@ -542,6 +542,10 @@ def locked(out, wait):
     except BlockingIOError:
         holder = os.read(handle, 200).decode(errors="replace") or "another process"
         raise UserError(f"{out}: {holder} is training here; --wait waits until it is gone") from None
+    except UserError:
+        if os.listdir(out) == [".lock"]:  # nothing came of the run: nothing stays of it
+            os.remove(path)
+        raise
     finally:
         os.close(handle)
 
