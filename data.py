@@ -19,6 +19,7 @@ import json
 import math
 import os
 import random
+import re
 import tempfile
 from dataclasses import dataclass, field
 
@@ -94,7 +95,12 @@ def open_manifest(path):
 
 def starts_a_list(f):
     """Whether an open manifest is a JSON list; JSONL otherwise."""
-    first = f.read(64).lstrip()
+    first = b""
+    while not first:
+        piece = f.read(64)
+        first = piece.removeprefix(b"\xef\xbb\xbf").lstrip()
+        if not piece:
+            break
     f.seek(0)
     return first.startswith(b"[")
 
@@ -127,10 +133,12 @@ def scan(f, path, chunk=1 << 20):
     decoder, text, base, at, number = json.JSONDecoder(), f.read(chunk).decode("latin-1"), 0, 0, 1
     at = text.index("[") + 1
     while True:
-        at += len(text) - at - len(text[at:].lstrip(" \t\r\n,")) if at < len(text) else 0
+        at = GAP.match(text, at).end()
+        if text[at : at + 1] == "]":
+            if (text[at + 1 :] + f.read(chunk).decode("latin-1")).strip():
+                raise UserError(f"{path}: something follows the list")
+            return
         try:
-            if text[at : at + 1] == "]":
-                return
             _, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as e:
             more = f.read(chunk).decode("latin-1")
@@ -141,6 +149,8 @@ def scan(f, path, chunk=1 << 20):
         yield base + at, number, text[at:end].encode("latin-1")
         at, number = end, number + 1
 
+
+GAP = re.compile(r"[ \t\r\n,]*")  # between the entries of a list
 
 # Where an entry lies, and what its cost is made of; 24 bytes an entry
 INDEX = np.dtype(
@@ -185,7 +195,10 @@ def open_index(path):
     name = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16]
     places = [path + ".index.npy", os.path.join(tempfile.gettempdir(), f"{name}.index.npy")]
     with open_manifest(path) as f:
-        fcntl.flock(f, fcntl.LOCK_EX)  # one process builds it, the others find it built
+        with contextlib.suppress(
+            OSError
+        ):  # one process builds it, the others find it built; some disks lock nothing
+            fcntl.flock(f, fcntl.LOCK_EX)
         now = os.fstat(f.fileno())
         for place in places:
             index = index_at(place, now)
@@ -203,7 +216,9 @@ def open_index(path):
                 write_file(place, write)
             except UserError:
                 continue
-            return index_at(place, now)
+            found = index_at(place, now)
+            if found is not None:
+                return found
     return index[1:]
 
 
@@ -224,11 +239,15 @@ def build_index(f, path, size):
     parts, rows = [], [(size, 0, 0, 0, 0.0)]
     for start, number, raw in scan(f, path):
         letters, seconds = 0, -1.0
-        # what cannot be used is found, and told of, when it is asked for
+        # what cannot be used is found, and told of, when it is asked for; the index serves every stage, so
+        # the longest reading counts where they differ (the authors' format)
         with contextlib.suppress(UserError, ValueError):
-            example = parse_example(json.loads(raw), 0, path, "", check=False)
-            letters = letters_in(example)
-            seconds = -1.0 if example.duration is None else example.duration
+            entry = json.loads(raw)
+            for stage in (1, 4) if isinstance(entry, dict) and "messages" not in entry else (None,):
+                with contextlib.suppress(UserError):
+                    example = parse_example(entry, 0, path, "", stage, check=False)
+                    letters = max(letters, letters_in(example))
+                    seconds = -1.0 if example.duration is None else example.duration
         rows.append((start, len(raw), number, letters, seconds))
         if len(rows) == 1 << 16:
             parts.append(np.array(rows, dtype=INDEX))
@@ -308,10 +327,15 @@ def parse_example(entry, id, where, folder, stage=None, check=True):
     audio, question, answer, rejected = parse(entry, where, stage)
     if stage == 4 and not isinstance(rejected, str):
         raise UserError(f"{where}: stage 4 needs a rejected_response")
+    if rejected is not None and not isinstance(rejected, str):
+        raise UserError(f"{where}: rejected_response must be text")
     if not question.strip():
         raise UserError(f"{where}: the question is empty")
     for text in (question, answer, rejected or ""):
         refuse_special_tokens(text, where)
+    facts = need(entry, "facts", where, dict) if "facts" in entry else {}
+    if not all(isinstance(value, str) for value in facts.values()):
+        raise UserError(f"{where}: facts must be text")
     if audio is not None:
         audio = os.path.join(folder, audio)
         if check and not os.path.isfile(audio):
@@ -322,7 +346,7 @@ def parse_example(entry, id, where, folder, stage=None, check=True):
         question=question,
         answer=answer,
         rejected=rejected,
-        facts=need(entry, "facts", where, dict) if "facts" in entry else {},
+        facts=facts,
         dataset=str(entry.get("dataset", "")),
         task=str(entry.get("task", "")),
         offset=seconds_in(entry, "offset", where, 0.0),
@@ -468,9 +492,12 @@ def build_prompt(tokenizer, question, system=SYSTEM):
     return encoding.ids, audio_at
 
 
+TRANSCRIPTION = re.compile(r"\W*(please )?(transcribe|write down what is said|what is said)\b.{0,40}$", re.I)
+
+
 def is_transcription(question):
-    """Whether a question asks for the words, so that the answers about the pieces of a clip can be joined."""
-    return "transcri" in question.lower() or "what is said" in question.lower()
+    """Whether a question asks for the words alone: answers about the pieces of a clip can then be joined."""
+    return TRANSCRIPTION.match(question) is not None
 
 
 def answer_ids(tokenizer, answer, config):
@@ -840,7 +867,8 @@ if __name__ == "__main__":
     audio, notes = load_audio(sys.argv[1], limit=window_seconds(config))
     mel, n_frames = log_mel(audio, config)
     ids, audio_at = build_prompt(tokenizer, " ".join(sys.argv[2:]) or "What do you hear?")
-    print(*notes, sep="\n", end="")
+    for note in notes:
+        print(note)
     print(
         f"{len(audio) / SAMPLE_RATE:.2f} s at 16 kHz -> mel {tuple(mel.shape)} -> {n_frames} encoder frames"
     )

@@ -561,7 +561,10 @@ class Screen:
 
 
 class Stream:
-    """Prints an answer's text as far as its blocks are final; what it has printed adds up to the answer."""
+    """Prints an answer's text as far as its blocks are final; what it has printed adds up to the answer.
+
+    The answer about each piece of a clip beyond the window is a line of its own.
+    """
 
     def __init__(self, tokenizer, config, out):
         self.tokenizer, self.config, self.out, self.printed = tokenizer, config, out, ""
@@ -681,13 +684,14 @@ def run(args):
             notes.append(f"{path}: {seconds:.1f} s long; answered in pieces of at most {limit:g} s")
         for note in notes:
             print(f"decode.py: {note}", file=sys.stderr)
-    size = 1 if args.show or args.stream else 16
+    is_streamed = args.stream and not model.config.causal  # that one has no blocks
+    size = 1 if args.show or is_streamed else 16
     for i in range(0, len(clips), size):
         batch = clips[i : i + size]
         generator = [torch.Generator().manual_seed(args.seed) for _ in batch]
         screen = Screen(tokenizer, model.config, sys.stderr if args.json else sys.stdout)
         stream = Stream(tokenizer, model.config, sys.stdout)
-        if args.stream and len(paths) > 1:
+        if is_streamed and len(paths) > 1:
             print(f"{paths[i]}: ", end="")
         answers = ask(
             model,
@@ -698,7 +702,7 @@ def run(args):
             options,
             generator,
             on_step=screen.draw if args.show else None,
-            on_block=stream.show if args.stream else None,
+            on_block=stream.show if is_streamed else None,
             long=args.long,
             batch=size,
         )
@@ -711,7 +715,7 @@ def run(args):
                 if answer.pieces:
                     line["pieces"] = [{"start": a, "end": b, "answer": text} for a, b, text in answer.pieces]
                 print(json.dumps(line))
-            elif args.stream:
+            elif is_streamed:
                 continue  # it stands there already
             elif len(paths) > 1:
                 print(f"{path}: {answer.text}")

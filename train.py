@@ -493,7 +493,7 @@ def exit_process(code):
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(code or 0)
 
 
 class StopSignal:
@@ -530,18 +530,24 @@ def locked(out, wait):
     run is gone; else a UserError names it.
     """
     path = os.path.join(out, ".lock")
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT)
+        except OSError as e:
+            raise UserError(f"{out}: cannot be written ({e.strerror})") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            holder = os.read(handle, 200).decode(errors="replace") or "another process"
+            os.close(handle)
+            raise UserError(f"{out}: {holder} is training here; --wait waits until it is gone") from None
+        if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
+            break
+        os.close(handle)  # it was removed while we waited: a lock that nobody else will find
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT)
-    except OSError as e:
-        raise UserError(f"{out}: cannot be written ({e.strerror})") from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         os.truncate(handle, 0)
         os.write(handle, f"process {os.getpid()} of {platform.node()}".encode())
         yield
-    except BlockingIOError:
-        holder = os.read(handle, 200).decode(errors="replace") or "another process"
-        raise UserError(f"{out}: {holder} is training here; --wait waits until it is gone") from None
     except UserError:
         if os.listdir(out) == [".lock"]:  # nothing came of the run: nothing stays of it
             os.remove(path)
@@ -886,7 +892,7 @@ def train(group, model, tokenizer, examples, stage, settings, out, options, step
                 break
         if saved_at != step:  # also after the last step: writing the model may fail
             save_checkpoint()
-    return step == steps
+    return step >= steps
 
 
 def finish(group, model, tokenizer, out, stage):
@@ -895,7 +901,8 @@ def finish(group, model, tokenizer, out, stage):
     def write():
         model.stage = stage
         save(model, tokenizer, out, dtype=torch.float32)
-        last = int(re.search(r"\d{7}", (list_states(out) or ["0000000"])[-1])[0])
+        names = [os.path.basename(path) for path in list_states(out)] or ["state-0000000.pt"]
+        last = int(re.search(r"\d{7}", names[-1])[0])
         write_state({"finished": True}, out, last + 1)
         for path in list_states(out)[:-1]:
             os.remove(path)
@@ -940,16 +947,21 @@ def start_from(args, device):
         if name in ASSETS:
             load_tiny_encoder(model, args.whisper, device)
         return model, tokenizer
+    # the frozen parts of a released model as they were published, in bf16, unless fp32 is asked for
+    dtype = torch.bfloat16 if name in RELEASES and not args.wants_fp32 else torch.float32
     if stage == 1 and name in RELEASES and not args.init:
         # nothing of ours comes before: LLaDA and Whisper as released
         llada, whisper, _ = fetch(name, None, args.llada, args.whisper, adapters=False)
-        model, tokenizer = assemble(PRESETS[name], llada, whisper, None, device, torch.bfloat16, 1, name)
+        model, tokenizer = assemble(PRESETS[name], llada, whisper, None, device, dtype, 1, name)
         return with_fresh_adapters(model, args.seed), tokenizer
-    # the frozen parts of a released model as they were published, in bf16, unless fp32 is asked for
-    dtype = None if name in RELEASES and args.precision == "bf16" else torch.float32
     if args.init in RELEASES:  # fine-tuning: the authors' last stage, or their stage 1
         released_stage = 1 if stage == 2 else 4
-        return load(args.init, device, dtype, released_stage, args.llada, args.whisper, args.diffa)
+        parts = (args.llada, args.whisper, args.diffa)
+        model, tokenizer = load(args.init, device, dtype, released_stage, *parts)
+        if released_stage == 1:  # its acoustic adapter was not trained, and may be missing from the file
+            fresh = with_fresh_adapters(model, args.seed)
+            model.acoustic = fresh.acoustic
+        return model, tokenizer
     init = args.init or f"out/{name}{OBJECTIVES[args.objective]}/stage{stage - 1}"
     if stage == 1 and name in ASSETS and not args.init and not is_causal:
         init = ASSETS[name]  # the shipped backbone, as it was before any audio
@@ -1015,11 +1027,14 @@ def run_stage(group, args):
     if args.restart:
         group.first_only(lambda: [os.remove(path) for path in list_states(out)])
     states = group.first_only(lambda: list_states(out))  # the same on every rank, after any wait
+    if states and not args.resume:  # what the run that was waited for has left
+        raise UserError(f"{out}: holds a run already; --resume goes on with it, --restart begins anew")
     state = read_state(states[-1]) if states else None
     if state and state.get("finished"):
         if group.rank == 0:
             print(f"{out}: finished already")
         return 0
+    args.wants_fp32 = args.precision == "fp32"
     args.precision = args.precision or ("bf16" if group.device.type == "cuda" else "fp32")
     names = [field.name for field in dataclasses.fields(Options)]
     options, settings = Options(**{name: getattr(args, name) for name in names}), settings_of(args)
@@ -1100,6 +1115,8 @@ def parse(argv):
     for flag in ("max_steps", "stop_after", "tokens", "save_every", "held_out_every", "batch", "warmup"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 1")
+    if args.workers < 0:
+        raise UserError(f"--workers {args.workers} must be 0 or more")
     for flag in ("lr", "epochs"):
         value = getattr(args, flag)
         if value is not None and not 0 < value < math.inf:

@@ -83,7 +83,7 @@ def write_file(path, write):
         sync(folder or ".")  # the new name itself
     except (OSError, SafetensorError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
         why = getattr(e, "strerror", None) or str(e).splitlines()[0]
-        raise UserError(f"{folder}: cannot be written ({why})") from None
+        raise UserError(f"{folder or '.'}: cannot be written ({why})") from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -165,7 +165,8 @@ def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=
         files = llada or beside["llada"], whisper or beside["whisper"]
         if None in files:
             files = fetch(base["name"], None, *files, adapters=False)[:2]
-        model, _ = assemble(config, *files, None, device, dtype, int(header["stage"]), base["name"])
+        has_lora = any("lora_" in key for key in weights)
+        model, _ = assemble(config, *files, None, device, dtype, int(header["stage"]), base["name"], has_lora)
         for part, where in (("llada", files[0]), ("whisper", files[1])):
             check_fingerprint(name_or_path, part, where, model.base[part], base[part])
         dtype = torch.float32  # that of everything trained
@@ -711,7 +712,7 @@ def fetch(name, stage=None, llada=None, whisper=None, diffa=None, adapters=True)
     return found["llada"], found["whisper"], found.get("diffa")
 
 
-def assemble(config, llada, whisper, diffa, device, dtype, stage, name=None):
+def assemble(config, llada, whisper, diffa, device, dtype, stage, name=None, has_lora=None):
     """LLaDA's folder + Whisper's file + DIFFA's pytorch_model.bin -> model, tokenizer.
 
     The module tree is built on the meta device; each tensor goes from its mapped file straight to
@@ -725,7 +726,7 @@ def assemble(config, llada, whisper, diffa, device, dtype, stage, name=None):
             found, wanted = tokenizer.token_to_id(token), getattr(config, field)
             raise UserError(f"{llada}: the tokenizer has {token} at {found}, not {wanted}")
     with torch.device("meta"):
-        model = DIFFA2(config, lora=stage >= 3)
+        model = DIFFA2(config, lora=stage >= 3 if has_lora is None else has_lora)
     model.stage = stage
     load_llada(model, llada, device, dtype)
     load_whisper(model, whisper, device, torch.float32)

@@ -24,6 +24,7 @@ from data import (
     costs_of,
     encode_question,
     encode_text,
+    is_transcription,
     load_audio,
     log_mel,
     prompt_text,
@@ -498,3 +499,30 @@ def test_a_bad_line_is_told_of_when_it_is_met(config, tokenizer, tmp_path):
         Manifest(str(tmp_path / "empty.jsonl"))
     with pytest.raises(UserError, match="no such manifest"):
         Manifest(str(tmp_path / "gone.jsonl"))
+
+
+def test_a_list_with_something_behind_it_is_refused(tmp_path):
+    path = tmp_path / "m.json"
+    entries = json.dumps(lines_in("list"))
+    path.write_text(" " * 100 + entries + "\n")
+    assert len(Manifest(str(path))) == 4
+    path.write_text(entries + entries)
+    with pytest.raises(UserError, match="follows the list"):
+        Manifest(str(path))
+
+
+@pytest.mark.parametrize("field, value", [("facts", {"words": 3}), ("rejected_response", 5)])
+def test_fields_of_the_wrong_type_are_refused(field, value, tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text(json.dumps({"messages": [user("Hm?"), assistant("Rain.")], field: value}))
+    with pytest.raises(UserError, match="must be text"):
+        read_manifest(str(path))
+    with pytest.raises(UserError, match="must be text"):
+        Manifest(str(path))[0]
+
+
+def test_which_questions_are_transcriptions():
+    for question in ("Please transcribe the audio to text.", "What is said?", "Transcribe the recording."):
+        assert is_transcription(question)
+    for question in ("Answer what is said in the audio.", "Choose: A. a transcript", "Is this speech?"):
+        assert not is_transcription(question)

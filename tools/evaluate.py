@@ -153,7 +153,9 @@ def answer_all(group, model, tokenizer, questions, journal, settings, batch, all
 
     for q in todo:
         try:
-            most = None if is_transcription(q.prompt) else limit  # transcripts of pieces are joined
+            # transcripts of pieces are joined; a choice is made from what fits the window
+            is_joined = settings["benchmark"] in ("asr", "exact") and is_transcription(q.prompt)
+            most = None if is_joined else limit
             loaded.append((q, load_audio(q.audio, q.offset, q.duration, most)[0]))
         except UserError as e:
             bad += 1
@@ -168,7 +170,7 @@ def answer_all(group, model, tokenizer, questions, journal, settings, batch, all
         for i in range(0, len(loaded), batch):
             asked, clips = zip(*loaded[i : i + batch], strict=True)
             prompts = [q.prompt for q in asked]
-            answers = ask(model, tokenizer, clips, prompts, settings["stage"], options)
+            answers = ask(model, tokenizer, clips, prompts, settings["stage"], options, batch=batch)
             lines = []
             for q, a in zip(asked, answers, strict=True):
                 spent = {"calls": a.calls, "seconds": a.seconds, "audio_seconds": a.audio_seconds}

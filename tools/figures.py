@@ -228,6 +228,8 @@ def answer(clip, question, model_name, **fields):
     audio, _ = load_audio(clip, limit=window_seconds(model.config))
     frames = Frames(tokenizer, model.config)
     ask(model, tokenizer, [audio], [question], on_step=frames, **fields)
+    if not frames.frames:
+        raise UserError(f"{model_name}: an autoregressive model writes from left to right; nothing to draw")
     return draw_answer(frames.frames, f"{os.path.basename(clip)}: {question}")
 
 
