@@ -243,7 +243,8 @@ def build_index(f, path, size):
         # the longest reading counts where they differ (the authors' format)
         with contextlib.suppress(UserError, ValueError):
             entry = json.loads(raw)
-            for stage in (1, 4) if isinstance(entry, dict) and "messages" not in entry else (None,):
+            is_authors = isinstance(entry, dict) and "audio_id" in entry
+            for stage in (None, 1, 4) if is_authors else (None,):
                 with contextlib.suppress(UserError):
                     example = parse_example(entry, 0, path, "", stage, check=False)
                     letters = max(letters, letters_in(example))
