@@ -1,7 +1,12 @@
-"""The shipped weights: what lies in assets, and scores on real recordings where they are."""
+"""The shipped weights: eighty questions about clips that the project makes itself.
+
+And its scores on real recordings where they are.
+"""
 
 import os
 import random
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -11,23 +16,23 @@ from tqdm import tqdm
 from adapters import merge_lora
 from data import load_audio
 from decode import ask
-from tools.benchmarks import normalise, word_errors
+from tools.benchmarks import mmau_raw, word_errors
 from tools.compose import strings
-from tools.corpora import read_corpus
+from tools.corpora import DIGITS, read_corpus
+from tools.prompts import LETTERS, mmau_prompt, mmsu_prompt
 from tools.questions import askable, draw_question
+from tools.speech import speak
 from weights import load
 
 ASSETS = os.path.join(os.path.dirname(__file__), "..", "assets")
-# task -> corpus, least share right: some way below what was measured (docs/RESULTS.md), for forty clips
-REAL = {
-    "digit": ("fsdd", 0.9),
-    "word": ("speech_commands", 0.5),
-    "sound": ("esc10", 0.8),
-    "sex": ("ravdess", 0.9),
-    "emotion": ("ravdess", 0.4),
-    "instrument": ("berklee", 0.2),
-}
-STRINGS = 0.2  # word error rate, at most
+# a little below what was measured when the weights were shipped: a worse share is a regression, not bad luck
+ESPEAK_DIGITS, SPEECH, TEXT, LETTER = 0.95, 0.9, 0.95, 0.95
+REAL = {"digit": 0.97, "word": 0.75, "sound": 0.77, "sex": 0.87, "emotion": 0.42, "instrument": 0.6}
+STRINGS = 0.06  # word error rate
+
+
+def clean(text):
+    return re.sub(r"[^a-z0-9 ]", "", text.lower()).strip()
 
 
 @pytest.fixture(scope="module")
@@ -37,50 +42,131 @@ def shipped():
     return model, tokenizer
 
 
+def share_right(shipped, clips, questions, expected):
+    """How many answers hold what is expected: `factor 1`, answers of at most 16 tokens, batches of 20."""
+    right = 0
+    for i in range(0, len(clips), 20):
+        answers = ask(*shipped, clips[i : i + 20], questions[i : i + 20], answer_length=16, block=16)
+        for answer, fact in zip(answers, expected[i : i + 20], strict=True):
+            right += bool(re.search(rf"\b{re.escape(clean(fact))}\b", clean(answer.text)))
+    return right / len(clips)
+
+
 def test_it_is_what_the_card_says(shipped):
-    """At most 30 MB with tokenizer and card, no pickle, Whisper's encoder once and for itself."""
+    """At most 16 MB with tokenizer and card, stage 4 of the curriculum, no pickle among the files."""
     folder = os.path.join(ASSETS, "tiny")
     assert sorted(os.listdir(folder)) == ["README.md", "model.safetensors", "tokenizer.json"]
-    assert sum(os.path.getsize(os.path.join(folder, f)) for f in os.listdir(folder)) <= 30_000_000
-    whisper = os.path.join(ASSETS, "whisper-tiny.en")
-    assert sorted(os.listdir(whisper)) == ["LICENSE", "README.md", "encoder.safetensors"]
-    model, tokenizer = shipped
-    assert model.stage == 4 and model.base == {"name": "tiny", "whisper": "whisper-tiny.en"}
-    assert 2000 <= tokenizer.get_vocab_size() <= 4000
+    assert sum(os.path.getsize(os.path.join(folder, f)) for f in os.listdir(folder)) <= 16_000_000
+    assert shipped[0].stage == 4
 
 
-def test_the_demo_clip(shipped):
-    """Made by espeak-ng, which was not in training."""
-    clip = os.path.join(ASSETS, "demo", "seven.wav")
-    assert ask(*shipped, clip, "Which digit is spoken?", answer_length=16, block=16).text == "Seven."
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory):
+    """The ten digits in a male and a female voice of espeak-ng."""
+    if not shutil.which("espeak-ng"):
+        pytest.skip("espeak-ng is not installed")
+    path, clips = str(tmp_path_factory.mktemp("spoken") / "d.wav"), []
+    for voice in ("en-us+m3", "en-gb+f2"):
+        for digit in DIGITS:
+            speak(digit, path, voice)
+            clips.append(load_audio(path)[0])
+    return clips
 
 
-@pytest.mark.parametrize("task", sorted(REAL))
-def test_real_recordings(shipped, shared_audio, task):
-    """Forty clips of the test split, drawn by a fixed seed, factor 1."""
-    rng, (corpus, least) = random.Random(0), REAL[task]
-    clips = read_corpus(corpus, os.path.join(shared_audio, corpus))
-    clips = [c for c in clips if c.is_test and askable(c, [task])]
-    clips = rng.sample(clips, min(40, len(clips)))
-    drawn = [draw_question(c, rng, [task], 0) for c in clips]
-    questions, facts = [q for _, q, *_ in drawn], [fact for *_, fact, _ in drawn]
-    answers = ask(*shipped, [c.path for c in clips], questions, answer_length=16, block=16)
-    right = [normalise(a.text) == normalise(fact) for a, fact in zip(answers, facts, strict=True)]
-    assert sum(right) / len(right) >= least
+def test_twenty_spoken_digits(shipped, spoken):
+    questions = ["Which digit is spoken?"] * 10 + ["What number is said?"] * 10
+    assert share_right(shipped, spoken, questions, DIGITS * 2) >= ESPEAK_DIGITS
 
 
-def test_strings_of_digits_short_and_long(shipped, shared_audio, tmp_path):
-    """Forty strings of the test split; joined to clips of a minute they are read as well."""
+def says_the_text(text, some, digit):
+    return mmau_raw(text, digit, some)
+
+
+def says_the_letter(text, some, digit):
+    return text.startswith(LETTERS[some.index(digit.capitalize())] + ".")
+
+
+@pytest.mark.parametrize(
+    "prompt, is_right, least",
+    [(mmau_prompt, says_the_text, TEXT), (mmsu_prompt, says_the_letter, LETTER)],
+)
+def test_twenty_choices(shipped, spoken, prompt, is_right, least):
+    """The digit among four: asked as MMAU asks by its text, as MMSU asks by its letter."""
+    rng = random.Random(0)
+    lists = [rng.sample([d for d in DIGITS if d != digit], 3) + [digit] for digit in DIGITS * 2]
+    lists = [[choice.capitalize() for choice in rng.sample(some, 4)] for some in lists]
+    questions = [prompt("Which digit is spoken?", some) for some in lists]
+    answers = ask(*shipped, spoken, questions, answer_length=16, block=16)
+    right = 0
+    for answer, some, digit in zip(answers, lists, DIGITS * 2, strict=True):
+        right += is_right(answer.text, some, digit)
+    assert right / 20 >= least
+
+
+def test_twenty_times_speech(shipped, spoken):
+    questions = ["Is this speech or a sound?", "Do you hear speech or a sound?"] * 10
+    assert share_right(shipped, spoken, questions, ["speech"] * 20) >= SPEECH
+
+
+def test_real_recordings(shipped, shared_audio):
+    """Forty clips of the test split for each of six questions, drawn by a fixed seed."""
+    rng, shares = random.Random(0), {}
+    for corpus, task in (
+        ("fsdd", "digit"),
+        ("speech_commands", "word"),
+        ("esc10", "sound"),
+        ("ravdess", "sex"),
+        ("ravdess", "emotion"),
+        ("berklee", "instrument"),
+    ):
+        some = [
+            c
+            for c in read_corpus(corpus, os.path.join(shared_audio, corpus))
+            if c.is_test and askable(c, [task])
+        ]
+        some = rng.sample(some, min(40, len(some)))
+        drawn = [draw_question(c, rng, [task], 0) for c in some]
+        shares[task] = share_right(
+            shipped,
+            [load_audio(c.path, limit=10.0)[0] for c in some],
+            [q for _, q, *_ in drawn],
+            [fact for *_, fact, _ in drawn],
+        )
+    assert all(shares[task] >= least for task, least in REAL.items()), shares
+
+
+def test_real_strings(shipped, shared_audio, tmp_path):
+    """Forty strings of one to five digits of the test split."""
     digits = [c for c in read_corpus("fsdd", os.path.join(shared_audio, "fsdd")) if c.is_test]
     made = list(strings(digits, 40, 5, random.Random(0), str(tmp_path), tqdm(disable=True)))
-    audios, texts = [load_audio(c.path)[0] for c in made], [c.facts["words"] for c in made]
-    options = {"answer_length": 32, "block": 32}
-    answers = ask(*shipped, audios, "What is said?", **options)
-    short = word_errors(texts, [a.text for a in answers], normalise)
-    assert short["words"] > 100 and short["wer"] <= STRINGS, short
-    silence = np.zeros(8000, np.float32)
-    joined = [np.concatenate([x for a in audios[i : i + 20] for x in (a, silence)]) for i in (0, 20)]
-    assert min(map(len, joined)) > 40 * 16000
-    answers = ask(*shipped, joined, "What is said?", **options)
-    long = word_errors([" ".join(texts[i : i + 20]) for i in (0, 20)], [a.text for a in answers], normalise)
-    assert long["wer"] <= short["wer"] + 0.05, (short, long)
+    answers = ask(*shipped, [load_audio(c.path)[0] for c in made], ["What is said?"] * len(made))
+    found = word_errors([c.facts["words"] for c in made], [a.text for a in answers], clean)
+    assert found["words"] > 100 and found["wer"] <= STRINGS, found
+
+
+def test_a_clip_of_a_minute_is_read_piece_by_piece(shipped, shared_audio, tmp_path):
+    """Sixty seconds of digits with pauses against strings of one to five of them (data.split_clip).
+
+    Measured when written: 12 % of the words wrong, against 1 % of the strings'.
+    """
+    digits = [c for c in read_corpus("fsdd", os.path.join(shared_audio, "fsdd")) if c.is_test]
+    rng = random.Random(0)
+    made = list(strings(digits, 40, 5, rng, str(tmp_path), tqdm(disable=True)))
+    answers = ask(*shipped, [c.path for c in made], "What is said?")
+    parts = word_errors([c.facts["words"] for c in made], [a.text for a in answers], clean)
+    expected, joined, pause = [], [], np.zeros(8000, np.float32)
+    while sum(map(len, joined)) < 60 * 16000:
+        clip = rng.choice(digits)
+        expected.append(clip.facts["words"])
+        joined += [load_audio(clip.path)[0], pause]
+    answer = ask(*shipped, np.concatenate(joined), "What is said?")
+    assert len(answer.pieces) > 6
+    whole = word_errors([" ".join(expected)], [answer.text], clean)
+    assert whole["wer"] <= parts["wer"] + 0.2, (parts, whole)
+
+
+def test_the_demo_clips(shipped):
+    clips = [load_audio(os.path.join(ASSETS, "demo", name))[0] for name in ("clock.wav", "seven.wav")]
+    questions = ["What do you hear?", "Which digit is spoken?"]
+    answers = ask(*shipped, clips, questions, answer_length=16, block=16)
+    assert [a.text for a in answers] == ["Clock tick.", "Seven."]

@@ -91,7 +91,8 @@ def data_bench(args):
         print(f"{again['parsed']} lines parsed all over it: {again['all'] - again['open']:.3f} s\n")
 
         before, start = anonymous_bytes(), time.perf_counter()
-        next(schedule_of(EPOCH, 1280, 0, start=EPOCH // 1280 // 2))
+        schedule = schedule_of(EPOCH, 1280, 0, start=EPOCH // 1280 // 2)
+        next(schedule)
         seconds = time.perf_counter() - start
         print(f"order of an epoch of {EPOCH:,}, from its middle: {seconds:.2f} s,", end=" ")
         print(f"{(anonymous_bytes() - before) / 1e6:.0f} MB\n")
