@@ -195,9 +195,8 @@ def open_index(path):
     name = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16]
     places = [path + ".index.npy", os.path.join(tempfile.gettempdir(), f"{name}.index.npy")]
     with open_manifest(path) as f:
-        with contextlib.suppress(
-            OSError
-        ):  # one process builds it, the others find it built; some disks lock nothing
+        # one process builds it, the others find it built; where a disk cannot lock, several may build it
+        with contextlib.suppress(OSError):
             fcntl.flock(f, fcntl.LOCK_EX)
         now = os.fstat(f.fileno())
         for place in places:

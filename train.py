@@ -327,11 +327,8 @@ def learning_rate(step, settings, steps):
     """Linear warm-up, then a cosine down to zero.  step counts from 0, steps is the length of the run."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
-    return (
-        settings.lr
-        * 0.5
-        * (1 + math.cos(math.pi * (step - settings.warmup) / max(1, steps - settings.warmup)))
-    )
+    done = (step - settings.warmup) / max(1, steps - settings.warmup)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class Muon(torch.optim.Optimizer):
@@ -959,8 +956,7 @@ def start_from(args, device):
         parts = (args.llada, args.whisper, args.diffa)
         model, tokenizer = load(args.init, device, dtype, released_stage, *parts)
         if released_stage == 1:  # its acoustic adapter was not trained, and may be missing from the file
-            fresh = with_fresh_adapters(model, args.seed)
-            model.acoustic = fresh.acoustic
+            model.acoustic = with_fresh_adapters(model, args.seed).acoustic
         return model, tokenizer
     init = args.init or f"out/{name}{OBJECTIVES[args.objective]}/stage{stage - 1}"
     if stage == 1 and name in ASSETS and not args.init and not is_causal:
@@ -1008,9 +1004,6 @@ def run(args):
         raise UserError(f"{args.data}: no such manifest; {how}")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard")
-    if list_states(args.out) and not args.resume and not args.restart:
-        how = "--resume goes on with it, --restart begins anew, --out writes elsewhere"
-        raise UserError(f"{args.out}: holds a run already; {how}")
     try:
         os.makedirs(args.out, exist_ok=True)
     except OSError as e:
@@ -1027,8 +1020,9 @@ def run_stage(group, args):
     if args.restart:
         group.first_only(lambda: [os.remove(path) for path in list_states(out)])
     states = group.first_only(lambda: list_states(out))  # the same on every rank, after any wait
-    if states and not args.resume:  # what the run that was waited for has left
-        raise UserError(f"{out}: holds a run already; --resume goes on with it, --restart begins anew")
+    if states and not args.resume:
+        how = "--resume goes on with it, --restart begins anew, --out writes elsewhere"
+        raise UserError(f"{out}: holds a run already; {how}")
     state = read_state(states[-1]) if states else None
     if state and state.get("finished"):
         if group.rank == 0:

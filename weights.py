@@ -56,7 +56,7 @@ TINY_FINGERPRINT = "c7311073ee9e7c16"  # its `fingerprint`
 def save(model, tokenizer, folder, dtype=torch.bfloat16):
     """Writes folder/model.safetensors (Config and stage in its header) and folder/tokenizer.json.
 
-    Of a model with frozen parts from other files only the rest is written, and where those lie:
+    Of a model with frozen parts from other files only the rest is written, and what those are:
     the small model without its encoder, a released one as 200 MB instead of 20 GB.
     """
     header = {"config": json.dumps(dataclasses.asdict(model.config)), "stage": str(model.stage)}
@@ -152,6 +152,7 @@ def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=
     fields = json.loads(header["config"])
     config = Config(**{**fields, "taps": tuple(fields["taps"])})
     base = json.loads(header.get("base", "{}"))  # what the frozen parts are
+    has_lora = any("lora_" in key for key in weights)
     for part, given in (("llada", llada), ("whisper", whisper), ("diffa", diffa)):
         if given and part not in base:
             raise UserError(
@@ -160,12 +161,9 @@ def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=
             )
     if "llada" in base:
         dtype = dtype or torch.bfloat16
-        beside = {part: os.path.join(folder, part) for part in ("llada", "whisper")}
-        beside = {part: where if os.path.exists(where) else None for part, where in beside.items()}
-        files = llada or beside["llada"], whisper or beside["whisper"]
+        files = llada or beside(folder, "llada"), whisper or beside(folder, "whisper")
         if None in files:
             files = fetch(base["name"], None, *files, adapters=False)[:2]
-        has_lora = any("lora_" in key for key in weights)
         model, _ = assemble(config, *files, None, device, dtype, int(header["stage"]), base["name"], has_lora)
         for part, where in (("llada", files[0]), ("whisper", files[1])):
             check_fingerprint(name_or_path, part, where, model.base[part], base[part])
@@ -173,16 +171,21 @@ def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=
     else:
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         with torch.device("meta"):
-            model = DIFFA2(config, lora=any("lora_A" in k for k in weights))
+            model = DIFFA2(config, lora=has_lora)
         if base:
-            beside = os.path.join(folder, "whisper")
-            whisper = whisper or (beside if os.path.exists(beside) else None)
+            whisper = whisper or beside(folder, "whisper")
             load_tiny_encoder(model, whisper, device, dtype)
             check_fingerprint(name_or_path, "whisper", whisper, model.base["whisper"], base["whisper"])
     model.stage = int(header["stage"])
     load_strictly(model, weights, path, device, dtype, expected=saved_part(model))
     fix_positions(model)
     return model.eval(), tokenizer
+
+
+def beside(folder, part):
+    """A frozen part that lies beside a checkpoint, under its own name; None where none does."""
+    path = os.path.join(folder, part)
+    return path if os.path.exists(path) else None
 
 
 def load_tiny_encoder(model, whisper=None, device=None, dtype=None):

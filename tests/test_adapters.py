@@ -61,22 +61,25 @@ def test_a_very_short_clip_has_one_token():
     assert tokens.shape == (2, 1, 12) and is_audio.all()
 
 
+def bert_config(d, heads, ffn):
+    """A Q-Former's layer in transformers' terms."""
+    return BertConfig(
+        hidden_size=d,
+        num_attention_heads=heads,
+        intermediate_size=ffn,
+        hidden_act="gelu",
+        layer_norm_eps=1e-12,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        is_decoder=True,
+        add_cross_attention=True,
+        attn_implementation="eager",
+    )
+
+
 def bert_layer(ours, d, heads, ffn):
     """transformers' layer with the same weights; eager and dropout 0, else it would mask causally or drop."""
-    bert = BertLayer(
-        BertConfig(
-            hidden_size=d,
-            num_attention_heads=heads,
-            intermediate_size=ffn,
-            hidden_act="gelu",
-            layer_norm_eps=1e-12,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            is_decoder=True,
-            add_cross_attention=True,
-            attn_implementation="eager",
-        )
-    )
+    bert = BertLayer(bert_config(d, heads, ffn))
     names = {"fc1": "intermediate.dense", "fc2": "output.dense", "norm": "output.LayerNorm"}
     for mine, theirs in (("self_attention", "attention"), ("cross_attention", "crossattention")):
         names |= {f"{mine}.{n}": f"{theirs}.self.{n}" for n in ("query", "key", "value")}

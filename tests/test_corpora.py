@@ -269,7 +269,8 @@ def fma_medium(d):
     sound(f"{d}/fma_medium/000/000002.flac")
     put(
         f"{d}/fma_metadata/tracks.csv",
-        ",set,set,track\n,split,subset,genre_top\ntrack_id,,,\n2,training,medium,Hip-Hop\n3,test,medium,Rock\n",
+        ",set,set,track\n,split,subset,genre_top\ntrack_id,,,\n"
+        "2,training,medium,Hip-Hop\n3,test,medium,Rock\n",
     )
     return [({"genre": "hip-hop"}, False)]
 

@@ -25,6 +25,18 @@ from model import (
     splice_order,
 )
 
+LLAMA = {  # our name of a part of a block -> transformers'
+    "attn_out": "self_attn.o_proj",
+    "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "ff_out": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ff_norm": "post_attention_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+}
+
 
 def llama_like(backbone, attention="eager"):
     """transformers' Llama with our backbone's weights."""
@@ -43,20 +55,11 @@ def llama_like(backbone, attention="eager"):
             attn_implementation=attention,
         )
     )
-    names = {
-        "attn_out": "self_attn.o_proj",
-        "ff_proj": "mlp.gate_proj",
-        "up_proj": "mlp.up_proj",
-        "ff_out": "mlp.down_proj",
-        "attn_norm": "input_layernorm",
-        "ff_norm": "post_attention_layernorm",
-    }
-    names |= {n: f"self_attn.{n}" for n in ("q_proj", "k_proj", "v_proj")}
     renamed = {}
     for key in backbone.state_dict():
         if key.startswith("blocks."):
             _, n, part, leaf = key.split(".")
-            renamed[key] = f"model.layers.{n}.{names[part]}.{leaf}"
+            renamed[key] = f"model.layers.{n}.{LLAMA[part]}.{leaf}"
         else:
             renamed[key] = {
                 "wte.weight": "model.embed_tokens.weight",

@@ -19,8 +19,10 @@ import torch
 import torch.nn as nn
 import whisper.audio
 from safetensors.torch import save_file
+from test_adapters import bert_config
 from test_decode import reference
-from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
+from test_model import LLAMA
+from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
 from transformers.models.bert.modeling_bert import BertLayer
 
 from adapters import merge_lora
@@ -45,34 +47,12 @@ SIZES = {
 EIGHT = {"n_mels": 128, "audio_layers": 32, "taps": PRESETS["diffa2"].taps}  # large-v3's taps
 FOUR = {"n_mels": 80, "audio_layers": 12, "taps": PRESETS["diffa1"].taps}  # whisper-small's
 LORA = ("q_proj", "k_proj", "v_proj", "ff_proj", "up_proj")
-LLAMA = {
-    "attn_out": "self_attn.o_proj",
-    "ff_proj": "mlp.gate_proj",
-    "up_proj": "mlp.up_proj",
-    "ff_out": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ff_norm": "post_attention_layernorm",
-    "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj",
-}
 
 
 class QFormer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        bert = BertConfig(
-            hidden_size=c.audio_width,
-            num_attention_heads=c.audio_heads,
-            intermediate_size=c.qformer_ffn,
-            hidden_act="gelu",
-            layer_norm_eps=1e-12,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            is_decoder=True,
-            add_cross_attention=True,
-            attn_implementation="eager",
-        )
+        bert = bert_config(c.audio_width, c.audio_heads, c.qformer_ffn)
         self.layer = nn.ModuleList(BertLayer(bert) for _ in range(2))
 
 
