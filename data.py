@@ -11,7 +11,9 @@ The batch that leaves `collate` is clean.  Noise is added in the training step (
 `python data.py CLIP [QUESTION]` shows what the model is given for a clip.
 """
 
+import bisect
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import itertools
@@ -29,8 +31,8 @@ import soxr
 import torch
 from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram
 
-from model import SPECIAL_TOKENS, UserError
-from weights import write_file
+from model import SPECIAL_TOKENS
+from runtime import UserError, write_file
 
 SAMPLES_PER_FRAME = 2 * HOP_LENGTH  # an encoder frame is two mel frames: 20 ms
 RESPONSE_UNIT = 16  # a response is a multiple of this many tokens long
@@ -188,6 +190,47 @@ class Manifest:
             f.seek(int(self.index["start"][i]))
             entry = decode_entry(f.read(int(size)), self.path, number, self.is_list)
         return parse_example(entry, int(i), self.where(i), self.folder, self.stage, check=False)
+
+
+class Mixture:
+    """Several manifests as one: mixture[i] is an Example of one of them, its id i.
+
+    sources: "FILE" or "FILE:SHARE".  A share of 0.05 is a twentieth of the manifest in each epoch, another
+    one each time; 2 is all of it twice.  `shares` are what `schedule_of` draws the epochs by.
+    """
+
+    def __init__(self, sources, stage=None):
+        self.manifests, self.shares = [], []
+        for source in sources:
+            path, share = source, 1.0
+            if not os.path.exists(source) and (match := re.fullmatch(r"(.+):([0-9.]+)", source)):
+                path, share = match[1], float(match[2] if match[2].strip(".") else 0)
+            if not share > 0:
+                raise UserError(f"{source}: the share must be above 0")
+            self.manifests.append(Manifest(path, stage))
+            self.shares.append((len(self.manifests[-1]), share))
+        self.ends = list(itertools.accumulate(n for n, _ in self.shares))
+
+    def __len__(self):
+        return self.ends[-1]
+
+    def place(self, i):
+        """The manifest that holds example i, and its place there."""
+        part = bisect.bisect_right(self.ends, i)
+        return self.manifests[part], i - (self.ends[part - 1] if part else 0)
+
+    def where(self, i):
+        manifest, j = self.place(i)
+        return manifest.where(j)
+
+    def __getitem__(self, i):
+        manifest, j = self.place(i)
+        return dataclasses.replace(manifest[j], id=i)
+
+    def size(self, i):
+        """Letters and seconds of example i (letters_in; negative seconds: unknown), read off the index."""
+        manifest, j = self.place(i)
+        return int(manifest.index["letters"][j]), float(manifest.index["seconds"][j])
 
 
 def open_index(path):
@@ -737,19 +780,18 @@ class BatchBuilder:
     def __call__(self, examples, epoch, chosen=None):
         """-> {"batch", "ids", "epoch", "skipped", "seconds"}; batch is None when no example is left.
 
-        examples: a list or a Manifest; chosen: the places of those to take, None: all.
+        examples: a list or a Mixture; chosen: the places of those to take, None: all.
         """
         items, ids, skipped = [], [], []
         for i in range(len(examples)) if chosen is None else chosen:
             try:
-                example = examples[i]  # a Manifest parses the line here
+                example = examples[i]  # a Mixture parses the line here
                 items.append(self.item(example, epoch))
                 ids.append(example.id)
             except (UserError, OSError, ValueError, RuntimeError) as e:
                 why = str(e).splitlines()[0] if str(e) else type(e).__name__
-                is_line = isinstance(examples, Manifest)
-                where = examples.where(i) if is_line else examples[i].where
-                skipped.append({"id": i if is_line else examples[i].id, "where": where, "why": why})
+                where = examples.where(i) if isinstance(examples, Mixture) else examples[i].where
+                skipped.append({"id": i, "where": where, "why": why})
         seconds = sum(item["seconds"] for item in items)
         micro = {"ids": ids, "epoch": epoch, "skipped": skipped, "seconds": seconds, "batch": None}
         if not items:
@@ -789,12 +831,17 @@ def cost_of(letters, seconds, config):
     return 55 + np.asarray(letters) // 4 + config.n_queries + np.rint(12.5 * seconds).astype(np.int64)
 
 
-def costs_of(examples, config):
-    """cost_of each of a list of Examples or of a Manifest, (n,)."""
-    if isinstance(examples, Manifest):
-        return cost_of(examples.index["letters"], examples.index["seconds"], config)
-    seconds = [-1.0 if e.duration is None else e.duration for e in examples]
-    return cost_of([letters_in(e) for e in examples], seconds, config)
+def costs_of(examples, ids, config):
+    """cost_of some of a list of Examples or of a Mixture: {id: positions}."""
+    if isinstance(examples, Mixture):
+        sizes = [examples.size(i) for i in ids]
+    else:
+        durations = [examples[i].duration for i in ids]
+        sizes = [
+            (letters_in(examples[i]), -1.0 if d is None else d) for i, d in zip(ids, durations, strict=True)
+        ]
+    letters, seconds = np.array(sizes, dtype=np.float64).reshape(-1, 2).T
+    return dict(zip(ids, cost_of(letters.astype(np.int64), seconds, config).tolist(), strict=True))
 
 
 def bucket(ids, costs, budget):
@@ -811,20 +858,58 @@ def bucket(ids, costs, budget):
     return batches or [[]]
 
 
-def schedule_of(n_examples, batch, seed, start=0):
+def epoch_length(shares):
+    """Examples in an epoch.  shares: (examples, share) of each manifest of a Mixture."""
+    return sum(round(n * share) for n, share in shares)
+
+
+class EpochOrder:
+    """The ids of an epoch, shuffled: order[a:b] is a list of them.
+
+    Where each manifest is read whole, the permutation is all that is held: 68 MB for 8.5 million examples.
+    Of a share below 1, or of what is left of one above, the ids come from a permutation of that manifest,
+    the next piece of it in each epoch until all were read.
+    """
+
+    def __init__(self, shares, seed, epoch):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        self.order = torch.randperm(epoch_length(shares), generator=generator)
+        self.parts, first_id = [], 0  # (drawn, examples, first id, those of the share that is no whole)
+        for part, (n, share) in enumerate(shares):
+            drawn = round(n * share)
+            rest = drawn % n
+            some = None
+            if rest:  # a walk through the manifest that no epoch begins anew, in an order that is the run's
+                walk = torch.randperm(n, generator=torch.Generator().manual_seed(seed + part))
+                some = walk[(epoch * rest + torch.arange(rest)) % n]
+            self.parts.append((drawn, n, first_id, some))
+            first_id += n
+
+    def __getitem__(self, places):
+        return [self.id_at(at) for at in self.order[places].tolist()]
+
+    def id_at(self, at):
+        for drawn, n, first_id, some in self.parts:
+            if at < drawn:
+                is_whole = at < drawn - drawn % n
+                return first_id + (at % n if is_whole else int(some[at % n]))
+            at -= drawn
+        raise IndexError(at)
+
+
+def schedule_of(shares, batch, seed, start=0):
     """(step, epoch, ids of the global batch) for ever, from step `start`: every example once an epoch.
 
-    A global batch is drawn from all lengths alike, and micro-batches sort it: length tells corpora
-    apart, and batches of one corpus each pull the model to and fro.
+    shares: (examples, share) of each manifest.  A global batch is drawn from all lengths alike, and
+    micro-batches sort it: length tells corpora apart, and batches of one corpus each pull the model to
+    and fro.
     """
-    per_epoch = -(-n_examples // batch)
+    per_epoch = -(-epoch_length(shares) // batch)
     for epoch in itertools.count(start // per_epoch):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(n_examples, generator=generator)
-        for n in range(epoch * per_epoch, (epoch + 1) * per_epoch):
-            if n >= start:
-                first = (n - epoch * per_epoch) * batch
-                yield n, epoch, order[first : first + batch].tolist()
+        order = EpochOrder(shares, seed, epoch)
+        for n in range(max(start, epoch * per_epoch), (epoch + 1) * per_epoch):
+            first = (n - epoch * per_epoch) * batch
+            yield n, epoch, order[first : first + batch]
 
 
 class MicroBatches(torch.utils.data.IterableDataset):
@@ -837,14 +922,15 @@ class MicroBatches(torch.utils.data.IterableDataset):
         self.examples, self.builder, self.batch = examples, builder, batch
         self.rank, self.size, self.budget, self.seed = rank, size, budget, seed
         self.start, self.stop = start, stop
-        self.costs = costs_of(examples, builder.config)
+        self.shares = examples.shares if isinstance(examples, Mixture) else [(len(examples), 1.0)]
 
     def plan(self):
         """(step, epoch, ids, whether the step ends here) of every micro-batch."""
-        for step, epoch, ids in schedule_of(len(self.costs), self.batch, self.seed, self.start):
+        for step, epoch, ids in schedule_of(self.shares, self.batch, self.seed, self.start):
             if step >= self.stop:
                 return
-            parts = bucket(ids[self.rank :: self.size], self.costs, self.budget)
+            mine = ids[self.rank :: self.size]
+            parts = bucket(mine, costs_of(self.examples, mine, self.builder.config), self.budget)
             for n, part in enumerate(parts, 1):
                 yield step, epoch, part, n == len(parts)
 

@@ -47,7 +47,8 @@ from data import (
     split_clip,
     window_seconds,
 )
-from model import Cache, Parser, UserError, exit_status
+from model import Cache
+from runtime import Parser, UserError, exit_status
 from weights import load, save
 
 # ---------------------------------------------------------------------------------------------

@@ -16,10 +16,8 @@ tokens only, so a row's logits are the same alone and in company.
 Weights on disk, ours and others', are weights.py's business.
 """
 
-import argparse
 import dataclasses
 import functools
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -28,28 +26,7 @@ import torch.nn.functional as F
 from whisper.model import AudioEncoder, sinusoids
 
 from adapters import AcousticAdapter, SemanticAdapter, add_lora, count
-
-
-class UserError(Exception):
-    """Something the user can put right: shown as one line, exit status 2."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as every other wrong input: one line, exit status 2."""
-
-    def error(self, message):
-        raise UserError(message)
-
-
-def exit_status(program, run):
-    """run() as a program: its status (None is 0); 2 and one line for a UserError, 130 for Ctrl-C."""
-    try:
-        return run() or 0
-    except UserError as e:
-        print(f"{program}: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+from runtime import UserError
 
 
 @dataclass(frozen=True)
@@ -481,17 +458,6 @@ def build(config, device="cpu", lora=False, seed=None):
                 std *= (2 * config.layers) ** -0.5
             nn.init.normal_(p, std=std)
     return model.to(device)
-
-
-def pick_device(name=None):
-    """A torch.device; by default a GPU of NVIDIA's, else of Apple's (not tested), else the CPU."""
-    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name or found)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ValueError) as e:
-        raise UserError(f"device {name!r} cannot be used: {str(e).splitlines()[0]}") from None
-    return device
 
 
 if __name__ == "__main__":

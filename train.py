@@ -29,23 +29,19 @@ between them is housekeeping (processes, logs, signals).
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import importlib.util
-import json
 import math
 import os
-import platform
 import re
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -53,18 +49,32 @@ from tqdm import tqdm
 
 from data import (
     BatchBuilder,
-    Manifest,
     MicroBatches,
+    Mixture,
     bucket,
     costs_of,
     encode_pair,
     encode_question,
+    epoch_length,
     generator_for,
     part_of,
     read_manifest,
+    schedule_of,
 )
 from diffusion import corrupt, draw_t, masked_nll, next_token_loss, sft_loss
-from model import DIFFA2, PRESETS, Parser, UserError, build, exit_status, pick_device
+from model import DIFFA2, PRESETS, build
+from runtime import (
+    Log,
+    Parser,
+    StopSignal,
+    UserError,
+    exit_process,
+    exit_status,
+    ignore_signals,
+    locked,
+    process_group,
+    record_skipped,
+)
 from vrpo import BETA, SAMPLES, backward_per_sample, draw_pair_masks, margin, score, swapped, vrpo_loss
 from weights import (
     ASSETS,
@@ -77,7 +87,6 @@ from weights import (
     load_tokenizer,
     read_state,
     save,
-    write_file,
     write_state,
 )
 
@@ -260,8 +269,8 @@ ADAPTERS = ("semantic.", "acoustic.")
 # Departures that pay in a run of an hour on a few hours of recordings: no t below 0.3, for little is learned
 # from answers that are nearly whole; AdamW forgets faster; Muon for the matrices of the blocks
 TINY = {"least_t": 0.3, "beta2": 0.98, "muon": True}
-# and with real audio: CTC tells the adapter where a word stands, augmentation stretches few recordings
-TINY_AUDIO = TINY | {"ctc": 0.5, "augment": True}
+# and with real audio: CTC tells the adapter where a word stands
+TINY_AUDIO = TINY | {"ctc": 0.5}
 
 STAGES = {
     # paper, Table B.2; soft prompts train with stage 1
@@ -273,9 +282,9 @@ STAGES = {
     },
     # the same table with small numbers
     "tiny": {
-        0: Stage(("backbone.",), lr=2e-3, batch=32, warmup=30, steps=1200, is_imitated=True, **TINY),
-        1: Stage(("semantic.", "soft_prompts"), lr=1.5e-3, batch=32, warmup=20, steps=220, **TINY_AUDIO),
-        2: Stage(ADAPTERS, lr=1.5e-3, batch=32, warmup=20, steps=660, **TINY_AUDIO),
+        0: Stage(("backbone.",), lr=2e-3, batch=32, warmup=30, steps=1400, is_imitated=True, **TINY),
+        1: Stage(("semantic.", "soft_prompts"), lr=1.5e-3, batch=32, warmup=20, steps=150, **TINY_AUDIO),
+        2: Stage(ADAPTERS, lr=2e-3, batch=32, warmup=20, steps=850, **TINY_AUDIO),
         3: Stage((*ADAPTERS, "lora"), lr=1e-3, batch=32, warmup=10, steps=150, **TINY_AUDIO),
         4: Stage((*ADAPTERS, "lora"), 5e-5, 8, warmup=5, steps=50, loss=VRPO, beta2=0.98, augment=True),
     },
@@ -393,170 +402,7 @@ def make_optimizers(trained, settings):
 
 
 # ---------------------------------------------------------------------------------------------
-# processes.  torchrun starts one a GPU and tells each its rank in the environment.  All of them hold
-# the whole model (the trained 1 % makes gradients small: 400 MB in fp32 for diffa2), read their own
-# share of every global batch, and take the same optimizer step on the same summed gradient.
-
-
-@dataclass(frozen=True)
-class ProcessGroup:
-    """The processes that train together; a single process is a group of one."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    def sum(self, values):
-        """Sums a list of numbers over the processes, in fp64."""
-        if self.size == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def gather(self, thing):
-        """Every process's `thing`, in order of ranks."""
-        if self.size == 1:
-            return [thing]
-        things = [None] * self.size
-        dist.all_gather_object(things, thing)
-        return things
-
-    def first_only(self, work):
-        """work() on rank 0, its result on every rank.  A UserError there is raised on every rank."""
-        result, error = None, None
-        if self.rank == 0:
-            try:
-                result = work()
-            except UserError as e:
-                error = str(e)
-        (result, error), *_ = self.gather((result, error))
-        if error is not None:
-            raise UserError(error)
-        return result
-
-    def all_reduce_gradients(self, parameters):
-        """Sums .grad over the processes, once a step.
-
-        DistributedDataParallel would do it from hooks in the backward pass of its own forward; here a
-        step has many backward passes that do not go through one forward (VRPO's samples, micro-batches
-        of any number), so the sum is taken where it can be seen.
-        """
-        if self.size == 1:
-            return
-        flat = torch.cat([p.grad.flatten() for p in parameters])
-        dist.all_reduce(flat)
-        for p, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad.copy_(total.view_as(p))
-
-
-@contextlib.contextmanager
-def process_group(device=None):
-    """Joins the processes that torchrun started: NCCL on GPUs, gloo on CPUs; a group of one without it."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if device is None and torch.cuda.is_available():
-        device = f"cuda:{local}"
-    device = pick_device(device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if size == 1:
-        yield ProcessGroup(0, 1, device)
-        return
-    is_ours = not dist.is_initialized()
-    if is_ours:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    group = ProcessGroup(dist.get_rank(), size, device)
-    try:
-        yield group
-        # rank 0 leaves last: a process that goes while another still waits for it takes that one down
-        goodbye = torch.zeros(1, device=device)
-        if group.rank:
-            dist.send(goodbye, 0)
-        else:
-            for rank in range(1, size):
-                dist.recv(goodbye, rank)
-    finally:
-        if is_ours:
-            dist.destroy_process_group()
-
-
-def exit_process(code):
-    """sys.exit; a process of torchrun's goes at once, without the interpreter's winding up.
-
-    A thread of gloo that then asks for Python once more aborts the process: status 134 after all is written.
-    """
-    if "WORLD_SIZE" not in os.environ:
-        sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code or 0)
-
-
-class StopSignal:
-    """Remembers SIGTERM and Ctrl-C until the step is done; a second Ctrl-C is not waited for.
-
-    torchrun killed outright can send no signal to its workers: they find that their parent is another.
-    """
-
-    def __enter__(self):
-        self.caught, self.parent = False, os.getppid()
-        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def note(self, number, _):
-        if self.caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.caught = True
-
-    @property
-    def received(self):
-        is_orphan = "WORLD_SIZE" in os.environ and os.getppid() != self.parent
-        return self.caught or is_orphan
-
-    def __exit__(self, *error):
-        for n, handler in self.before.items():
-            signal.signal(n, handler)
-
-
-@contextlib.contextmanager
-def locked(out, wait):
-    """The folder belongs to one run: a lock that dies with its holder, however that dies.
-
-    Between machines it holds where the shared disk has flock (NFS from version 4 on).  wait: until the other
-    run is gone; else a UserError names it.
-    """
-    path = os.path.join(out, ".lock")
-    while True:
-        try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT)
-        except OSError as e:
-            raise UserError(f"{out}: cannot be written ({e.strerror})") from None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            holder = os.read(handle, 200).decode(errors="replace") or "another process"
-            os.close(handle)
-            raise UserError(f"{out}: {holder} is training here; --wait waits until it is gone") from None
-        if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
-            break
-        os.close(handle)  # it was removed while we waited: a lock that nobody else will find
-    try:
-        os.truncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} of {platform.node()}".encode())
-        yield
-    except UserError:
-        if os.listdir(out) == [".lock"]:  # nothing came of the run: nothing stays of it
-            os.remove(path)
-        raise
-    finally:
-        os.close(handle)
-
-
-def ignore_signals(_):
-    """Loader workers leave the answer to SIGTERM and Ctrl-C to the process they work for."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+# what feeds a process, and what is measured now and then
 
 
 def no_collate(micro):
@@ -565,55 +411,6 @@ def no_collate(micro):
 
 def to_device(batch, device):
     return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-
-
-# ---------------------------------------------------------------------------------------------
-# what is logged of a run
-
-
-class Log:
-    """out/log.jsonl, a line a step, cut back to `step` when a run is resumed; TensorBoard if wanted."""
-
-    def __init__(self, out, step, tensorboard):
-        path, lines = os.path.join(out, "log.jsonl"), []
-        if os.path.exists(path) and step:
-            with open(path, encoding="utf-8") as f:
-                lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-
-        def write(temporary):
-            with open(temporary, "w", encoding="utf-8") as f:
-                f.writelines(lines)
-
-        write_file(path, write)
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        self.board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(out)
-
-    def write(self, **entry):
-        self.file.write(json.dumps(entry) + "\n")
-        self.file.flush()
-        if self.board:
-            for name, value in entry.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self.board.add_scalar(name, value, entry["step"])
-
-    def close(self):
-        self.file.close()
-        if self.board:
-            self.board.close()
-
-
-def record_skipped(out, skipped, seen):
-    """Appends what was not seen before to out/skipped.jsonl.  Returns the number of different examples."""
-    with open(os.path.join(out, "skipped.jsonl"), "a", encoding="utf-8") as f:
-        for entry in skipped:
-            if entry["id"] not in seen:
-                seen.add(entry["id"])
-                f.write(json.dumps(entry) + "\n")
-    return len(seen)
 
 
 HELD_OUT_T = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -629,8 +426,8 @@ def held_out_loss(context, builder, examples, group, tokens):
     was_training = model.training
     model.eval()
     sums = torch.zeros(len(HELD_OUT_T), 2, dtype=torch.float64)  # nats, tokens
-    costs = costs_of(examples, c)
-    for ids in bucket(range(group.rank, len(examples), group.size), costs, tokens):
+    mine = range(group.rank, len(examples), group.size)
+    for ids in bucket(mine, costs_of(examples, mine, c), tokens):
         micro = builder([examples[i] for i in ids], 0)
         if micro["batch"] is None:
             continue
@@ -685,11 +482,16 @@ class Options:
     tensorboard: bool = False
 
 
+def options_of(args):
+    """The Options that the command line names."""
+    return Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
+
+
 MAX_BAD_STEPS = 10  # in a row
 
 
 def count_steps(settings, n_examples):
-    """Steps of a stage: as many as the table says, or so many epochs."""
+    """Steps of a stage: as many as the table says, or so many epochs of n_examples."""
     return settings.steps or math.ceil(settings.epochs * math.ceil(n_examples / settings.batch))
 
 
@@ -721,7 +523,7 @@ def restore_random_states(state, group):
 def train(group, model, tokenizer, examples, stage, settings, out, options, steps, state=None, held_out=()):
     """Runs a stage of `steps` steps.  True when it is finished, False when it was stopped and has saved.
 
-    examples: a list or a Manifest.  state: what write_state wrote, to go on from.
+    examples: a list or a Mixture.  state: what write_state wrote, to go on from.
     """
     # ---- what trains, and with what
     device = group.device
@@ -779,10 +581,19 @@ def train(group, model, tokenizer, examples, stage, settings, out, options, step
             "random": random_states,
             "random_cuda": random_cuda,
         }
-        group.first_only(lambda: write_state(checkpoint, out, step))
 
+        def write():
+            nonlocal written
+            written.result()  # the one before, whose error, if any, is raised here
+            written = saver.submit(write_state, in_memory(checkpoint), out, step)
+
+        group.first_only(write)
+
+    # rank 0 writes in a thread: the others go on as soon as it has a copy
+    saver, written = ThreadPoolExecutor(1), Future()
+    written.set_result(None)
     closing_log = contextlib.closing(log) if log else contextlib.nullcontext()
-    with StopSignal() as signals, progress, restore_forward, closing_log:
+    with StopSignal() as signals, saver, progress, restore_forward, closing_log:
         while step < stop_step:
             # ---- forward and backward of this process's share of the global batch, a micro-batch at a
             # time: gradients of plain sums add up in .grad.  Processes may have different numbers of
@@ -889,7 +700,19 @@ def train(group, model, tokenizer, examples, stage, settings, out, options, step
                 break
         if saved_at != step:  # also after the last step: writing the model may fail
             save_checkpoint()
+        group.first_only(lambda: written.result())
     return step >= steps
+
+
+def in_memory(thing):
+    """A copy, on the CPU, of the tensors in dicts and lists: training goes on changing the originals."""
+    if torch.is_tensor(thing):
+        return thing.detach().to("cpu", copy=True)
+    if isinstance(thing, dict):
+        return {key: in_memory(value) for key, value in thing.items()}
+    if isinstance(thing, (list, tuple)):
+        return type(thing)(in_memory(value) for value in thing)
+    return thing
 
 
 def finish(group, model, tokenizer, out, stage):
@@ -938,7 +761,7 @@ def start_from(args, device):
     """
     stage, name, is_causal = args.stage, args.model, args.objective == "ar"
     if stage == 0 and not args.init:
-        tokenizer = load_tokenizer(os.path.dirname(args.data) or ".")
+        tokenizer = load_tokenizer(os.path.dirname(args.data[0]) or ".")
         config = dataclasses.replace(PRESETS[name].with_tokenizer(tokenizer), causal=is_causal)
         model = build(config, device, seed=args.seed)
         if name in ASSETS:
@@ -973,15 +796,120 @@ def start_from(args, device):
     return model, tokenizer
 
 
-def settings_of(args):
-    """The table's settings, with what the command line says otherwise: fine-tuning wants its own numbers."""
+def settings_of(args, n_examples):
+    """The row of the table with what the command line says otherwise, and the number of steps.
+
+    Fine-tuning wants numbers of its own; a warm-up made for a hundred thousand steps outlasts a short run,
+    so it is at most a tenth unless asked for.
+    """
     settings = STAGES[args.model][args.stage]
     for name in ("lr", "batch", "warmup", "weight_decay", "augment"):
         if getattr(args, name) is not None:
             settings = dataclasses.replace(settings, **{name: getattr(args, name)})
     if args.epochs is not None:
         settings = dataclasses.replace(settings, epochs=args.epochs, steps=0)
-    return settings
+    steps = args.max_steps or count_steps(settings, n_examples)
+    if settings.warmup > steps / 10 and args.warmup is None:
+        settings = dataclasses.replace(settings, warmup=max(1, steps // 10))
+    return settings, steps
+
+
+# ---------------------------------------------------------------------------------------------
+# what a run would be: --dry-run
+
+
+def saved_bytes(run, parameters, n_keys):
+    """Bytes that autograd keeps of run() until its backward pass, beside the parameters themselves.
+
+    On the meta device nothing is computed or allocated, so this works for a model of any size.  Scores of
+    attention (.., queries, keys), which are formed there, are left out: a GPU's fused attention keeps none.
+    """
+    ours, kept = {p.untyped_storage()._cdata for p in parameters}, {}
+
+    def keep(x):
+        if x.dim() < 3 or x.size(-1) != n_keys:
+            kept[x.untyped_storage()._cdata] = x  # the tensor too: an address that is free is used again
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        run()
+    return sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in ours)
+
+
+def memory_of(model, settings, options, n_rows, processes):
+    """GB of a process by part, in bf16: {what: GB}.  model: on the meta device, its parts frozen already."""
+    c, trained = model.config, [p for p in model.parameters() if p.requires_grad]
+    n_trained = sum(p.numel() for p in trained)
+    frozen = sum(p.numel() * (2 if p.dim() > 1 else 4) for p in model.parameters() if not p.requires_grad)
+    copies = 2 + 2 + (processes > 1) + settings.loss.has_reference
+    memory = {"frozen weights": frozen}
+    memory[f"{n_trained:,} trained: weights, gradients, moments, copies"] = 4 * n_trained * copies
+    meta = {"device": "meta", "dtype": torch.bfloat16}
+    model, parameters = model.to(torch.bfloat16), list(model.parameters())
+    length = options.tokens // n_rows
+    x = torch.empty(n_rows, length, c.width, **meta, requires_grad=True)
+    inside = saved_bytes(lambda: model.backbone(x, None), parameters, length)
+    if options.recompute:  # each block's input, and the inside of one of them
+        inside = c.layers * x.nbytes + inside // c.layers
+    memory["activations of the backbone" + ", --recompute" * options.recompute] = inside
+    if "acoustic." in settings.trains:
+        taps = torch.empty(n_rows, len(c.taps), c.n_frames, c.audio_width, **meta)
+        in_adapter = saved_bytes(lambda: model.acoustic(taps), parameters, c.n_frames)
+        memory["activations of the acoustic adapter"] = in_adapter
+    return {what: n / 1e9 for what, n in memory.items()}
+
+
+def dry_run(group, args):
+    """Says what the run would be: data, schedule, memory; reads one batch, and trains nothing."""
+    processes = args.dry_run or group.size
+    examples = group.first_only(lambda: Mixture(args.data, args.stage))
+    if group.rank:
+        return 0
+    n_examples = epoch_length(examples.shares)
+    settings, steps = settings_of(args, n_examples)
+    options = options_of(args)
+    with torch.device("meta"):
+        model = DIFFA2(PRESETS[args.model], lora="lora" in settings.trains)
+    freeze_all_but(model, settings.trains)
+    _, _, ids = next(schedule_of(examples.shares, settings.batch, options.seed))
+    mine = ids[::processes]
+    parts = bucket(mine, costs_of(examples, mine, model.config), options.tokens)
+    known = [seconds for _, seconds in map(examples.size, ids) if seconds >= 0]
+    said = {
+        "examples": f"{len(examples):,} in {len(args.data)} manifests",
+        "length of a clip": f"{sum(known) / len(known):.1f} s" if known else "not given",
+        "examples an epoch": f"{n_examples:,}",
+        "steps": f"{steps:,} of {settings.batch}: {steps * settings.batch / n_examples:.2f} epochs",
+        "learning rate": f"{settings.lr:g} after {settings.warmup:,} steps",
+        "weight decay": f"{settings.weight_decay:g}",
+        "a process, a step": f"{len(mine)} examples in {len(parts)} micro-batches "
+        f"of at most {options.tokens:,} positions",
+    }
+    print(f"{args.model}, stage {args.stage}, {processes} processes")
+    for what, value in said.items():
+        print(f"  {what:20}{value}")
+    print("memory of a process in GB, without the encoder's passing states, logits and CUDA itself:")
+    memory = memory_of(model, settings, options, max(1, *map(len, parts)), processes)
+    for what, gigabytes in (memory | {"in all": sum(memory.values())}).items():
+        print(f"  {gigabytes:8.2f}  {what}")
+    try:
+        tokenizer = load_tokenizer(args.init or args.llada or ASSETS.get(args.model) or "")
+    except UserError:
+        print("no batch was read: LLaDA's tokenizer is not here; --llada FOLDER")
+        return 0
+    config = model.config.with_tokenizer(tokenizer)
+    started = time.perf_counter()
+    builder = BatchBuilder(
+        tokenizer, config, settings.loss.encode, options.seed, settings.is_imitated, settings.augment
+    )
+    micro = builder(examples, 0, parts[0])
+    for entry in micro["skipped"]:
+        print(f"skipped: {entry['where']}: {entry['why']}")
+    print(f"read {len(micro['ids'])} examples, {micro['seconds']:.0f} s of audio,", end=" ")
+    print(f"in {time.perf_counter() - started:.2f} s by one of --workers {options.workers}:")
+    for name, tensor in (micro["batch"] or {}).items():
+        print(f"  {name:20}{tuple(tensor.shape)}")
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -997,11 +925,14 @@ def run(args):
         raise UserError(f"--init {args.init} goes with --model {args.init}")
     if args.objective == "ar" and (name in RELEASES or stage == 4):
         raise UserError("the autoregressive baseline is a small model's, stages 0 to 3")
-    args.data = args.data or f"data/stage{stage}.jsonl"
+    args.data = args.data or [f"data/stage{stage}.jsonl"]
     args.out = args.out or f"out/{name}{OBJECTIVES[args.objective]}/stage{stage}"
-    if not os.path.exists(args.data):
+    if not os.path.exists(args.data[0].rpartition(":")[0]) and not os.path.exists(args.data[0]):
         how = "`python -m tools.prepare tour --audio DIR --out data` makes the small model's (docs/DATA.md)"
-        raise UserError(f"{args.data}: no such manifest; {how}")
+        raise UserError(f"{args.data[0]}: no such manifest; {how}")
+    if args.dry_run is not None:
+        with process_group(args.device) as group:
+            return dry_run(group, args)
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard")
     try:
@@ -1030,24 +961,21 @@ def run_stage(group, args):
         return 0
     args.wants_fp32 = args.precision == "fp32"
     args.precision = args.precision or ("bf16" if group.device.type == "cuda" else "fp32")
-    names = [field.name for field in dataclasses.fields(Options)]
-    options, settings = Options(**{name: getattr(args, name) for name in names}), settings_of(args)
+    options = options_of(args)
     model, tokenizer = start_from(args, group.device)
+    # clips are looked for when they are read: a missing one is skipped and told of
+    examples = Mixture(args.data, stage)
+    n_examples = epoch_length(examples.shares)
+    settings, steps = settings_of(args, n_examples)
     torch.manual_seed(args.seed)
     if "lora" in settings.trains and not any("lora_" in n for n, _ in model.named_parameters()):
         model.add_lora()
-    # clips are looked for when they are read: a missing one is skipped and told of
-    examples = Manifest(args.data, stage)
-    default = os.path.join(os.path.dirname(args.data), "held_out.jsonl")
+    default = os.path.join(os.path.dirname(args.data[0]), "held_out.jsonl")
     held_out_path = args.held_out or (default if os.path.exists(default) else None)
     held_out = read_manifest(held_out_path, None, check=False) if held_out_path else []
-    steps = options.max_steps or count_steps(settings, len(examples))
-    if settings.warmup > steps / 10 and args.warmup is None:
-        # a warm-up made for a hundred thousand steps would outlast a short run
-        settings = dataclasses.replace(settings, warmup=max(1, steps // 10))
     if group.rank == 0:
         parts = ", ".join(prefix.rstrip(".") for prefix in settings.trains)
-        print(f"stage {stage}: trains {parts} on {len(examples)} examples, {steps} steps of", end=" ")
+        print(f"stage {stage}: trains {parts} on {n_examples} examples, {steps} steps of", end=" ")
         print(f"{settings.batch}, learning rate {settings.lr:g} after {settings.warmup} steps,", end=" ")
         print(f"weight decay {settings.weight_decay:g}")
     if not train(group, model, tokenizer, examples, stage, settings, out, options, steps, state, held_out):
@@ -1069,7 +997,8 @@ def parse(argv):
     option("--model", default="diffa2", choices=sorted(PRESETS))
     text = "ar: the same model with a causal mask and next-token loss"
     option("--objective", choices=sorted(OBJECTIVES), default="diffusion", help=text)
-    option("--data", help="manifest (default: data/stageN.jsonl)")
+    text = "manifests; FILE:0.05 reads a twentieth in an epoch (default: data/stageN.jsonl)"
+    option("--data", nargs="+", metavar="FILE[:SHARE]", help=text)
     option("--held-out", help="manifest of held-out examples (default: held_out.jsonl beside --data)")
     text = "checkpoint to start from, or diffa2: the released one (default: out/MODEL/stage(N-1); see above)"
     option("--init", help=text)
@@ -1080,6 +1009,8 @@ def parse(argv):
     option("--resume", action="store_true", help="go on with the run that --out holds")
     option("--restart", action="store_true", help="begin anew over the run that --out holds")
     option("--wait", action="store_true", help="wait until no other run is training in --out")
+    text = "say what the run would be (by PROCESSES, default: those started), read one batch, train nothing"
+    option("--dry-run", nargs="?", type=int, const=0, metavar="PROCESSES", help=text)
     option("--lr", type=float, help="learning rate, instead of the table's")
     option("--batch", type=int, help="examples in a step, instead of the table's")
     option("--epochs", type=float, help="times the manifest is read, instead of the table's")
@@ -1109,8 +1040,9 @@ def parse(argv):
     for flag in ("max_steps", "stop_after", "tokens", "save_every", "held_out_every", "batch", "warmup"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 1")
-    if args.workers < 0:
-        raise UserError(f"--workers {args.workers} must be 0 or more")
+    for flag in ("workers", "dry_run"):
+        if (getattr(args, flag) or 0) < 0:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be 0 or more")
     for flag in ("lr", "epochs"):
         value = getattr(args, flag)
         if value is not None and not 0 < value < math.inf:

@@ -41,7 +41,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from whisper.model import sinusoids
 
-from model import DIFFA2, PRESETS, SPECIAL_TOKENS, Config, Parser, UserError, exit_status, pick_device
+from model import DIFFA2, PRESETS, SPECIAL_TOKENS, Config
+from runtime import Parser, UserError, exit_status, pick_device, write_file
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ASSETS = {"tiny": os.path.join(HERE, "assets", "tiny")}  # presets whose weights come with the code
@@ -66,36 +67,6 @@ def save(model, tokenizer, folder, dtype=torch.bfloat16):
     weights = {k: state[k].detach().to("cpu", dtype).contiguous() for k in saved_part(model)}
     write_file(os.path.join(folder, "tokenizer.json"), tokenizer.save)
     write_file(os.path.join(folder, "model.safetensors"), lambda path: save_sorted(weights, path, header))
-
-
-def write_file(path, write):
-    """write(temporary name), then syncs and renames: a reader finds the old file or the new, no half one.
-
-    Raises UserError when it cannot be written, with what was there before still there.
-    """
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name}.tmp")
-    try:
-        os.makedirs(folder or ".", exist_ok=True)
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(folder or ".")  # the new name itself
-    except (OSError, SafetensorError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
-        why = getattr(e, "strerror", None) or str(e).splitlines()[0]
-        raise UserError(f"{folder or '.'}: cannot be written ({why})") from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def sync(path):
-    """Waits until a file or a folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def save_sorted(weights, path, metadata):

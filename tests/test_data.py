@@ -1,7 +1,9 @@
 """Manifests, audio of every kind, the prompt byte for byte, and clean batches."""
 
+import itertools
 import json
 import os
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from data import (
     RESPONSE_UNIT,
     BatchBuilder,
     Manifest,
+    Mixture,
     answer_ids,
     answer_text,
     bucket,
@@ -24,6 +27,7 @@ from data import (
     costs_of,
     encode_question,
     encode_text,
+    epoch_length,
     is_transcription,
     load_audio,
     log_mel,
@@ -31,10 +35,12 @@ from data import (
     read_manifest,
     response_length,
     scan,
+    schedule_of,
     split_clip,
     window_seconds,
 )
-from model import PRESETS, SPECIAL_TOKENS, UserError
+from model import PRESETS, SPECIAL_TOKENS
+from runtime import UserError
 from tools.compose import loudest
 
 
@@ -440,9 +446,48 @@ def test_a_manifest_is_opened_and_not_read(kind, config, tmp_path):
     write_entries(path, lines_in(kind), kind)
     whole, opened = read_manifest(str(path), check=False), Manifest(str(path))
     assert [opened[i] for i in range(len(opened))] == whole and len(whole) == 4
-    assert costs_of(opened, config).tolist() == costs_of(whole, config).tolist()
+    assert costs_of(Mixture([str(path)]), range(4), config) == costs_of(whole, range(4), config)
     with pytest.raises(IndexError):
         opened[4]
+
+
+def write_numbered(path, letter, n):
+    entries = [{"audio_filepath": f"{letter}.wav", "text": f"{letter} {i}"} for i in range(n)]
+    write_entries(path, entries, "nemo")
+
+
+def test_shares_of_several_manifests(tmp_path):
+    """In four epochs: all of one in each, every example of a quarter's manifest once, of 1.5 six times."""
+    (tmp_path / "other").mkdir()
+    paths = [tmp_path / "a.jsonl", tmp_path / "other" / "b.jsonl", tmp_path / "c.jsonl"]
+    for path, n in zip(paths, (30, 40, 10), strict=True):
+        write_numbered(path, path.stem, n)
+    sources = [str(paths[0]), f"{paths[1]}:0.25", f"{paths[2]}:1.5"]
+    mixture = Mixture(sources)
+    assert len(mixture) == 80 and epoch_length(mixture.shares) == 30 + 10 + 15
+    assert [mixture[i].id for i in range(80)] == list(range(80))
+    assert mixture[29].answer == "a 29" and mixture[30].answer == "b 0" and mixture[79].answer == "c 9"
+    assert mixture[30].audio == str(tmp_path / "other" / "b.wav") and mixture.where(31) == f"{paths[1]}:3"
+    epochs = [[], [], [], []]
+    schedule = list(itertools.islice(schedule_of(mixture.shares, 8, 5), 4 * 7))
+    for _, epoch, ids in schedule:
+        epochs[epoch] += ids
+    for ids in epochs:
+        counts = Counter(mixture[i].answer[0] for i in ids)
+        assert counts == {"a": 30, "b": 10, "c": 15} and ids != sorted(ids)
+        assert sorted(i for i in ids if i < 30) == list(range(30))
+        assert set(range(70, 80)) <= set(ids)
+    read = Counter(i for ids in epochs for i in ids)
+    assert all(read[i] == 4 for i in range(30)) and all(read[i] == 1 for i in range(30, 70))
+    assert all(read[i] == 6 for i in range(70, 80))
+    assert list(itertools.islice(schedule_of(mixture.shares, 8, 5, start=9), 19)) == schedule[9:]
+
+
+@pytest.mark.parametrize("source, says", [("a.jsonl:0", "above 0"), ("a.jsonl:x", "no such manifest")])
+def test_a_share_that_makes_no_sense(source, says, tmp_path):
+    write_numbered(tmp_path / "a.jsonl", "a", 3)
+    with pytest.raises(UserError, match=says):
+        Mixture([str(tmp_path / source)])
 
 
 def test_a_long_list_is_cut_a_chunk_at_a_time(tmp_path):
@@ -459,6 +504,22 @@ def test_a_long_list_is_cut_a_chunk_at_a_time(tmp_path):
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match="entry [0-9]+: not JSON"):
         Manifest(str(path))
+
+
+@pytest.mark.parametrize("extension, subtype", [("ogg", "OPUS"), ("flac", "PCM_16"), ("wav", "PCM_16")])
+def test_a_segment_of_a_long_recording_is_sought(tmp_path, extension, subtype):
+    """The last seconds of ten minutes (GigaSpeech's Opus among them): a small part of the file is read."""
+    path = str(tmp_path / f"long.{extension}")
+    noise = np.random.default_rng(0).uniform(-0.3, 0.3, 600 * 16000)
+    soundfile.write(path, noise, 16000, subtype=subtype)
+
+    def bytes_read():
+        with open("/proc/self/io") as f:
+            return int(f.readline().split()[1])
+
+    before = bytes_read()
+    audio, _ = load_audio(path, offset=590.0, duration=2.0)
+    assert len(audio) == 32000 and bytes_read() - before < 0.25 * os.path.getsize(path)
 
 
 def test_the_index_is_built_once_and_again_when_it_must(tmp_path, monkeypatch):
@@ -489,7 +550,7 @@ def test_a_bad_line_is_told_of_when_it_is_met(config, tokenizer, tmp_path):
     soundfile.write(str(tmp_path / "a.wav"), np.zeros(1600), 16000)
     good = json.dumps({"messages": [user("Hm?"), assistant("Rain.")], "audios": ["a.wav"]})
     path.write_text("\n".join([good, "{not json", good, json.dumps({"messages": []})]))
-    manifest = Manifest(str(path))
+    manifest = Mixture([str(path)])
     micro = BatchBuilder(tokenizer, config, encode_question, 0)(manifest, 0, [0, 1, 2, 3])
     assert micro["ids"] == [0, 2] and [s["id"] for s in micro["skipped"]] == [1, 3]
     assert [s["where"] for s in micro["skipped"]] == [f"{path}:2", f"{path}:4"]

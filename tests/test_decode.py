@@ -29,7 +29,8 @@ from decode import (
     most_confident,
     schedule,
 )
-from model import Cache, UserError, build, rope_table
+from model import Cache, build, rope_table
+from runtime import UserError
 from tools.bench_decode import naive_generate
 from weights import load
 

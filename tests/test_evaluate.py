@@ -15,7 +15,7 @@ import soundfile
 from conftest import read_lines
 
 from data import read_manifest
-from model import UserError
+from runtime import UserError
 from tools import evaluate
 from tools.benchmarks import (
     BENCHMARKS,

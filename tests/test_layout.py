@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-ORDER = ["diffusion", "adapters", "model", "weights", "data", "decode", "vrpo", "train"]
+ORDER = ["runtime", "diffusion", "adapters", "model", "weights", "data", "decode", "vrpo", "train"]
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 

@@ -17,13 +17,13 @@ from model import (
     Encoder,
     LLaDA,
     RMSNorm,
-    UserError,
     attend,
     build,
     rope_table,
     rotate,
     splice_order,
 )
+from runtime import UserError
 
 LLAMA = {  # our name of a part of a block -> transformers'
     "attn_out": "self_attn.o_proj",

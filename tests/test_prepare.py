@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 
 import numpy as np
-from conftest import sound
 
 from data import load_audio, read_manifest
 from tools.compose import compose, mix, sequence
@@ -26,7 +25,6 @@ from tools.questions import (
     draw_question,
     multiple_choice,
     preference_line,
-    write_lines,
 )
 from tools.toy import TOY_INSTRUMENTS, TOY_SOUNDS, synthesize
 
@@ -435,40 +433,6 @@ def test_synthetic_sounds_differ_by_kind_and_by_draw():
     for kind in TOY_SOUNDS + TOY_INSTRUMENTS:
         a, b = synthesize(kind, rng), synthesize(kind, rng)
         assert np.isfinite(a).all() and np.abs(a).max() > 1e-3 and (len(a) != len(b) or not np.allclose(a, b))
-
-
-def test_join_draws_shuffles_and_finds_the_clips(tmp_path, capsys):
-    """All of one manifest, a share of another in another folder; audio paths hold where the new one lies."""
-    os.makedirs(tmp_path / "a" / "clips")
-    os.makedirs(tmp_path / "b")
-    sound(f"{tmp_path}/a/clips/x.wav")
-    sound(f"{tmp_path}/b/y.wav")
-    of_a = [asking("clips/x.wav", f"What is a{n}?", "It.") for n in range(50)]
-    of_b = [asking("y.wav", f"What is b{n}?", "It.") for n in range(400)]
-    write_lines(of_a, f"{tmp_path}/a/one.jsonl")
-    write_lines(of_b, f"{tmp_path}/b/two.jsonl")
-    out = f"{tmp_path}/new/stage2.jsonl"
-    argv = ["join", f"{tmp_path}/a/one.jsonl", f"{tmp_path}/b/two.jsonl:0.25", "--out", out]
-    assert main(argv) == 0
-    first = pathlib.Path(out).read_text()
-    asked = [e.question for e in read_manifest(out)]  # read_manifest finds every clip
-    of_a, of_b = ([q for q in asked if q.startswith(f"What is {x}")] for x in "ab")
-    assert sorted(of_a) == sorted(f"What is a{n}?" for n in range(50))
-    assert of_a != sorted(of_a, key=lambda q: int(q[9:-1]))
-    assert abs(len(of_b) - 100) < 4 * (400 * 0.25 * 0.75) ** 0.5 and len(set(of_b)) == len(of_b)
-    assert main(argv) == 0 and pathlib.Path(out).read_text() == first  # the same seed, the same bytes
-    assert main([*argv, "--seed", "1"]) == 0 and pathlib.Path(out).read_text() != first
-    assert os.listdir(tmp_path / "new") == ["stage2.jsonl"]
-    capsys.readouterr()
-    for part, says in (
-        (f"{tmp_path}/b/two.jsonl:1.5", "between 0 and 1"),
-        (f"{tmp_path}/none.jsonl", "no such manifest"),
-    ):
-        assert main(["join", part, "--out", f"{tmp_path}/other.jsonl"]) == 2
-        assert says in capsys.readouterr().err and not os.path.exists(f"{tmp_path}/other.jsonl")
-    (tmp_path / "nemo.jsonl").write_text('{"audio_filepath": "x.wav", "duration": 1, "text": "hi"}\n')
-    assert main(["join", f"{tmp_path}/nemo.jsonl", "--out", f"{tmp_path}/other.jsonl"]) == 2
-    assert "no 'messages'" in capsys.readouterr().err and not os.path.exists(f"{tmp_path}/other.jsonl")
 
 
 SHUFFLE = """

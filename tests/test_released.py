@@ -29,7 +29,8 @@ from adapters import merge_lora
 from data import build_prompt, log_mel
 from decode import ask, generate, main
 from diffusion import sft_loss
-from model import PRESETS, Config, UserError
+from model import PRESETS, Config
+from runtime import UserError
 from weights import assemble, load, load_released, released_name, save
 
 SIZES = {

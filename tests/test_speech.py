@@ -18,7 +18,7 @@ import soundfile
 from conftest import read_lines
 
 from data import load_audio, read_manifest
-from model import UserError
+from runtime import UserError
 from tools.corpora import read_corpus
 from tools.prepare import main
 from tools.speech import (

@@ -37,7 +37,7 @@ from data import (
     schedule_of,
 )
 from decode import ask
-from model import PRESETS, build
+from model import DIFFA2, PRESETS, build
 from train import (
     STAGES,
     Options,
@@ -73,13 +73,14 @@ def arguments(toured, out, stage, *extra):
     return argv if stage == 0 or "--init" in extra else [*argv, "--init", f"{out}/stage{stage - 1}"]
 
 
-def start(jobs, tmp_path, processes=1, phases=None, **kw):
+def start(jobs, tmp_path, processes=1, phases=None, restarts=0, **kw):
     """runner.py on these jobs, in one process or under torchrun; a Popen."""
     path = tmp_path / "jobs.json"
     path.write_text(json.dumps(jobs))
     how = [sys.executable]
     if processes > 1:
         how += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        how += ["--max-restarts", str(restarts)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     env["TOKENIZERS_PARALLELISM"] = "false"
     return subprocess.Popen(
@@ -282,7 +283,7 @@ def test_ranks_share_out_the_global_batch(world, batch):
     """Every example once an epoch, whatever the number of ranks; every rank ends every step."""
     config = PRESETS["tiny"]
     examples = [Example(i, "clip.wav", "Hm?", "a" * (i % 37), duration=2.0) for i in range(200)]
-    costs = costs_of(examples, config)
+    costs = costs_of(examples, range(200), config)
     builder = BatchBuilder(None, config, None, 0)
     steps = -(-len(costs) // batch)
     plans = []
@@ -305,8 +306,8 @@ def test_ranks_share_out_the_global_batch(world, batch):
 def test_schedule_goes_on_where_it_was():
     from itertools import islice
 
-    whole = list(islice(schedule_of(30, 7, 1), 14))
-    assert list(islice(schedule_of(30, 7, 1, start=6), 8)) == whole[6:]
+    whole = list(islice(schedule_of([(30, 1.0)], 7, 1), 14))
+    assert list(islice(schedule_of([(30, 1.0)], 7, 1, start=6), 8)) == whole[6:]
     assert whole[4][1] == 0 and whole[5][1] == 1 and whole[0][2] != whole[5][2]
     assert sorted(i for _, epoch, ids in whole for i in ids if epoch == 1) == list(range(30))
 
@@ -518,6 +519,92 @@ def test_workers_leave_when_torchrun_is_killed(one, toured, tmp_path):
     assert step >= 2 and len(losses(tmp_path / "stage1")) == step
     assert main([*argv[:-2], "--resume", "--max-steps", str(step + 2)]) == 0
     process.communicate()
+
+
+def workers_of(torchrun):
+    """Process ids of the workers that torchrun has now."""
+    with open(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children") as f:
+        return [int(pid) for pid in f.read().split()]
+
+
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_torchrun_restarts_what_was_killed(one, toured, tmp_path):
+    """From an empty folder with --resume, a worker killed twice: it goes on by itself to the same weights."""
+    more = ("--init", f"{one}/stage0", "--max-steps", "60", "--save-every", "3", "--resume")
+    argvs = [with_dropout(arguments(toured, tmp_path / kind, 1, *more)) for kind in ("whole", "killed")]
+    run(argvs[:1], tmp_path, processes=2)
+    process = start(argvs[1:], tmp_path, processes=2, restarts=3)
+    log, old = tmp_path / "killed" / "stage1" / "log.jsonl", set()
+    for wanted in (5, 12):
+        wait_for(lambda n=wanted: log.exists() and log.read_text().count("\n") >= n, process)
+        wait_for(lambda gone=old: len(set(workers_of(process)) - gone) == 2, process)
+        some = sorted(set(workers_of(process)) - old)
+        os.kill(some[wanted % 2], signal.SIGKILL)
+        old = old | set(some)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err[-3000:]
+    assert same_weights(tmp_path / "whole/stage1", tmp_path / "killed/stage1")
+    assert losses(tmp_path / "whole/stage1") == losses(tmp_path / "killed/stage1")
+
+
+@pytest.mark.slow
+def test_torchrun_killed_ten_times(one, toured, tmp_path):
+    """SIGKILL to torchrun alone at random moments; what --resume reaches is the undisturbed run's."""
+    rng = random.Random(2)
+    more = ("--init", f"{one}/stage0", "--max-steps", "150", "--save-every", "3", "--resume", "--wait")
+    argvs = [with_dropout(arguments(toured, tmp_path / kind, 1, *more)) for kind in ("whole", "killed")]
+    run(argvs[:1], tmp_path, processes=2)
+    log = tmp_path / "killed" / "stage1" / "log.jsonl"
+    for _ in range(10):
+        before = log.read_text().count("\n") if log.exists() else 0
+        process = start(argvs[1:], tmp_path, processes=2)
+        wait_for(lambda n=before: log.exists() and log.read_text().count("\n") > n, process)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+    run(argvs[1:], tmp_path, processes=2)
+    assert same_weights(tmp_path / "whole/stage1", tmp_path / "killed/stage1")
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(one, toured, tmp_path, monkeypatch):
+    """The writing of step 2's checkpoint ends when step 4 is in the log: it would never come otherwise."""
+    log, real, waited = tmp_path / "stage1" / "log.jsonl", train.write_state, []
+
+    def slow(state, out, step):
+        if step == 2:
+            before = {name: t.clone() for name, t in state["trained"].items()}
+            end = time.monotonic() + 60
+            while len(losses(tmp_path / "stage1")) < 4 and time.monotonic() < end:
+                time.sleep(0.01)
+            waited.append(len(losses(tmp_path / "stage1")))
+            # what is written is the state of step 2, whatever training did meanwhile
+            assert all(torch.equal(before[name], t) for name, t in state["trained"].items())
+        real(state, out, step)
+
+    monkeypatch.setattr(train, "write_state", slow)
+    more = ("--init", f"{one}/stage0", "--max-steps", "5", "--save-every", "2")
+    assert main(arguments(toured, tmp_path, 1, *more)) == 0
+    assert log.exists() and waited and waited[0] >= 4
+
+
+def test_a_disk_that_fills_up_ends_the_run_in_one_line(one, toured, tmp_path, capsys, monkeypatch):
+    """Found by the thread that writes, told of by the run."""
+    real = train.write_state
+
+    def full(state, out, step):
+        if step == 4:
+            raise train.UserError(f"{out}: cannot be written (No space left on device)")
+        real(state, out, step)
+
+    monkeypatch.setattr(train, "write_state", full)
+    more = ("--init", f"{one}/stage0", "--max-steps", "100", "--save-every", "2")
+    assert main(arguments(toured, tmp_path, 1, *more)) == 2
+    assert "No space left" in capsys.readouterr().err.splitlines()[-1]
+    assert [read_state(path)["step"] for path in list_states(tmp_path / "stage1")] == [2]
 
 
 def test_a_full_disk_keeps_the_older_checkpoint(tmp_path):
@@ -804,13 +891,54 @@ def test_cost_counts_what_a_row_holds(toured, config):
     for e in read_manifest(f"{toured}/stage2.jsonl", 2)[:40]:
         builder = builder_for(tokenizer, config.with_tokenizer(tokenizer), SMALL_STAGES[3], 0)
         row = builder([e], 0)["batch"]["text.ids"].size(1) + config.n_queries
-        assert 0.7 * row < costs_of([e], config)[0] < 2.5 * row
+        assert 0.7 * row < costs_of([e], [0], config)[0] < 2.5 * row
     assert Options().tokens == 6144
+
+
+def test_dry_run_trains_nothing(one, toured, tmp_path, capsys):
+    argv = arguments(
+        toured, tmp_path / "out", 2, "--init", f"{one}/stage1", "--dry-run", "3", "--epochs", "2"
+    )
+    at = argv.index("--data") + 2
+    argv[at:at] = [f"{toured}/stage1.jsonl:0.5"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    n = [len(read_manifest(f"{toured}/stage{stage}.jsonl", stage)) for stage in (2, 1)]
+    drawn = n[0] + round(n[1] / 2)
+    assert f"{sum(n):,} in 2 manifests" in out and f"examples an epoch   {drawn:,}\n" in out
+    assert f"{2 * -(-drawn // SMALL_STAGES[2].batch)} of {SMALL_STAGES[2].batch}" in out
+    assert "3 processes" in out and "read 3 examples" in out and "text.ids" in out
+    assert not os.path.exists(tmp_path / "out")
+
+
+@pytest.mark.parametrize("n_rows, length", [(1, 50), (4, 30)])
+def test_saved_bytes_are_what_autograd_keeps(config, n_rows, length):
+    """Counted on the meta device, and by hand for a layer whose needs are known."""
+    x = torch.empty(n_rows, length, config.width, device="meta", requires_grad=True)
+    frozen = torch.nn.Linear(config.width, config.width, device="meta").requires_grad_(False)
+    trained = torch.nn.Linear(config.width, config.width, device="meta")
+    # a frozen layer needs its weights alone to go back, a trained one its input, relu its output
+    assert train.saved_bytes(lambda: frozen(x), list(frozen.parameters()), 0) == 0
+    assert train.saved_bytes(lambda: trained(x), list(trained.parameters()), 0) == x.nbytes
+    both = [*frozen.parameters(), *trained.parameters()]
+    assert train.saved_bytes(lambda: trained(frozen(x).relu()), both, 0) == x.nbytes
+    # of a whole backbone as much as on the CPU, scores of attention apart
+    counted = []
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            model = DIFFA2(config)
+            x = torch.zeros(n_rows, length, config.width, requires_grad=True)
+        freeze_all_but(model, train.ADAPTERS)
+        counted.append(
+            train.saved_bytes(lambda m=model, x=x: m.backbone(x, None), model.parameters(), length)
+        )
+    assert 0.8 * counted[1] < counted[0] < 1.25 * counted[1]
 
 
 @pytest.mark.parametrize(
     "argv, says",
     [
+        (["--stage", "1", "--model", "tiny", "--dry-run", "-1"], "0 or more"),
         (["--stage", "1", "--model", "tiny", "--data", "none.jsonl"], "tools.prepare tour"),
         (["--stage", "7"], "invalid choice"),
         (["--stage", "0"], "no stage 0 for diffa2"),

@@ -16,7 +16,8 @@ from whisper.model import AudioEncoder
 
 import weights
 from adapters import merge_lora
-from model import DIFFA2, PRESETS, Encoder, UserError, build
+from model import DIFFA2, PRESETS, Encoder, build
+from runtime import UserError
 from weights import (
     TINY_ENCODER,
     export_encoder,

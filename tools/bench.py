@@ -15,7 +15,7 @@ bench_data.py, bench_decode.py.
 import argparse
 import sys
 
-from model import Parser, exit_status
+from runtime import Parser, exit_status
 from tools.bench_data import data_bench
 from tools.bench_decode import decode_bench
 from tools.bench_train import one_training_kind, train_bench, variance_bench

@@ -12,13 +12,14 @@ import time
 
 import numpy as np
 import soundfile
+import soxr
 import torch
 
 from data import (
     SAMPLE_RATE,
     BatchBuilder,
-    Manifest,
     MicroBatches,
+    Mixture,
     encode_question,
     load_audio,
     log_mel,
@@ -52,7 +53,7 @@ def write_lines(path, n):
 def one_opening(path):
     """Opens a manifest and draws one batch of it; prints seconds and bytes as a line of JSON."""
     before, start = anonymous_bytes(), time.perf_counter()
-    manifest = Manifest(path)
+    manifest = Mixture([path])
     opened = time.perf_counter() - start
     examples = [manifest[i] for i in range(0, len(manifest), max(1, len(manifest) // 1000))]
     found = {"lines": len(manifest), "open": opened, "bytes": anonymous_bytes() - before}
@@ -91,7 +92,7 @@ def data_bench(args):
         print(f"{again['parsed']} lines parsed all over it: {again['all'] - again['open']:.3f} s\n")
 
         before, start = anonymous_bytes(), time.perf_counter()
-        schedule = schedule_of(EPOCH, 1280, 0, start=EPOCH // 1280 // 2)
+        schedule = schedule_of([(EPOCH, 1.0)], 1280, 0, start=EPOCH // 1280 // 2)
         next(schedule)
         seconds = time.perf_counter() - start
         print(f"order of an epoch of {EPOCH:,}, from its middle: {seconds:.2f} s,", end=" ")
@@ -113,10 +114,16 @@ def data_bench(args):
             log_mel(audio[: round(window_seconds(config) * SAMPLE_RATE)], config)
         ended = time.perf_counter()
         read, mel = (middle - start) / args.clips, (ended - middle) / args.clips
+        other_rate = np.resize(audios[0], 12 * 44_100)
+        start = time.perf_counter()
+        for _ in range(args.clips):
+            soxr.resample(other_rate, 44_100, SAMPLE_RATE)
+        resampled = (time.perf_counter() - start) / args.clips
         print(f"a clip of 12 s, FLAC, one thread: decoded in {1e3 * read:.1f} ms, log-mel {1e3 * mel:.1f} ms")
+        print(f"at 44.1 kHz, as some are, resampling takes {1e3 * resampled:.1f} ms more")
         tokenizer = load_tokenizer(os.path.join(ROOT, "assets", "tiny"))
         tiny = SIZES["tiny"].with_tokenizer(tokenizer)
-        manifest = Manifest(clips)
+        manifest = Mixture([clips])
         for workers in (0, 1, 2):
             rates = [clips_a_second(manifest, tokenizer, tiny, workers, args.clips) for _ in range(3)]
             print(

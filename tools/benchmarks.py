@@ -17,7 +17,7 @@ import jiwer
 from whisper.normalizers import EnglishTextNormalizer
 
 from data import ASR_QUESTION, read_entries, read_manifest
-from model import UserError
+from runtime import UserError
 from tools.prompts import LETTERS, mmau_prompt, mmsu_prompt
 
 # ---------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from adapters import merge_lora
 from data import SAMPLE_RATE, is_transcription, load_audio, window_seconds
 from decode import Options, ask, length_option
-from model import Parser, UserError, exit_status
+from runtime import Parser, UserError, exit_process, exit_status, process_group
 from tools.benchmarks import (
     BENCHMARKS,
     OFFICIAL,
@@ -44,7 +44,6 @@ from tools.benchmarks import (
 )
 from tools.questions import write_lines, write_text
 from tools.writer import Endpoint, strict_object
-from train import exit_process, process_group
 from weights import load
 
 # rows of the paper's tables: benchmark -> {"table", "columns", "rows": model -> its scores}

@@ -16,8 +16,8 @@ import sys
 from adapters import merge_lora
 from data import load_audio, window_seconds
 from decode import ask
-from model import Parser, UserError, exit_status
-from weights import load, write_file
+from runtime import Parser, UserError, exit_status, write_file
+from weights import load
 
 # ---------------------------------------------------------------------------------------------
 # matplotlib's

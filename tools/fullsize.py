@@ -22,7 +22,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from adapters import count, merge_lora
 from data import SAMPLE_RATE
 from decode import ask
-from model import DIFFA2, PRESETS, SPECIAL_TOKENS, UserError
+from model import DIFFA2, PRESETS, SPECIAL_TOKENS
+from runtime import UserError
 from tools.measure import Laps, Peak
 from weights import load, released_name
 

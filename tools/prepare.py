@@ -4,7 +4,6 @@
     python -m tools.prepare fsdd DIR --out fsdd.jsonl       one corpus, plain questions
     python -m tools.prepare toy                             no data at hand: synthetic clips and manifests
     python -m tools.prepare speak sentences BOOKS --out speech/lines.jsonl --tts URL --voices a,b,c
-    python -m tools.prepare join a.jsonl b.jsonl:0.05 --out c.jsonl     one shuffled manifest out of several
     python -m tools.prepare check data/*.jsonl              what manifests hold, and what is wrong with them
     python -m tools.prepare show data/stage2.jsonl -n 5     examples as the model sees them
 
@@ -30,7 +29,8 @@ from data import (
     read_entries,
     read_manifest,
 )
-from model import PRESETS, Parser, UserError, exit_status
+from model import PRESETS
+from runtime import Parser, UserError, exit_status
 from tools.corpora import CORPORA, read_corpus
 from tools.questions import ask, choices_in, make_folder, seconds_of, write_lines
 from tools.speech import choose_engine, speak_questions, speak_sentences
@@ -38,47 +38,6 @@ from tools.spoken_questions import TEXTS
 from tools.toy import demo, toy
 from tools.writer import Endpoint, write_with_llm
 from weights import load_tokenizer
-
-# ---------------------------------------------------------------------------------------------
-# joining manifests
-
-
-def join(parts, out, seed=0):
-    """One shuffled manifest out of several, audio paths rewritten.  parts: "FILE" or "FILE:SHARE".
-
-    A stage's manifest from what the corpora, speak and a language model gave; `asr.jsonl:0.05` is the
-    paper's twentieth of stage 1 in stages 2 and 3.  Returns the number of lines.
-    """
-    rng, new_folder, wanted = random.Random(seed), os.path.dirname(os.path.abspath(out)), []
-    for part in parts:
-        path, share = part, 1.0
-        if match := re.fullmatch(r"(.+):([0-9.]+)", part):
-            path, share = match[1], float(match[2])
-        if not 0 < share <= 1:
-            raise UserError(f"{part}: the share must lie between 0 and 1")
-        if not os.path.exists(path):
-            raise UserError(f"{path}: no such manifest")
-        wanted.append((path, share))
-
-    def lines():
-        for path, share in wanted:
-            folder = os.path.dirname(os.path.abspath(path))
-            for where, entry in read_entries(path):
-                if "messages" not in entry:
-                    raise UserError(
-                        f"{where}: no 'messages': join takes manifests that this program has written"
-                    )
-                if rng.random() < share:
-                    audios = [moved(audio, folder, new_folder) for audio in entry.get("audios", ())]
-                    yield entry | {"audios": audios}
-
-    return write_lines(lines(), out, rng)
-
-
-def moved(path, folder, new_folder):
-    """A path relative to one folder as it is relative to another."""
-    return path if os.path.isabs(path) else os.path.relpath(os.path.join(folder, path), new_folder)
-
 
 # ---------------------------------------------------------------------------------------------
 # checking manifests
@@ -318,13 +277,6 @@ def build_parser():
         p.add_argument("--timeout", type=float, default=60.0, help="seconds (default 60)")
         p.add_argument("--limit", type=int)
 
-    p = commands.add_parser("join", help="one shuffled manifest out of several")
-    p.add_argument(
-        "parts", nargs="+", metavar="FILE[:SHARE]", help="a manifest, and the share of its lines to draw"
-    )
-    p.add_argument("--out", required=True)
-    p.add_argument("--seed", type=int, default=0)
-
     p = commands.add_parser("check", help="what manifests hold, and what is wrong with them")
     p.add_argument("manifests", nargs="+")
     p.add_argument("--decode", action="store_true", help="read every clip, not its header alone")
@@ -404,8 +356,6 @@ def run(args):
         run_speak(args)
     elif args.command in ("answers", "preferences"):
         run_writer(args)
-    elif args.command == "join":
-        print(f"{args.out}: {join(args.parts, args.out, args.seed)} lines")
     elif args.command == "check":
         return 2 if check(args.manifests, args.decode, args.errors) else 0
     elif args.command == "demo":

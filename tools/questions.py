@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import soundfile
 
 from data import ASR_QUESTION
-from model import UserError
+from runtime import UserError
 from tools.corpora import DIGITS
 from tools.prompts import LETTERS, capital, format_choices, mmau_prompt, mmsu_prompt
 

@@ -27,7 +27,8 @@ from data import (
     prompt_text,
     read_entries,
 )
-from model import SPECIAL_TOKENS, UserError
+from model import SPECIAL_TOKENS
+from runtime import UserError
 from tools.compose import mix, strings
 from tools.corpora import plain, read_corpus
 from tools.prompts import LETTERS, mmau_prompt, mmsu_prompt
@@ -167,14 +168,14 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
 
     def questions(pairs, r):
         for clip, tasks in pairs:
-            yield question_line(clip, r, here, tasks if r.random() < 0.6 else None)
+            yield question_line(clip, r, here, tasks if r.random() < 0.75 else None)
 
     def choices(some_clips, r):
         return (choice_line(clip, r, here, labels) for clip in some_clips)
 
     def transcripts(r):
         yield from ask(composed, r, here, ["asr"])
-        yield from ask(sentences * 2, r, here, ["asr"])
+        yield from ask(sentences, r, here, ["asr"])
         yield from (question_line(c, r, here, ["asr"]) for c, _ in singles(0.2, r))
 
     def about_clips(share, r):
@@ -183,7 +184,6 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
         yield from questions(singles(share, r), r)
         yield from ask(spoken_questions, r, here, ["asr"])
         yield from ask(sentences, r, here)
-        yield from ask(sentences, r, here, ["asr"])
 
     def by_choice(share, r):
         yield from choices((c for c, _ in singles(share, r)), r)
@@ -198,7 +198,7 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
             if line:
                 yield without_audio(line)
         books = sentences_of(text) if text else []
-        for sentence in r.sample(books, min(len(books), int(25_000 * scale))):
+        for sentence in r.sample(books, min(len(books), int(8_000 * scale))):
             question = r.choice((ASR_QUESTION, r.choice(TASKS["asr"].questions)))
             asked = {"role": "user", "content": "<audio>" + question}
             messages = [asked, {"role": "assistant", "content": sentence}]
@@ -206,7 +206,7 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
 
     stages = {
         1: transcripts,
-        2: lambda r: about_clips(1, r),
+        2: lambda r: about_clips(1.5, r),
         3: lambda r: itertools.chain(about_clips(0.7, r), by_choice(1, r)),
         4: preferences,
         0: text_alone,

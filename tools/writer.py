@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from data import parse_example, read_entries
-from model import UserError
+from runtime import UserError
 from tools.endpoint import post_json
 from tools.questions import make_folder, write_lines
 

@@ -1,0 +1,310 @@
+"""What every program here needs and no paper speaks of: errors, files, processes, signals, logs.
+
+    a wrong input        one line and exit status 2 (UserError, Parser, exit_status)
+    a file               whole or not there (write_file)
+    torchrun             one process a GPU, all of which leave together (process_group, ProcessGroup)
+    SIGTERM, Ctrl-C      are remembered until the step is done (StopSignal)
+    a run's folder       belongs to one run (locked), and holds its log (Log)
+
+A reader of the method can skip this file: each name says what the others rely on.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import signal
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+# ---------------------------------------------------------------------------------------------
+# programs
+
+
+class UserError(Exception):
+    """Something the user can put right: shown as one line, exit status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as every other wrong input: one line, exit status 2."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def exit_status(program, run):
+    """run() as a program: its status (None is 0); 2 and one line for a UserError, 130 for Ctrl-C."""
+    try:
+        return run() or 0
+    except UserError as e:
+        print(f"{program}: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def pick_device(name=None):
+    """A torch.device; by default a GPU of NVIDIA's, else of Apple's (not tested), else the CPU."""
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name or found)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError) as e:
+        raise UserError(f"device {name!r} cannot be used: {str(e).splitlines()[0]}") from None
+    return device
+
+
+# ---------------------------------------------------------------------------------------------
+# files
+
+
+def write_file(path, write):
+    """write(temporary name), then syncs and renames: a reader finds the old file or the new, no half one.
+
+    Raises UserError when it cannot be written, with what was there before still there.
+    """
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name}.tmp")
+    try:
+        os.makedirs(folder or ".", exist_ok=True)
+        write(temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(folder or ".")  # the new name itself
+    except (OSError, SafetensorError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
+        why = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise UserError(f"{folder or '.'}: cannot be written ({why})") from None
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def sync(path):
+    """Waits until a file or a folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---------------------------------------------------------------------------------------------
+# processes.  torchrun starts one a GPU and tells each its rank in the environment.  All of them hold
+# the whole model (the trained 1 % makes gradients small: 400 MB in fp32 for diffa2), read their own
+# share of every global batch, and take the same optimizer step on the same summed gradient.
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """The processes that train together; a single process is a group of one."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum(self, values):
+        """Sums a list of numbers over the processes, in fp64."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, thing):
+        """Every process's `thing`, in order of ranks."""
+        if self.size == 1:
+            return [thing]
+        things = [None] * self.size
+        dist.all_gather_object(things, thing)
+        return things
+
+    def first_only(self, work):
+        """work() on rank 0, its result on every rank.  A UserError there is raised on every rank."""
+        result, error = None, None
+        if self.rank == 0:
+            try:
+                result = work()
+            except UserError as e:
+                error = str(e)
+        (result, error), *_ = self.gather((result, error))
+        if error is not None:
+            raise UserError(error)
+        return result
+
+    def all_reduce_gradients(self, parameters):
+        """Sums .grad over the processes, once a step.
+
+        DistributedDataParallel would do it from hooks in the backward pass of its own forward; here a
+        step has many backward passes that do not go through one forward (VRPO's samples, micro-batches
+        of any number), so the sum is taken where it can be seen.
+        """
+        if self.size == 1:
+            return
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for p, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad.copy_(total.view_as(p))
+
+
+@contextlib.contextmanager
+def process_group(device=None):
+    """Joins the processes that torchrun started: NCCL on GPUs, gloo on CPUs; a group of one without it."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device is None and torch.cuda.is_available():
+        device = f"cuda:{local}"
+    device = pick_device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield ProcessGroup(0, 1, device)
+        return
+    is_ours = not dist.is_initialized()
+    if is_ours:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    group = ProcessGroup(dist.get_rank(), size, device)
+    try:
+        yield group
+        # rank 0 leaves last: a process that goes while another still waits for it takes that one down
+        goodbye = torch.zeros(1, device=device)
+        if group.rank:
+            dist.send(goodbye, 0)
+        else:
+            for rank in range(1, size):
+                dist.recv(goodbye, rank)
+    finally:
+        if is_ours:
+            dist.destroy_process_group()
+
+
+def exit_process(code):
+    """sys.exit; a process of torchrun's goes at once, without the interpreter's winding up.
+
+    A thread of gloo that then asks for Python once more aborts the process: status 134 after all is written.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
+class StopSignal:
+    """Remembers SIGTERM and Ctrl-C until the step is done; a second Ctrl-C is not waited for.
+
+    torchrun killed outright can send no signal to its workers: they find that their parent is another.
+    """
+
+    def __enter__(self):
+        self.caught, self.parent = False, os.getppid()
+        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def note(self, number, _):
+        if self.caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.caught = True
+
+    @property
+    def received(self):
+        is_orphan = "WORLD_SIZE" in os.environ and os.getppid() != self.parent
+        return self.caught or is_orphan
+
+    def __exit__(self, *error):
+        for n, handler in self.before.items():
+            signal.signal(n, handler)
+
+
+@contextlib.contextmanager
+def locked(out, wait):
+    """The folder belongs to one run: a lock that dies with its holder, however that dies.
+
+    Between machines it holds where the shared disk has flock (NFS from version 4 on).  wait: until the other
+    run is gone; else a UserError names it.
+    """
+    path = os.path.join(out, ".lock")
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT)
+        except OSError as e:
+            raise UserError(f"{out}: cannot be written ({e.strerror})") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            holder = os.read(handle, 200).decode(errors="replace") or "another process"
+            os.close(handle)
+            raise UserError(f"{out}: {holder} is training here; --wait waits until it is gone") from None
+        if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
+            break
+        os.close(handle)  # it was removed while we waited: a lock that nobody else will find
+    try:
+        os.truncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} of {platform.node()}".encode())
+        yield
+    except UserError:
+        if os.listdir(out) == [".lock"]:  # nothing came of the run: nothing stays of it
+            os.remove(path)
+        raise
+    finally:
+        os.close(handle)
+
+
+def ignore_signals(_):
+    """Loader workers leave the answer to SIGTERM and Ctrl-C to the process they work for."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+# ---------------------------------------------------------------------------------------------
+# what is logged of a run
+
+
+class Log:
+    """out/log.jsonl, a line a step, cut back to `step` when a run is resumed; TensorBoard if wanted."""
+
+    def __init__(self, out, step, tensorboard):
+        path, lines = os.path.join(out, "log.jsonl"), []
+        if os.path.exists(path) and step:
+            with open(path, encoding="utf-8") as f:
+                lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+
+        def write(temporary):
+            with open(temporary, "w", encoding="utf-8") as f:
+                f.writelines(lines)
+
+        write_file(path, write)
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self.board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(out)
+
+    def write(self, **entry):
+        self.file.write(json.dumps(entry) + "\n")
+        self.file.flush()
+        if self.board:
+            for name, value in entry.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self.board.add_scalar(name, value, entry["step"])
+
+    def close(self):
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+
+def record_skipped(out, skipped, seen):
+    """Appends what was not seen before to out/skipped.jsonl.  Returns the number of different examples."""
+    with open(os.path.join(out, "skipped.jsonl"), "a", encoding="utf-8") as f:
+        for entry in skipped:
+            if entry["id"] not in seen:
+                seen.add(entry["id"])
+                f.write(json.dumps(entry) + "\n")
+    return len(seen)
