@@ -94,6 +94,10 @@ from weights import (
 # losses.  A loss takes a micro-batch of data.BatchBuilder, adds the gradient of the SUM over its
 # examples to .grad, and returns the loss of every example (B,), detached.  The division by the
 # size of the global batch comes later, once, in the loop: no process needs to know the others' share.
+#
+# Two losses train all five stages.  `sft` is Eq. 1 and 2: hide some of the answer's tokens, let the network
+# guess them.  `vrpo` is Eq. 4 and 5: prefer a better answer to a worse one.  Neither knows what trains,
+# on how many processes, or at what rate; that is the table's and the loop's business.
 
 
 @dataclass(frozen=True)
@@ -118,12 +122,18 @@ class LossContext:
 
 
 def predictor(model, text, audio, is_audio):
-    """`predict` of diffusion.py for one text of a batch: (noisy ids, where) -> logits there."""
+    """`predict` of diffusion.py for one text of a batch: (noisy ids, where) -> logits there.
+
+    diffusion.py holds the mathematics and knows neither audio nor LLaDA; this is where the two meet.
+    """
     return lambda noisy, where: model(noisy, text["valid"], where, audio, is_audio, text["audio_at"])
 
 
 def audio_tokens(context, batch):
-    """The audio tokens of a batch's clips, encoded or imitated: audio (B, A, D), is_audio (B, A)."""
+    """The audio tokens of a batch's clips, encoded or imitated: audio (B, A, D), is_audio (B, A).
+
+    To the backbone they are embeddings like those of words, and that is all it ever learns of sound.
+    """
     model = context.model
     if "mel" in batch:
         taps, final = model.encode(batch["mel"], batch["n_frames"])
@@ -146,6 +156,7 @@ def ctc_loss(model, batch, audio, is_audio, stage):
     logits = semantic.float() @ model.backbone.wte.weight.float().T * c.width**-0.5
     log_p = logits.log_softmax(-1).transpose(0, 1)  # (A, B, vocab), as torch wants it
     n_pieces = batch["transcript_length"]
+    # a transcript with more pieces than the clip has tokens cannot be aligned: zero_infinity leaves it out
     how = {"blank": c.eos_id, "reduction": "none", "zero_infinity": True}
     loss = F.ctc_loss(log_p, batch["transcript"], n_tokens, n_pieces, **how)
     return loss / n_pieces.clamp(min=1) * (n_pieces > 0)
@@ -160,7 +171,9 @@ def question_loss(context, batch, audio, is_audio, generators):
     predict = predictor(model, text, audio, is_audio)
     if model.config.causal:
         return next_token_loss(predict, text["ids"], text["is_answer"])
-    # one t for each example: a batch then holds easy and hard versions of the same task side by side
+    # one t for each example: a batch then holds easy and hard versions of the same task side by side.  Near
+    # t = 1 the answer must come from the audio alone, as in the first call of decoding; near 0 one word is
+    # filled into a sentence.  1/t makes up for the few tokens that a small t hides (Eq. 2).
     t = least_t + (1 - least_t) * draw_t(len(text["ids"]), generators)
     return sft_loss(predict, text["ids"], text["is_answer"], model.config.mask_id, t, generator=generators)
 
@@ -207,7 +220,8 @@ def vrpo(context, micro):
     with context.autocast():
         encoded = model.encode(batch["mel"], batch["n_frames"])  # frozen: once for policy and reference
     audio, is_audio = adapted()
-    # first pass, without gradients: the margins of Eq. 4 under one set of masks
+    # first pass, without gradients: the margins of Eq. 4 under one set of masks.  The reference model is the
+    # same network with the trained 1 % as it was before the stage: swapped in, and back again.
     with torch.no_grad():
         policy = {name: elbo_of(name, audio) for name in texts}
         with swapped(context.trained, context.reference):
@@ -244,7 +258,11 @@ VRPO = Loss(vrpo, encode_pair, has_reference=True, has_dropout=False, has_held_o
 
 @dataclass(frozen=True)
 class Stage:
-    """A row of the table: what trains, how fast, by which loss.  A stage has no code of its own."""
+    """A row of the table: what trains, how fast, by which loss.  A stage has no code of its own.
+
+    A new stage is a new row.  Fields with a default are departures that the small model needs; for the
+    paper's stages they stay as they are.
+    """
 
     trains: tuple  # prefixes of the names of the parameters that train; all else is frozen
     lr: float
@@ -273,26 +291,32 @@ TINY = {"least_t": 0.3, "beta2": 0.98, "muon": True}
 TINY_AUDIO = TINY | {"ctc": 0.5}
 
 STAGES = {
-    # paper, Table B.2; soft prompts train with stage 1
+    # paper, Table B.2.  Rates fall from stage to stage, for each has more to lose than the one before.  Soft
+    # prompts stand where the acoustic tokens will be, so that stage 1 already shows the backbone a prompt of
+    # the later kind; they are thrown away with it.
     "diffa2": {
         1: Stage(("semantic.", "soft_prompts"), lr=1e-4, batch=1280, warmup=1000, epochs=12),
         2: Stage(ADAPTERS, lr=5e-5, batch=196, warmup=1000, epochs=10),
         3: Stage((*ADAPTERS, "lora"), lr=5e-5, batch=196, warmup=1000, epochs=10),
         4: Stage((*ADAPTERS, "lora"), lr=5e-6, batch=4, warmup=200, epochs=1, loss=VRPO),
     },
-    # the same table with small numbers
+    # the same table with small numbers, and a stage 0 for what the paper downloads: the backbone
     "tiny": {
         0: Stage(("backbone.",), lr=2e-3, batch=32, warmup=30, steps=1400, is_imitated=True, **TINY),
         1: Stage(("semantic.", "soft_prompts"), lr=1.5e-3, batch=32, warmup=20, steps=150, **TINY_AUDIO),
         2: Stage(ADAPTERS, lr=2e-3, batch=32, warmup=20, steps=850, **TINY_AUDIO),
         3: Stage((*ADAPTERS, "lora"), lr=1e-3, batch=32, warmup=10, steps=150, **TINY_AUDIO),
-        4: Stage((*ADAPTERS, "lora"), 5e-5, 8, warmup=5, steps=50, loss=VRPO, beta2=0.98, augment=True),
+        4: Stage((*ADAPTERS, "lora"), 5e-5, 8, warmup=5, steps=50, loss=VRPO, beta2=0.98),
     },
 }
 
 
 def freeze_all_but(model, prefixes):
-    """Freezes everything but the named parts; returns the parameters that train, by name."""
+    """Freezes everything but the named parts; returns the parameters that train, by name.
+
+    A frozen parameter has no gradient, no optimizer state and no place in a checkpoint; gradients still
+    pass through the layer it belongs to, to the adapters before it.
+    """
     trained = {}
     for name, p in model.named_parameters():
         # LoRA's matrices live inside the backbone's layers ("backbone.blocks.0.q_proj.lora_A")
@@ -333,7 +357,11 @@ def recompute(model):
 
 
 def learning_rate(step, settings, steps):
-    """Linear warm-up, then a cosine down to zero.  step counts from 0, steps is the length of the run."""
+    """Linear warm-up, then a cosine down to zero.  step counts from 0, steps is the length of the run.
+
+    Warm-up, because AdamW's moments are means over nearly nothing at first; down to zero, because ever
+    smaller steps average out the noise of the batches.
+    """
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
     done = (step - settings.warmup) / max(1, steps - settings.warmup)
@@ -367,10 +395,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix, steps=5):
-    """U V^T of the singular value decomposition U S V^T, to within a few tenths, by Newton-Schulz."""
-    x = matrix / (matrix.norm() + 1e-7)
+    """U V^T of the singular value decomposition U S V^T, to within a few tenths, by Newton-Schulz.
+
+    Each round applies the odd polynomial a s + b s^3 + c s^5 to every singular value s at once, without
+    ever computing one.  Muon's a, b, c blow small values up quickest; they end between 0.7 and 1.2, and
+    nothing is gained by coming closer to 1.
+    """
+    x = matrix / (matrix.norm() + 1e-7)  # all singular values at most 1
     is_tall = x.size(0) > x.size(1)
-    x = x.T if is_tall else x
+    x = x.T if is_tall else x  # the smaller of the two Gram matrices
     for _ in range(steps):
         gram = x @ x.T
         x = 3.4445 * x + torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ x
@@ -413,6 +446,8 @@ def to_device(batch, device):
     return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
 
 
+# The training loss jumps about with t and with the batch.  Examples that are never trained on, at fixed t
+# and under fixed masks, give a smooth curve instead; the hardest t says most about decoding.
 HELD_OUT_T = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
@@ -456,7 +491,9 @@ def held_out_loss(context, builder, examples, group, tokens):
 
 
 # ---------------------------------------------------------------------------------------------
-# the loop
+# the loop.  nanoGPT's with three things more: gradients of several processes are summed where one can see
+# it; a signal, a bad clip or a loss that is not a number ends in a saved checkpoint or a clear line; and a
+# checkpoint holds all that the next step depends on, so that a run cut in two is the whole run to the bit.
 
 
 @dataclass(frozen=True)
@@ -629,7 +666,8 @@ def train(group, model, tokenizer, examples, stage, settings, out, options, step
                         f"{options.skip_limit:.0%}: see {out}/skipped.jsonl"
                     )
 
-            # ---- the step: the mean gradient of the global batch, clipped, then the optimizers
+            # ---- the step: the mean gradient of the global batch, clipped, then the optimizers.  Every
+            # process takes it with the same numbers, so the copies of the model stay equal.
             lr = learning_rate(step, settings, steps)
             for optimizer in optimizers:
                 for param_group in optimizer.param_groups:
@@ -755,6 +793,8 @@ def with_fresh_adapters(model, seed):
 
 def start_from(args, device):
     """The model a stage begins with, and its tokenizer.
+
+    A stage reads what the one before has written; what the paper downloads is the stage before the first.
 
     In this order: fresh weights (stage 0), frozen parts as published and fresh adapters (stage 1), the
     authors' released model (--init diffa2), the folder of the stage before or of --init.
@@ -948,9 +988,8 @@ def run(args):
 def run_stage(group, args):
     """`run`, in the processes of a group, with the folder locked."""
     stage, out = args.stage, args.out
-    if args.restart:
-        group.first_only(lambda: [os.remove(path) for path in list_states(out)])
-    states = group.first_only(lambda: list_states(out))  # the same on every rank, after any wait
+    old_states = group.first_only(lambda: list_states(out))  # the same on every rank, after any wait
+    states = [] if args.restart else old_states
     if states and not args.resume:
         how = "--resume goes on with it, --restart begins anew, --out writes elsewhere"
         raise UserError(f"{out}: holds a run already; {how}")
@@ -978,6 +1017,8 @@ def run_stage(group, args):
         print(f"stage {stage}: trains {parts} on {n_examples} examples, {steps} steps of", end=" ")
         print(f"{settings.batch}, learning rate {settings.lr:g} after {settings.warmup} steps,", end=" ")
         print(f"weight decay {settings.weight_decay:g}")
+    if args.restart:  # not before all that the new run needs was found good
+        group.first_only(lambda: [os.remove(path) for path in old_states])
     if not train(group, model, tokenizer, examples, stage, settings, out, options, steps, state, held_out):
         if group.rank == 0:
             print(f"{out}: stopped and saved; --resume goes on")

@@ -11,6 +11,7 @@ import os
 import pathlib
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,6 +84,8 @@ def start(jobs, tmp_path, processes=1, phases=None, restarts=0, **kw):
         how += ["--max-restarts", str(restarts)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     env["TOKENIZERS_PARALLELISM"] = "false"
+    # torchrun's store outlives its workers: those of a restart would find the addresses of the dead in it
+    env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return subprocess.Popen(
         [*how, RUNNER, str(path), *([phases] if phases else [])],
         env=env,
@@ -500,6 +503,30 @@ def test_a_folder_belongs_to_one_run(one, toured, tmp_path, capsys):
     process.communicate()
     _, err = waiting.communicate(timeout=60)
     assert waiting.returncode == 0, err[-2000:]
+
+
+def test_restart_removes_the_old_run_when_the_new_one_can_begin(one, toured, tmp_path):
+    argv = arguments(toured, tmp_path, 1, "--init", f"{one}/stage0", "--stop-after", "2")
+    assert main(argv) == 0
+    before = list_states(tmp_path / "stage1")
+    assert len(before) == 1 and main(argv) == 2
+    for wrong in (["--init", "nowhere"], ["--data", "none.jsonl"]):
+        assert main([*argv, "--restart", *wrong]) == 2
+        assert list_states(tmp_path / "stage1") == before
+    assert main([*argv, "--restart", "--stop-after", "1"]) == 0
+    (path,) = list_states(tmp_path / "stage1")
+    assert read_state(path)["step"] == 1 and len(losses(tmp_path / "stage1")) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_train_alike(one, toured, tmp_path):
+    runs = []
+    for kind in ("plain", "compiled"):
+        more = ("--init", f"{one}/stage1", "--max-steps", "4") + ("--compile",) * (kind == "compiled")
+        assert main(arguments(toured, tmp_path / kind, 2, *more)) == 0
+        runs.append(losses(tmp_path / kind / "stage2"))
+    assert len(runs[0]) == 4 and np.allclose(*runs, rtol=1e-4)
 
 
 def test_workers_leave_when_torchrun_is_killed(one, toured, tmp_path):
