@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from transformers import WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -108,6 +110,13 @@ def small_folder(tmp_path_factory, config, tokenizer):
     folder = tmp_path_factory.mktemp("small")
     save(model, tokenizer, str(folder), dtype=torch.float32)
     return str(folder)
+
+
+def whisper_encoder(width, layers, heads, n_mels, n_frames):
+    """transformers' Whisper encoder of these sizes; it insists on a window of n_frames."""
+    sizes = {"d_model": width, "encoder_ffn_dim": 4 * width, "num_mel_bins": n_mels}
+    sizes |= {"encoder_layers": layers, "encoder_attention_heads": heads, "max_source_positions": n_frames}
+    return WhisperEncoder(WhisperConfig(**sizes)).eval()
 
 
 def read_lines(path):

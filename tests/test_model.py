@@ -5,9 +5,8 @@ import json
 
 import pytest
 import torch
-from conftest import SMALL, lively
-from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from conftest import SMALL, lively, whisper_encoder
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from model import (
     DIFFA2,
@@ -237,16 +236,7 @@ def test_encoder_taps_are_transformers_hidden_states():
     c = dataclasses.replace(SMALL, taps=(0, 1, 2, 3))
     torch.manual_seed(0)
     ours = Encoder(c).eval()
-    theirs = WhisperEncoder(
-        WhisperConfig(
-            d_model=c.audio_width,
-            encoder_layers=c.audio_layers,
-            encoder_attention_heads=c.audio_heads,
-            encoder_ffn_dim=4 * c.audio_width,
-            num_mel_bins=c.n_mels,
-            max_source_positions=c.n_frames,
-        )
-    ).eval()
+    theirs = whisper_encoder(c.audio_width, c.audio_layers, c.audio_heads, c.n_mels, c.n_frames)
     names = {
         "attn.query": "self_attn.q_proj",
         "attn.key": "self_attn.k_proj",

@@ -18,11 +18,12 @@ import soundfile
 import torch
 import torch.nn as nn
 import whisper.audio
+from conftest import whisper_encoder
 from safetensors.torch import save_file
 from test_adapters import bert_config
 from test_decode import reference
 from test_model import LLAMA
-from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.bert.modeling_bert import BertLayer
 
 from adapters import merge_lora
@@ -67,19 +68,7 @@ class Authors(nn.Module):
         super().__init__()
         d, D = c.audio_width, c.width
         self.c = c
-        self.whisper_model = WhisperModel(
-            WhisperConfig(
-                d_model=d,
-                encoder_layers=c.audio_layers,
-                encoder_attention_heads=c.audio_heads,
-                encoder_ffn_dim=4 * d,
-                num_mel_bins=c.n_mels,
-                max_source_positions=1500,
-                decoder_layers=1,
-                decoder_attention_heads=2,
-                decoder_ffn_dim=8,
-            )
-        ).encoder
+        self.whisper_model = whisper_encoder(d, c.audio_layers, c.audio_heads, c.n_mels, 1500)
         self.semantic_connector = nn.Module()
         self.semantic_connector.conv = nn.Sequential(
             nn.Conv1d(d, d, 3, padding=1), nn.GELU(), nn.Conv1d(d, 4 * d, 3, 4, padding=1)

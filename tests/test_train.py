@@ -414,6 +414,15 @@ def test_ten_and_ten_steps_are_twenty_with_two_processes(one, toured, tmp_path):
         assert all(torch.equal(a[n], b[n]) for n in a)
 
 
+def test_two_processes_go_on_as_one(one, toured, tmp_path):
+    """Seven steps of two processes and thirteen of one are the twenty of one, up to rounding."""
+    argv = arguments(toured, tmp_path, 3, "--init", f"{one}/stage2")
+    run([[*argv, "--stop-after", "7"]], tmp_path, processes=2)
+    assert main([*argv, "--resume"]) == 0
+    halves, whole = losses(tmp_path / "stage3"), losses(f"{one}/stage3")
+    assert len(halves) == 20 and np.allclose(halves, whole, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_signals_save_and_leave(one, toured, tmp_path, number, processes):
     out = str(tmp_path)
@@ -632,6 +641,22 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line(one, toured, tmp_path, ca
     assert main(arguments(toured, tmp_path, 1, *more)) == 2
     assert "No space left" in capsys.readouterr().err.splitlines()[-1]
     assert [read_state(path)["step"] for path in list_states(tmp_path / "stage1")] == [2]
+
+
+def test_a_manifest_that_disappears_ends_the_run_in_one_line(one, toured, tmp_path, capsys, monkeypatch):
+    data, real = manifest_with(toured, tmp_path, 40, bad=()), train.write_state
+
+    def then_remove(state, out, step):
+        real(state, out, step)
+        if step == 4:
+            os.remove(data)
+
+    monkeypatch.setattr(train, "write_state", then_remove)
+    more = ("--init", f"{one}/stage0", "--data", data, "--max-steps", "1000", "--save-every", "2")
+    assert main(arguments(toured, tmp_path, 1, *more)) == 2
+    assert "examples cannot be used" in capsys.readouterr().err.splitlines()[-1]
+    assert "no such manifest" in read_lines(tmp_path / "stage1" / "skipped.jsonl")[0]["why"]
+    assert [read_state(path)["step"] for path in list_states(tmp_path / "stage1")][-1] >= 4
 
 
 def test_a_full_disk_keeps_the_older_checkpoint(tmp_path):

@@ -8,10 +8,9 @@ import struct
 
 import pytest
 import torch
-from conftest import SMALL, lively
+from conftest import SMALL, lively, whisper_encoder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import WhisperConfig, WhisperModel
 from whisper.model import AudioEncoder
 
 import weights
@@ -179,24 +178,8 @@ def transformers_names(state):
     """openai-whisper's names of encoder tensors -> transformers', by asking our table for each of theirs."""
     layers = 1 + max(int(k.split(".")[2]) for k in state if ".blocks." in k)
     width, n_mels = state["encoder.conv1.weight"].shape[:2]
-    c = WhisperConfig(
-        d_model=width,
-        encoder_layers=layers,
-        encoder_attention_heads=2,
-        encoder_ffn_dim=4 * width,
-        num_mel_bins=n_mels,
-        max_source_positions=4,
-        decoder_layers=1,
-        decoder_attention_heads=2,
-        decoder_ffn_dim=8,
-        vocab_size=20,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=3,
-    )
     with torch.device("meta"):
-        theirs = WhisperModel(c).encoder.state_dict()
+        theirs = whisper_encoder(width, layers, 2, n_mels, 4).state_dict()
     return {key: state[whisper_name(key)] for key in theirs if whisper_name(key) is not None}
 
 
@@ -256,26 +239,9 @@ def test_shipped_encoder_is_openai_whispers(tiny):
 
 
 def test_shipped_encoder_is_transformers(tiny):
-    """transformers insists on a window of max_source_positions; its sinusoids are a fixed parameter."""
+    """With openai/whisper-tiny.en's sizes, but for the window; its sinusoids are a fixed parameter."""
     ours, mel, taps, final = tiny
-    theirs = WhisperModel(
-        WhisperConfig(  # openai/whisper-tiny.en's, but for the window; of the decoder as little as it takes
-            d_model=384,
-            encoder_layers=4,
-            encoder_attention_heads=6,
-            encoder_ffn_dim=1536,
-            num_mel_bins=80,
-            max_source_positions=500,
-            decoder_layers=1,
-            decoder_attention_heads=6,
-            decoder_ffn_dim=8,
-            vocab_size=20,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            decoder_start_token_id=3,
-        )
-    ).encoder.eval()
+    theirs = whisper_encoder(384, 4, 6, 80, 500)
     state = transformers_names({f"encoder.{k}": v for k, v in ours.state_dict().items()})
     missing, extra = theirs.load_state_dict(state, strict=False)
     assert missing == ["embed_positions.weight"] and not extra
