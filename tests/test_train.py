@@ -588,22 +588,26 @@ def test_torchrun_restarts_what_was_killed(one, toured, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_killed_ten_times(one, toured, tmp_path):
-    """SIGKILL to torchrun alone at random moments; what --resume reaches is the undisturbed run's."""
+@pytest.mark.parametrize("whole_group, kills", [(False, 10), (True, 20)])
+def test_torchrun_killed_many_times(one, toured, tmp_path, whole_group, kills):
+    """SIGKILL at random moments, to torchrun alone or to its workers too: the weights are the same."""
     rng = random.Random(2)
-    more = ("--init", f"{one}/stage0", "--max-steps", "150", "--save-every", "3", "--resume", "--wait")
+    more = ("--init", f"{one}/stage0", "--max-steps", "300", "--save-every", "3", "--resume", "--wait")
     argvs = [with_dropout(arguments(toured, tmp_path / kind, 1, *more)) for kind in ("whole", "killed")]
     run(argvs[:1], tmp_path, processes=2)
     log = tmp_path / "killed" / "stage1" / "log.jsonl"
-    for _ in range(10):
+    for _ in range(kills):
         before = log.read_text().count("\n") if log.exists() else 0
         process = start(argvs[1:], tmp_path, processes=2)
         wait_for(lambda n=before: log.exists() and log.read_text().count("\n") > n, process)
         time.sleep(rng.uniform(0, 0.3))
-        process.kill()
+        doomed = [process.pid, *(workers_of(process) if whole_group else ())]
+        for pid in doomed:
+            os.kill(pid, signal.SIGKILL)
         process.communicate()
     run(argvs[1:], tmp_path, processes=2)
     assert same_weights(tmp_path / "whole/stage1", tmp_path / "killed/stage1")
+    assert losses(tmp_path / "whole/stage1") == losses(tmp_path / "killed/stage1")
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(one, toured, tmp_path, monkeypatch):
