@@ -41,7 +41,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from whisper.model import sinusoids
 
-from model import DIFFA2, PRESETS, SPECIAL_TOKENS, Config
+from model import DIFFA2, PRESETS, SPECIAL_TOKENS, Config, Int8Linear, quantise
 from runtime import Parser, UserError, exit_status, pick_device, write_file
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -60,6 +60,8 @@ def save(model, tokenizer, folder, dtype=torch.bfloat16):
     Of a model with frozen parts from other files only the rest is written, and what those are:
     the small model without its encoder, a released one as 200 MB instead of 20 GB.
     """
+    if any(isinstance(module, Int8Linear) for module in model.modules()):
+        raise UserError(f"{folder}: a model in int8 is not written, its LoRA is merged; load it without int8")
     header = {"config": json.dumps(dataclasses.asdict(model.config)), "stage": str(model.stage)}
     if model.base:
         header["base"] = json.dumps(model.base)
@@ -92,7 +94,7 @@ def load_tokenizer(folder):
         raise UserError(f"{path}: not a tokenizer file ({e})") from None
 
 
-def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=None, diffa=None):
+def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=None, diffa=None, int8=False):
     """A preset ("tiny", "diffa1", "diffa2") or a checkpoint folder -> model, tokenizer.
 
     Strict: every key and shape is accounted for.  LoRA, if the checkpoint has it, is kept apart;
@@ -100,9 +102,15 @@ def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=
     a GPU; the released models bf16 everywhere); encoder and adapters of the released models stay
     in fp32.  stage, llada, whisper, diffa: see `assemble`; files not given are looked for beside the
     checkpoint (FOLDER/llada, FOLDER/whisper), then in the hub's cache, then on the hub.
+    int8: the matrices of encoder and backbone in int8, LoRA merged (model.quantise), for asking only.
     Raises UserError with one line for anything wrong.
     """
     device = pick_device(device)
+    if int8:
+        # from the mapped files, so that no device ever holds the whole model in bf16
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else None)
+        model, tokenizer = load(name_or_path, "cpu", dtype, stage, llada, whisper, diffa)
+        return quantise(model, device).to(device), tokenizer
     if name_or_path in RELEASES:
         paths = fetch(name_or_path, stage, llada, whisper, diffa)
         dtype = dtype or torch.bfloat16
@@ -502,28 +510,30 @@ def check_llada(folder):
 
 
 def load_llada(model, folder, device, dtype):
-    """LLaDA's shards into model.backbone, one at a time."""
+    """LLaDA's shards into model.backbone, a tensor at a time."""
     index = os.path.join(folder, "model.safetensors.index.json")
     try:
         with open(index, encoding="utf-8") as f:
             shards = sorted(set(json.load(f)["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError) as e:
         raise UserError(f"{index}: missing or not an index of shards ({type(e).__name__})") from None
+    state = model.state_dict()
     expected = {k for k in model.backbone.state_dict() if "lora_" not in k}
     for shard in shards:
         path = os.path.join(folder, shard)
         if not os.path.isfile(path):
             raise UserError(f"{folder}: the index names {shard}, which is not there")
         with open_safetensors(path) as f:
-            weights = {}
-            for key in f.keys():
-                if not key.startswith("model.transformer."):
-                    raise UserError(f"{path}: {key} is not one of LLaDA's names")
-                name = "backbone." + key.removeprefix("model.transformer.")
-                # converted one by one: a shard never exists in two types at once
-                weights[name] = f.get_tensor(key).to(device, dtype)
-        expected -= {k.removeprefix("backbone.") for k in weights}
-        load_strictly(model, weights, path, device, dtype, expected=set(weights) & set(model.state_dict()))
+            keys = list(f.keys())
+        for key in keys:
+            if not key.startswith("model.transformer."):
+                raise UserError(f"{path}: {key} is not one of LLaDA's names")
+            name = "backbone." + key.removeprefix("model.transformer.")
+            # mapped one by one: who lets one go (model.quantise) gives its memory back
+            with open_safetensors(path) as f:
+                weights = {name: f.get_tensor(key)}
+            expected -= {key.removeprefix("model.transformer.")}
+            load_strictly(model, weights, path, device, dtype, expected={name} & state.keys())
     if expected:
         total = len(model.backbone.state_dict())
         missing = f"({len(expected)} of {total} tensors missing)"

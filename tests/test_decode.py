@@ -725,6 +725,9 @@ def test_bad_clips(kind, tmp_path, small_folder, capsys):
         (["--answer-length", "992"], "positions"),
         (["--answer-length", "auto", "--block", "16"], "one block"),
         (["--answer-length", "some"], "some"),
+        (["--int8", "--compile"], "--compile cannot read"),
+        (["--int8", "--export", "somewhere"], "leave --int8 out"),
+        (["--int8", "--threshold", "2"], "threshold"),
         (["--nonsense"], "nonsense"),
     ],
 )

@@ -1,6 +1,7 @@
 """Speed and memory, measured.
 
     python -m tools.bench fullsize DIR       dress rehearsal of diffa2 with random weights (20 GB of disk)
+    python -m tools.bench fullsize DIR --int8          the same with matrices in int8
     python -m tools.bench fullsize DIR --device cuda
     python -m tools.bench train              a training step of each stage beside a naive one
     python -m tools.bench variance data/stage4.jsonl --model out/tiny/stage3     VRPO's estimators
@@ -31,6 +32,7 @@ def main(argv=None):
     p.add_argument("folder")
     p.add_argument("--device")
     p.add_argument("--keep", action="store_true", help="leave the weights on the disk")
+    p.add_argument("--int8", action="store_true", help="as in decode.py")
     p = commands.add_parser("train", help="training steps of every stage beside naive ones")
     p.add_argument("--size", default="wide", choices=sorted(SIZES))
     p.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3, 4], choices=(1, 2, 3, 4))
@@ -71,7 +73,7 @@ def main(argv=None):
         if args.command == "decode":
             decode_bench(args)
         elif args.command == "fullsize":
-            fullsize(args.folder, args.device, args.keep)
+            fullsize(args.folder, args.device, args.keep, args.int8)
         elif args.command == "variance":
             variance_bench(args)
         elif args.command == "data":

@@ -92,6 +92,7 @@ def settings_of(args):
         "factor": None if steps else factor,
         "cache": args.cache,
         "limit": args.limit,
+        **({"int8": True} if args.int8 else {}),
     }
 
 
@@ -252,8 +253,9 @@ def report_marks(benchmark, questions, lines, score):
 
 
 def how_of(settings):
-    """The sampling rule in words."""
-    return f"{settings['steps']} steps" if settings["steps"] else f"factor {settings['factor']:g}"
+    """The sampling rule in words, and whether the matrices were in int8."""
+    rule = f"{settings['steps']} steps" if settings["steps"] else f"factor {settings['factor']:g}"
+    return rule + (", int8" if settings.get("int8") else "")
 
 
 def report(settings, questions, lines, score, asr=False):
@@ -541,7 +543,7 @@ def run(args):
     check_voicebench(args, is_voicebench and subset in OFFICIAL)
     with process_group(args.device) as group:
         files = (args.llada, args.whisper, args.diffa)
-        model, tokenizer = load(args.model, group.device, None, args.stage, *files)
+        model, tokenizer = load(args.model, group.device, None, args.stage, *files, args.int8)
         merge_lora(model)
         journal = args.out and args.out + ".answers.jsonl"
         mine = journal if group.size == 1 or not journal else f"{journal}.{group.rank}-of-{group.size}"
@@ -598,6 +600,7 @@ def main(argv=None):
     how.add_argument("--steps", type=int, help="fixed-step decoding (default: Table B.4; exact: factor 1)")
     how.add_argument("--factor", type=float, help="factor-parallel decoding")
     parser.add_argument("--cache", choices=("none", "prefix", "dual"), default="none")
+    parser.add_argument("--int8", action="store_true", help="as in decode.py")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--limit", type=int, help="the first so many questions")
     parser.add_argument(

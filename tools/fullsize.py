@@ -135,12 +135,26 @@ def timed(name, work):
     with Peak() as peak:
         found = work()
     seconds = time.perf_counter() - start
-    print(f"{name:18}{seconds:8.1f} s   peak anonymous memory {peak.bytes / 1e9:.2f} GB")
+    print(f"{name:18}{seconds:8.1f} s   {peak.words()}", flush=True)
     return found
 
 
-def fullsize(folder, device, keep):
-    """Writes, loads, counts and asks; removes the weights unless `keep`."""
+def check_counts(model):
+    """Holds the numbers of parameters against the paper's."""
+    lora = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    ours = {part: count(getattr(model, part)) for part in ("encoder", "semantic", "acoustic", "backbone")}
+    ours["encoder"] += model.encoder.positional_embedding.numel()
+    ours["backbone"] -= lora
+    ours["LoRA"] = lora
+    assert ours == TABLE_B3, ours
+    print("parameters        " + ", ".join(f"{part} {n:,}" for part, n in ours.items()) + ": Table B.3")
+
+
+def fullsize(folder, device, keep, int8=False):
+    """Writes, loads, counts and asks; removes the weights unless `keep`.
+
+    int8: the matrices are rounded while they are read, LoRA merged, and nothing is counted.
+    """
     config = PRESETS["diffa2"]
     if not os.path.exists(f"{folder}/pytorch_model.bin"):
         start = time.perf_counter()
@@ -156,15 +170,10 @@ def fullsize(folder, device, keep):
     where = f"{platform.system()}, {threads}, device {device or 'cpu'}, torch {torch.__version__}"
     print(f"{where}, {on_disk / 1e9:.2f} GB of weights on disk")
     sources = (f"{folder}/llada", f"{folder}/large-v3.pt", f"{folder}/pytorch_model.bin")
-    model, tokenizer = timed("load", lambda: load("diffa2", device or "cpu", None, 4, *sources))
-    lora = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
-    ours = {part: count(getattr(model, part)) for part in ("encoder", "semantic", "acoustic", "backbone")}
-    ours["encoder"] += model.encoder.positional_embedding.numel()
-    ours["backbone"] -= lora
-    ours["LoRA"] = lora
-    assert ours == TABLE_B3, ours
-    print("parameters        " + ", ".join(f"{part} {n:,}" for part, n in ours.items()) + ": Table B.3")
-    timed("merge LoRA", lambda: merge_lora(model))
+    model, tokenizer = timed("load", lambda: load("diffa2", device or "cpu", None, 4, *sources, int8))
+    if not int8:
+        check_counts(model)
+        timed("merge LoRA", lambda: merge_lora(model))
     clip = np.random.default_rng(0).uniform(-0.3, 0.3, 10 * SAMPLE_RATE).astype(np.float32)
     for cache in ("none", "prefix"):
         laps, start = Laps(device or "cpu"), time.perf_counter()
@@ -175,7 +184,8 @@ def fullsize(folder, device, keep):
         others = f"others median {statistics.median(rest):.2f} s ({min(rest):.2f} - {max(rest):.2f})"
         print(
             f"16 tokens, cache {cache:8}{wall:8.1f} s   {answer.calls} calls; "
-            f"first with encoder {first:.1f} s, {others}   peak anonymous memory {peak.bytes / 1e9:.2f} GB"
+            f"first with encoder {first:.1f} s, {others}   {peak.words()}",
+            flush=True,
         )
     if device and torch.device(device).type == "cuda":
         print(f"peak GPU memory   {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")

@@ -39,27 +39,47 @@ SIZES = PRESETS | {  # beside the presets: the real vocabulary on backbones that
 
 
 class Peak:
-    """Samples this process's anonymous memory (mapped files are not counted) while a block runs."""
+    """Samples this process's memory while a block runs.
+
+    bytes: the most of its anonymous memory (mapped files are not counted); resident: of all that it holds.
+    """
 
     def __enter__(self):
-        self.bytes, self.done = 0, threading.Event()
+        self.bytes, self.resident, self.done = 0, 0, threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
         return self
 
     def watch(self):
         while not self.done.wait(0.02):
-            self.bytes = max(self.bytes, anonymous_bytes())
+            self.sample()
+
+    def sample(self):
+        self.bytes = max(self.bytes, anonymous_bytes())
+        self.resident = max(self.resident, resident_bytes())
 
     def __exit__(self, *error):
         self.done.set()
         self.thread.join()
-        self.bytes = max(self.bytes, anonymous_bytes())
+        self.sample()
+
+    def words(self):
+        anonymous, everything = self.bytes / 1e9, self.resident / 1e9
+        return f"peak memory: anonymous {anonymous:.2f} GB, with mapped files {everything:.2f} GB"
+
+
+def status_bytes(name):
+    """A line of the kernel's account of this process."""
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(name))
 
 
 def anonymous_bytes():
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("RssAnon"))
+    return status_bytes("RssAnon:")
+
+
+def resident_bytes():
+    return status_bytes("VmRSS:")
 
 
 def bandwidth(device, n=1 << 28, times=5):
