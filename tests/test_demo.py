@@ -232,6 +232,15 @@ def test_a_recording_that_was_not_uploaded_is_refused(address, tmp_path, place):
 
 
 @needs_gradio
+def test_a_port_that_is_taken_is_one_line(address, small_folder):
+    command = [sys.executable, "-m", "tools.demo", "--model", small_folder]
+    command += ["--port", str(urlparse(address).port)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(r"demo: port \d+ is taken.*\n", done.stderr)
+
+
+@needs_gradio
 def test_two_are_answered_at_once_and_a_third_when_one_stops(address, tmp_path):
     clip, short = str(tmp_path / "clips" / "long.wav"), str(tmp_path / "clips" / "short.wav")
     sound(clip, 120)

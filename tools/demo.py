@@ -303,29 +303,40 @@ def only_uploads(clip):
     clip.async_move_resource_to_block_cache = move_file
 
 
-def run(args):
-    if importlib.util.find_spec("gradio") is None:
-        raise UserError("gradio is missing: pip install -r requirements-demo.txt")
-    model, tokenizer = load(args.model)
-    merge_lora(model)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the temporary folder goes then, too
+@contextlib.contextmanager
+def serving(model, tokenizer, port, share=False):
+    """Serves the page while the block runs; gives its address.  Raises UserError for a port that is taken."""
     with tempfile.TemporaryDirectory(prefix="demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # read when Gradio is imported
         from gradio import themes
 
         page = build_page(model, tokenizer)
         plain = themes.Base(font="system-ui", font_mono="monospace")  # no fonts from elsewhere
-        where = {"server_name": "127.0.0.1", "server_port": args.port, "share": args.share}
+        where = {"server_name": "127.0.0.1", "server_port": port, "share": share}
         off = {"ssr_mode": False, "run_history": False, "footer_links": [], "quiet": True}
         try:
             page.launch(prevent_thread_lock=True, max_file_size="100mb", theme=plain, css=CSS, **where, **off)
         except OSError:
-            raise UserError(f"--port {args.port}: is taken; choose another") from None
-        print(f"{page.share_url or page.local_url} (Ctrl-C ends it)", flush=True)
+            raise UserError(f"port {port} is taken: choose another by --port") from None
         try:
-            threading.Event().wait()
+            yield page.share_url or page.local_url
         finally:
             page.close(verbose=False)
+
+
+def need_gradio():
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("gradio is missing: pip install -r requirements-demo.txt")
+
+
+def run(args):
+    need_gradio()
+    model, tokenizer = load(args.model)
+    merge_lora(model)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the temporary folder goes then, too
+    with serving(model, tokenizer, args.port, args.share) as address:
+        print(f"{address} (Ctrl-C ends it)", flush=True)
+        threading.Event().wait()
 
 
 def main(argv=None):
