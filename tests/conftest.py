@@ -24,6 +24,9 @@ SHARED_AUDIO = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "au
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also the tests that take minutes")
+    parser.addoption(
+        "--screenshot", metavar="PNG", help="where the browser test leaves its picture of the page"
+    )
 
 
 def pytest_configure(config):

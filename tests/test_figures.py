@@ -1,14 +1,17 @@
 """Pictures by command."""
 
+import io
 import json
 import os
 import xml.etree.ElementTree as ElementTree
 
+import pytest
 import soundfile
 from conftest import sound
 
 from decode import ask
-from tools.figures import Frames, main, smooth
+from tools.figures import Frames, draw_heatmap, main, smooth
+from train import STAGES
 from weights import load
 
 
@@ -36,13 +39,42 @@ def words_of(path):
     return [e.text for e in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")]
 
 
-def test_the_shipped_architecture_is_what_the_command_draws(tmp_path):
+@pytest.mark.parametrize("name", ["architecture", "stages"])
+def test_a_shipped_picture_is_what_the_command_draws(tmp_path, name):
     out = str(tmp_path / "a.svg")
-    assert main(["architecture", "--out", out]) == 0
-    assert {"acoustic adapter", "semantic adapter", "audio tokens"} <= set(words_of(out))
-    shipped = os.path.join(os.path.dirname(__file__), "..", "assets", "architecture.svg")
+    assert main([name, "--out", out]) == 0
+    assert {"acoustic adapter", "semantic adapter"} <= set(words_of(out))
+    shipped = os.path.join(os.path.dirname(__file__), "..", "assets", f"{name}.svg")
     with open(out) as new, open(shipped) as old:
         assert new.read() == old.read()
+
+
+def test_the_stages_show_what_the_table_trains(tmp_path):
+    out = str(tmp_path / "stages.svg")
+    assert main(["stages", "--out", out]) == 0
+    words = words_of(out)
+    assert words.count("trains") == sum(len(row.trains) for row in STAGES["tiny"].values())
+    assert words.count("VRPO, Eq. 3 to 5") == 1 and words.count("frozen") == 4 + 4  # encoder, backbone
+
+
+def test_a_heat_map_has_a_row_a_call_and_is_blank_where_masked():
+    frames = [[("four", 0.9), (None, 0.0)], [("four", 0.9), ("$x_", 0.25)]]
+    axis = draw_heatmap(frames, "what is $ said?").axes[0]
+    (image,) = axis.images
+    shown = image.get_array()
+    assert shown.mask.tolist() == [[False, True], [False, False]] and shown[1].tolist() == [0.9, 0.25]
+    draw_heatmap(frames, "what is $ said?").savefig(io.BytesIO())  # $ begins no formula
+
+
+def test_accuracy_is_drawn_from_what_evaluate_has_logged(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, calls in (("a", 1.7), ("b", 16)):
+        with open(f"{name}.json.summary.json", "w") as f:
+            json.dump({"n": 300, "calls": calls, "rtf": 0.1, "right": 0.76}, f)
+    assert main(["accuracy", "a.json", "b.json"]) == 0
+    with open("accuracy.png", "rb") as f:
+        assert f.read(4) == b"\x89PNG"
+    assert main(["accuracy", "a.json", "c.json"]) == 2 and "c.json: no summary" in capsys.readouterr().err
 
 
 def test_an_answer_is_drawn_call_by_call(tmp_path, small_folder, capsys):

@@ -6,11 +6,12 @@
     python -m tools.bench train              a training step of each stage beside a naive one
     python -m tools.bench variance data/stage4.jsonl --model out/tiny/stage3     VRPO's estimators
     python -m tools.bench data               a manifest of a million lines, an epoch's order, clips a second
+    python -m tools.bench page               the web page beside `ask`
     python -m tools.bench decode             decoding beside a naive reference, 12-layer 1024-wide backbone
     python -m tools.bench decode --data data/test.jsonl --choices data/mmsu.jsonl --plot decode.png
 
 The last one adds the small model's accuracy.  What is measured, and how: fullsize.py, bench_train.py,
-bench_data.py, bench_decode.py.
+bench_data.py, bench_page.py, bench_decode.py.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import sys
 from runtime import Parser, exit_status
 from tools.bench_data import data_bench
 from tools.bench_decode import decode_bench
+from tools.bench_page import page_bench
 from tools.bench_train import one_training_kind, train_bench, variance_bench
 from tools.fullsize import fullsize
 from tools.measure import SIZES
@@ -53,6 +55,10 @@ def main(argv=None):
     p.add_argument("--lines", type=int, default=1_000_000, help="of the synthetic manifest")
     p.add_argument("--clips", type=int, default=64, help="of 12 s")
     p.add_argument("--open", metavar="MANIFEST", help="open this one alone, and one line of JSON")
+    p = commands.add_parser("page", help="the web page beside `ask`")
+    p.add_argument("--model", default="tiny")
+    p.add_argument("--port", type=int, default=7860)
+    p.add_argument("--repeats", type=int, default=10)
     p = commands.add_parser("decode", help="decoding: speed beside a naive reference, accuracy against calls")
     p.add_argument("--size", default="mid", choices=sorted(SIZES))
     types = ("float32", "bfloat16", "float16")
@@ -78,6 +84,8 @@ def main(argv=None):
             variance_bench(args)
         elif args.command == "data":
             data_bench(args)
+        elif args.command == "page":
+            page_bench(args)
         elif args.stage is None:
             train_bench(args)
         else:

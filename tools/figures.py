@@ -1,10 +1,15 @@
 """Pictures by command.
 
-    python -m tools.figures curves out/tiny/stage1 out/tiny/stage2     # logged losses -> curves.png
+    python -m tools.figures all                                        # what assets/ has, all anew
     python -m tools.figures architecture                               # assets/architecture.svg
+    python -m tools.figures stages                                     # assets/stages.svg, from train.STAGES
     python -m tools.figures answer assets/demo/digits.wav "What is said?"   # assets/answer.svg, animated
+    python -m tools.figures heatmap assets/demo/digits.wav "What is said?" --steps 16   # assets/heatmap.png
+    python -m tools.figures curves out/tiny/stage1 out/tiny/stage2     # logged losses -> curves.png
+    python -m tools.figures accuracy f1.json s16.json             # outputs of tools.evaluate -> accuracy.png
 
-The last one is a real run: every network call is a frame, a word's shade is the confidence it was kept with.
+`answer` and `heatmap` are real runs: every network call is a frame or a row, a word's shade is the confidence
+it was kept with.  The picture of the web page is left by its test, see tests/test_demo.py.
 """
 
 import argparse
@@ -17,6 +22,8 @@ from adapters import merge_lora
 from data import load_audio, window_seconds
 from decode import ask
 from runtime import Parser, UserError, exit_status, write_file
+from tools.benchmarks import wilson
+from train import STAGES, VRPO
 from weights import load
 
 # ---------------------------------------------------------------------------------------------
@@ -66,6 +73,46 @@ def curves(folders, path):
         if axis.lines:
             axis.legend(fontsize=7)
     save_figure(fig, path, 120)
+
+
+def accuracy(results, path):
+    """Right answers against network calls with 95 % intervals: a point for each `evaluate --out FILE`."""
+    fig = new_figure(7, 4)
+    axis = fig.subplots()
+    for name in results:
+        try:
+            with open(f"{name}.summary.json", encoding="utf-8") as f:
+                summary = json.load(f)
+            n, calls, right = summary["n"], summary["calls"], summary["right"]
+        except (OSError, ValueError, KeyError, TypeError):
+            why = "no summary with right answers beside it; python -m tools.evaluate ... --out writes one"
+            raise UserError(f"{name}: {why}") from None
+        low, high = wilson(round(right * n), n)
+        bars = [[100 * max(0, right - low)], [100 * max(0, high - right)]]
+        label = f"{os.path.basename(name).removesuffix('.json')}, {n} questions"
+        axis.errorbar([calls], [100 * right], bars, fmt="o", capsize=3, label=label)
+    axis.set(xscale="log", xlabel="network calls an answer", ylabel="% right, 95 % interval")
+    axis.legend(fontsize=7)
+    save_figure(fig, path, 120)
+
+
+def draw_heatmap(frames, title):
+    """The frames of an answer as a figure: a row a call, a column a place; blank where it is masked."""
+    confidence = [[float("nan") if word is None else sure for word, sure in frame] for frame in frames]
+    n_calls, n_places = len(frames), len(frames[-1])
+    fig = new_figure(2.5 + 0.27 * n_places, 1.4 + 0.2 * n_calls)
+    axis = fig.subplots()
+    extent = (-0.5, n_places - 0.5, n_calls + 0.5, 0.5)
+    shades = axis.imshow(confidence, cmap="YlOrBr", vmin=0, vmax=1, aspect="auto", extent=extent)
+    words = [word if word.isprintable() else "\N{REPLACEMENT CHARACTER}" for word, _ in frames[-1]]
+    words = [
+        word.replace("$", r"\$") or "end" for word in words
+    ]  # matplotlib reads $ as the start of a formula
+    axis.set_xticks(range(n_places), words, rotation=90, fontsize=7)
+    axis.yaxis.get_major_locator().set_params(integer=True)
+    axis.set(title=title.replace("$", r"\$"), ylabel="network call")
+    fig.colorbar(shades, label="confidence when kept; blank: masked")
+    return fig
 
 
 # ---------------------------------------------------------------------------------------------
@@ -170,6 +217,34 @@ def architecture():
     return picture(996, 446, parts)
 
 
+PARTS = {  # name -> prefix of its parameters, as in a Stage's `trains`; the stages that use it (model.adapt)
+    "Whisper's encoder": ("encoder.", (1, 2, 3, 4)),
+    "semantic adapter": ("semantic.", (1, 2, 3, 4)),
+    "soft prompts": ("soft_prompts", (1,)),
+    "acoustic adapter": ("acoustic.", (2, 3, 4)),
+    "LLaDA": ("backbone.", (0, 1, 2, 3, 4)),
+    "LoRA": ("lora", (3, 4)),
+}
+
+
+def stages():
+    """Which parts train in which stage of the small model, and by which loss."""
+    parts = []
+    for column, name in enumerate([*PARTS, "loss"]):
+        parts.append(text(175 + 132 * column, 34, name, 12, weight="bold"))
+    for stage, row in STAGES["tiny"].items():
+        y = 50 + 46 * stage
+        parts.append(text(20, y + 23, f"stage {stage}", 13, "start", "bold"))
+        for column, (prefix, used) in enumerate(PARTS.values()):
+            if stage in used:
+                trains = prefix in row.trains
+                fill, words = (TRAINED, "trains") if trains else (FROZEN, "frozen")
+                parts.append(box(113 + 132 * column, y, 124, 36, [words], fill))
+        loss = "VRPO, Eq. 3 to 5" if row.loss is VRPO else "1/t, Eq. 1, 2"
+        parts.append(text(175 + 132 * len(PARTS), y + 23, loss, 12))
+    return picture(1050, 290, parts)
+
+
 class Frames:
     """`generate`'s on_step: what the response looked like after each call."""
 
@@ -221,8 +296,8 @@ def draw_answer(frames, question, seconds=1.1):
     return picture(width, 58 + 46 * rows, parts, "".join(style))
 
 
-def answer(clip, question, model_name, **fields):
-    """A real answer, drawn call by call; fields: decode.Options'."""
+def watch(clip, question, model_name, **fields):
+    """The frames of a real answer, one a call, and a title; fields: decode.Options'."""
     model, tokenizer = load(model_name, "cpu")
     merge_lora(model)
     audio, _ = load_audio(clip, limit=window_seconds(model.config))
@@ -230,33 +305,62 @@ def answer(clip, question, model_name, **fields):
     ask(model, tokenizer, [audio], [question], on_step=frames, **fields)
     if not frames.frames:
         raise UserError(f"{model_name}: an autoregressive model writes from left to right; nothing to draw")
-    return draw_answer(frames.frames, f"{os.path.basename(clip)}: {question}")
+    return frames.frames, f"{os.path.basename(clip)}: {question}"
+
+
+DIGITS = (os.path.join("assets", "demo", "digits.wav"), "What is said?")
+
+
+def draw_all():
+    """Everything that assets/ has but the picture of the web page."""
+    write_svg(architecture(), "assets/architecture.svg")
+    write_svg(stages(), "assets/stages.svg")
+    write_svg(draw_answer(*watch(*DIGITS, "tiny")), "assets/answer.svg")
+    save_figure(draw_heatmap(*watch(*DIGITS, "tiny", steps=16)), "assets/heatmap.png", 100)
 
 
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="figures", description=__doc__, formatter_class=raw)
     kinds = parser.add_subparsers(dest="kind", required=True, parser_class=Parser)
+    kinds.add_parser("all", help="what assets/ has, all anew; run where assets/ is")
     kind = kinds.add_parser("curves", help="logged losses of training runs")
     kind.add_argument("folders", nargs="+", metavar="FOLDER", help="of a run, with its log.jsonl")
     kind.add_argument("--out", default="curves.png")
-    kind = kinds.add_parser("architecture", help="the network")
-    kind.add_argument("--out", default="assets/architecture.svg")
-    kind = kinds.add_parser("answer", help="an answer as it emerges")
-    kind.add_argument("clip")
-    kind.add_argument("question")
-    kind.add_argument("--model", default="tiny")
-    kind.add_argument("--factor", type=float, default=1.0)
-    kind.add_argument("--out", default="assets/answer.svg")
+    kind = kinds.add_parser("accuracy", help="right answers against network calls")
+    kind.add_argument("results", nargs="+", metavar="FILE", help="that tools.evaluate --out has written")
+    kind.add_argument("--out", default="accuracy.png")
+    for name, what in (("architecture", "the network"), ("stages", "what trains when")):
+        kind = kinds.add_parser(name, help=what)
+        kind.add_argument("--out", default=f"assets/{name}.svg")
+    for name, out in (("answer", "assets/answer.svg"), ("heatmap", "assets/heatmap.png")):
+        kind = kinds.add_parser(name, help="an answer as it emerges")
+        kind.add_argument("clip")
+        kind.add_argument("question")
+        kind.add_argument("--model", default="tiny")
+        how = kind.add_mutually_exclusive_group()
+        how.add_argument("--factor", type=float, default=1.0)
+        how.add_argument("--steps", type=int, help="fixed steps instead")
+        kind.add_argument("--out", default=out)
 
     def run():
         args = parser.parse_args(argv)
-        if args.kind == "curves":
+        if args.kind == "all":
+            draw_all()
+        elif args.kind == "curves":
             curves(args.folders, args.out)
+        elif args.kind == "accuracy":
+            accuracy(args.results, args.out)
         elif args.kind == "architecture":
             write_svg(architecture(), args.out)
+        elif args.kind == "stages":
+            write_svg(stages(), args.out)
         else:
-            write_svg(answer(args.clip, args.question, args.model, factor=args.factor), args.out)
+            seen = watch(args.clip, args.question, args.model, factor=args.factor, steps=args.steps)
+            if args.kind == "answer":
+                write_svg(draw_answer(*seen), args.out)
+            else:
+                save_figure(draw_heatmap(*seen), args.out, 100)
 
     return exit_status("figures", run)
 
