@@ -14,7 +14,8 @@ How many stay is the whole difference between the samplers:
     --threshold C all whose confidence exceeds C (Fast-dLLM)
 
 Cheaper calls: --cache prefix keeps keys and values of prompt and audio while a block is filled, --cache
-dual those of later blocks too.  Fewer: --answer-length auto fits the response to the clip.
+dual those of later blocks too.  Fewer: --answer-length auto fits the response to the clip.  Half the memory:
+--int8.
 
 A clip beyond the window (30 s; 10 s of the small model) is answered piece by piece, see --long.  With
 --block below --answer-length, --stream prints each block as soon as it is final.
@@ -440,21 +441,26 @@ def ask(
     questions = [questions] * len(audios) if isinstance(questions, str) else questions
     options, batch = dataclasses.replace(options, **fields), batch or max(16, len(audios))
     window = round(window_seconds(model.config) * SAMPLE_RATE)
-    jobs = []  # (clip's number, start, end, samples)
+    jobs = []  # (clip's number, start, end, samples, generator)
     for n, audio in enumerate(audios):
         if isinstance(audio, (str, os.PathLike)):
             audio, _ = load_audio(os.fspath(audio))
         audio = np.asarray(audio, dtype=np.float32)
         spans = split_clip(audio, model.config) if long == "split" else [(0, min(len(audio), window))]
-        jobs += [(n, start, end, audio[start:end]) for start, end in spans]
+        own = generator[n] if isinstance(generator, (list, tuple)) else generator
+        noise = [own] * len(spans)
+        if len(spans) > 1:
+            # a piece draws from a generator of its own, so that its answer does not depend on the others
+            seed = int(torch.randint(2**62, (), generator=own))
+            noise = [torch.Generator().manual_seed(seed + k) for k in range(len(spans))]
+        jobs += [(n, *span, audio[slice(*span)], g) for span, g in zip(spans, noise, strict=True)]
     found = [[] for _ in audios]  # (start, end, answer) of each clip
     for i in range(0, len(jobs), batch):
         some = jobs[i : i + batch]
-        own = [generator[n] for n, *_ in some] if isinstance(generator, (list, tuple)) else generator
-        asked = [questions[n] for n, *_ in some]
-        samples = [piece for *_, piece in some]
+        asked, own = [questions[n] for n, *_ in some], [g for *_, g in some]
+        samples = [piece for *_, piece, _ in some]
         answers = ask_pieces(model, tokenizer, samples, asked, stage, options, own, on_step, on_block)
-        for (n, start, end, _), answer in zip(some, answers, strict=True):
+        for (n, start, end, *_), answer in zip(some, answers, strict=True):
             found[n].append((start / SAMPLE_RATE, end / SAMPLE_RATE, answer))
     answers = [join_pieces(*some) for some in zip(found, questions, strict=True)]
     return answers[0] if is_one else answers
@@ -599,7 +605,7 @@ def parse(argv):
     parser.add_argument("words", nargs="*", metavar='CLIP... "QUESTION"')
     parser.add_argument("--model", help="tiny (default), diffa1, diffa2, or a checkpoint folder")
     files = {
-        "llada": "folder of LLaDA-8B-Instruct",
+        "llada": "folder of LLaDA (which: docs/MODELS.md)",
         "whisper": "encoder: .pt, .safetensors, model.bin",
         "diffa": "pytorch_model.bin",
     }

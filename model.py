@@ -446,25 +446,28 @@ class Int8Linear(nn.Module):
 
         W[o] ~ scale[o] q[o],   scale[o] = max |W[o]| / 127,   q[o] = round(W[o] / scale[o])
 
-    On a CPU the input is rounded as well, each row by a scale of its own, so that a row's result does not
-    depend on its neighbours; the product is then one of integers, exact but for the two roundings (oneDNN,
-    three times as fast as bf16).  With |W - scale q| <= scale / 2 and |x - s u| <= s / 2, y[o] is off by
-    at most s/2 |W[o]|_1 + scale[o]/2 |x|_1 + n s scale[o] / 4 for n inputs.  On other devices (not tried
-    on any) the matrix is turned back into the input's type in each call: memory falls, time does not.
+    On an x86 CPU the input is rounded as well, each row by a scale of its own, so that a row's result does
+    not depend on its neighbours; the product is then one of integers, exact but for the two roundings
+    (oneDNN's kernel; timings in docs/RESULTS.md).  With |W - scale q| <= scale / 2 and |x - s u| <= s / 2,
+    y[o] is off by at most s/2 |W[o]|_1 + scale[o]/2 |x|_1 + n s scale[o] / 4 for n inputs.  On other devices
+    (not tried on any) each call turns the matrix back into the input's type: memory falls, time does not.
     """
 
     def __init__(self, linear, device):
         """linear: weight (out, in), bias (out,) or None.  device: where the result is to be."""
         super().__init__()
-        parts = [round_rows(rows.float(), 127) for rows in linear.weight.detach().split(4096)]
-        q, scale = (torch.cat(x) for x in zip(*parts, strict=True))
-        q = q.to(torch.int8)
+        q, scale = [], []
+        for rows in linear.weight.detach().split(4096):  # the vocabulary's matrix in fp32 would be 2 GB
+            numbers, size = round_rows(rows.float(), 127)
+            q.append(numbers.to(torch.int8))
+            scale.append(size[:, 0])
+        q, scale = torch.cat(q), torch.cat(scale)
         self.levels = 0  # 0: the input stays as it is
-        if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        if device.type == "cpu" and "AVX" in torch.backends.cpu.get_cpu_capability():
             q = torch.ops.onednn.qlinear_prepack(q, None)  # in the order in which the kernel reads it
             self.levels = input_levels()
         self.register_buffer("weight", q.to(device))
-        self.register_buffer("scale", scale[:, 0].to(device))
+        self.register_buffer("scale", scale.to(device))
         self.register_buffer("zero", torch.zeros(len(scale), dtype=torch.int, device=device))
         self.bias = linear.bias
 

@@ -1044,7 +1044,7 @@ def parse(argv):
     text = "checkpoint to start from, or diffa2: the released one (default: out/MODEL/stage(N-1); see above)"
     option("--init", help=text)
     option("--out", help="folder to write (default: out/MODEL/stageN)")
-    option("--llada", help="diffa1, diffa2: folder of LLaDA-8B-Instruct, instead of the hub's")
+    option("--llada", help="diffa1, diffa2: folder of LLaDA (docs/MODELS.md), instead of the hub's")
     option("--whisper", help="the encoder's file, instead of the hub's or the shipped one")
     option("--diffa", help="with --init diffa2: the authors' pytorch_model.bin, instead of the hub's")
     option("--resume", action="store_true", help="go on with the run that --out holds")

@@ -801,6 +801,23 @@ def test_a_long_clip_is_answered_piece_by_piece(small_folder, tmp_path, capsys):
     assert [(p["start"], p["end"], p["answer"]) for p in line["pieces"]] == whole.pieces
 
 
+def test_a_piece_draws_its_own_noise(small_folder):
+    """Above temperature 0 too, pieces are answered alike one by one, together, and beside other clips."""
+    model, tokenizer = load(small_folder, "cpu")
+    long, short = np.tile(NOISE, 6).astype(np.float32), NOISE.astype(np.float32)
+    options = {"answer_length": 8, "block": 8, "temperature": 1.0}
+
+    def texts(clips, batch, seed=3):
+        noise = [torch.Generator().manual_seed(seed) for _ in clips]
+        answers = ask(model, tokenizer, clips, "Hm?", generator=noise, batch=batch, **options)
+        return [text for answer in answers for *_, text in answer.pieces]
+
+    alone = texts([long], 1)
+    assert len(alone) > 2 and len(set(alone)) > 1
+    assert texts([long], 16) == texts([long, short], 2) == texts([short, long], 16) == alone
+    assert texts([long], 1, seed=4) != alone
+
+
 def test_ask_takes_paths_arrays_one_or_many(small_folder, clip):
     model, tokenizer = load(small_folder, "cpu")
     audio, _ = load_audio(clip)

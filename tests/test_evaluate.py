@@ -466,6 +466,7 @@ def test_bad_input(toured, small_folder, tmp_path, capsys):
         (["mmsu", str(tmp_path / "empty.jsonl")], "no question"),
         (["mmsu", str(twice)], "the same id"),
         (["exact", f"{toured}/test.jsonl", "--steps", "7", "--answer-length", "16", "--block", "8"], "steps"),
+        (["exact", f"{toured}/test.jsonl", "--int8", "yes"], "unrecognized arguments: yes"),
         ([], "give a benchmark"),
     ):
         assert main([*argv, "--model", small_folder]) == 2
@@ -474,7 +475,10 @@ def test_bad_input(toured, small_folder, tmp_path, capsys):
 
 
 def test_lmms_eval_adapter(small_folder):
-    """The harness's interface: Instances with args, clips as {array, sampling_rate}, texts in order."""
+    """The harness's interface: Instances with args, clips as {array, sampling_rate}, texts in order.
+
+    The harness itself is in test_harness.py.
+    """
     from types import SimpleNamespace
 
     from decode import ask

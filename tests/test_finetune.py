@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_released import write_llada
+from tokenizers import Tokenizer
 
 import decode
 import train
@@ -21,6 +22,15 @@ from weights import QFORMER_NAMES, SEMANTIC_NAMES, load, trained_part
 
 ANSWERS = ("Zero.", "One.", "Two.", "Three.")
 PITCH = (200, 500, 1100, 2500)  # Hz: what the answer depends on
+
+
+def read_shards(folder):
+    """All tensors of a folder of shards."""
+    found = {}
+    for name in sorted(os.listdir(folder)):
+        if name.endswith(".safetensors"):
+            found |= load_file(os.path.join(folder, name))
+    return found
 
 
 def turned(names):
@@ -128,6 +138,22 @@ def test_sixty_four_clips_are_learned_moved_and_preferred(released, manifest, tm
     argv = ["--stage", "4", "--init", export, "--data", manifest, "--out", str(tmp_path / "four"), *frozen]
     assert train.main([*argv, *on_cpu, "--max-steps", "2"]) == 0
     assert load(str(tmp_path / "four"), "cpu", torch.float32, **paths)[0].stage == 4
+
+
+def test_another_backbone_of_the_same_shapes(released, manifest, tmp_path, capsys):
+    """LLaDA-1.5 is such a folder: stage 1 trains beside it, decoding needs the same one again."""
+    (_, llada, *ear), _ = released
+    state, other = read_shards(llada), str(tmp_path / "LLaDA-1.5")
+    tokenizer = Tokenizer.from_file(f"{llada}/tokenizer.json")
+    write_llada(other, {key: value * 1.5 for key, value in state.items()}, tokenizer)
+    out, on_cpu = str(tmp_path / "out"), ["--precision", "fp32", "--device", "cpu", "--batch", "4"]
+    argv = ["--stage", "1", "--model", "diffa2", "--data", manifest, "--out", out, "--llada", other, *ear]
+    assert train.main([*argv, *on_cpu, "--max-steps", "1"]) == 0
+    capsys.readouterr()
+    argv = [str(tmp_path / "0.wav"), "What is said?", "--model", out, "--device", "cpu", *ear]
+    assert decode.main([*argv, "--llada", other, "--answer-length", "8"]) == 0
+    assert decode.main([*argv, "--llada", llada, "--answer-length", "8"]) == 2
+    assert "not the weights that" in capsys.readouterr().err
 
 
 def test_a_released_model_is_no_start_for_another(manifest, capsys):

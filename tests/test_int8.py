@@ -67,7 +67,7 @@ def test_bias_and_types():
 
 def test_where_there_is_no_kernel(monkeypatch):
     """Other devices turn the matrix back: the rounding of the weights is all that is lost."""
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NEON")
     linear = linear_of(64, 40, bias=True)
     layer, x = Int8Linear(linear, CPU), torch.randn(3, 64)
     assert layer.weight.dtype == torch.int8 and layer.weight.layout == torch.strided

@@ -427,19 +427,20 @@ def table(paths):
 class LmmsEval:
     """Lets lmms-eval drive a model of ours: its `generate_until` on requests that carry one clip each.
 
-    Register it in a two-line plug-in: `from lmms_eval.api.registry import register_model` and
-    `register_model("diffa2")(LmmsEval)` of tools.evaluate; the harness builds it from --model_args.
+    harness.py joins it with the harness's own base class and starts the harness.
     """
+
+    rank, world_size = 0, 1  # one process
 
     def __init__(
         self, pretrained="tiny", device=None, batch_size=1, answer_length=32, block=32, factor=1.0, **kwargs
     ):
+        super().__init__()
         self.model, self.tokenizer = load(pretrained, device)
         merge_lora(self.model)
         self.batch_size = int(batch_size)
         self.options = {"answer_length": int(answer_length), "block": int(block), "factor": float(factor)}
         self.task_dict = {}  # the harness fills it: task -> split -> documents
-        self.rank, self.world_size = 0, 1
 
     def generate_until(self, requests):
         """requests: Instances with args (context, gen_kwargs, doc_to_visual, doc_id, task, split).
