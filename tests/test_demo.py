@@ -232,6 +232,16 @@ def test_a_recording_that_was_not_uploaded_is_refused(address, tmp_path, place):
 
 
 @needs_gradio
+def test_a_file_beyond_100_mb_is_refused(address, tmp_path):
+    import httpx  # gradio brings it
+
+    with open(tmp_path / "big.wav", "w+b") as f:
+        f.truncate(101 << 20)
+        reply = httpx.post(f"{address}gradio_api/upload", files={"files": f}, timeout=120)
+    assert reply.status_code == 413
+
+
+@needs_gradio
 def test_a_port_that_is_taken_is_one_line(address, small_folder):
     command = [sys.executable, "-m", "tools.demo", "--model", small_folder]
     command += ["--port", str(urlparse(address).port)]
