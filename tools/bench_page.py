@@ -9,14 +9,21 @@ import time
 from adapters import merge_lora
 from decode import Options, ask
 from tools.demo import DEMO, need_gradio, serving
-from tools.measure import Laps, clock, machine, spread
+from tools.measure import Laps, machine, spread
 from weights import load
 
 CLIP, QUESTION = os.path.join(DEMO, "digits.wav"), "What is said?"
 
 
+def ask_alone(model, tokenizer, options):
+    """Seconds until the first network call is done and until the answer is whole."""
+    start, laps = time.perf_counter(), Laps("cpu")
+    ask(model, tokenizer, CLIP, QUESTION, options=options, on_step=laps)
+    return laps.seconds[0], time.perf_counter() - start
+
+
 def ask_page(client, sampler):
-    """Seconds until the first network call is seen and until the answer is whole."""
+    """The same by way of the page."""
     from gradio_client import handle_file
 
     start, first = time.perf_counter(), None
@@ -41,11 +48,10 @@ def page_bench(args):
         for sampler, options in (("factor", Options()), ("steps", Options(steps=32))):
             times = {"ask": [], "page": []}
             for repeat in range(args.repeats + 1):
-                laps = Laps("cpu")
-                took = clock(lambda: ask(model, tokenizer, CLIP, QUESTION, None, options, None, laps), "cpu")  # noqa: B023
+                alone = ask_alone(model, tokenizer, options)
                 seen = ask_page(client, sampler)
                 if repeat:  # the first is for warming up
-                    times["ask"].append((laps.seconds[0], took))
+                    times["ask"].append(alone)
                     times["page"].append(seen)
             for name, pairs in times.items():
                 first, whole = zip(*pairs, strict=True)
