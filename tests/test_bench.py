@@ -210,3 +210,14 @@ def test_the_data_path(capsys):
     out = capsys.readouterr().out
     assert "3,000 synthetic lines" in out and "1000 lines parsed" in out and "8,500,000" in out
     assert [line for line in out.splitlines() if line.startswith("--workers 2: ")]
+
+
+def test_int8_table(capsys):
+    """A row for each number of rows; int8 loses more than bf16, and little."""
+    assert bench.main(["int8", "--size", "256", "--repeats", "3"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [int(row[0]) for row in rows] == [1, 16, 128, 480]
+    for *_, half, rounded in rows:
+        assert 0 < float(half.rstrip("%")) < float(rounded.rstrip("%")) < 2.5
+    assert bench.main(["int8", "--size", "0"]) == 2
+    assert capsys.readouterr().err == "bench: --size and --repeats must be at least 1\n"

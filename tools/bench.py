@@ -3,6 +3,7 @@
     python -m tools.bench fullsize DIR       dress rehearsal of diffa2 with random weights (20 GB of disk)
     python -m tools.bench fullsize DIR --int8          the same with matrices in int8
     python -m tools.bench fullsize DIR --device cuda
+    python -m tools.bench int8               one matrix in int8 beside bf16: time and error
     python -m tools.bench train              a training step of each stage beside a naive one
     python -m tools.bench variance data/stage4.jsonl --model out/tiny/stage3     VRPO's estimators
     python -m tools.bench data               a manifest of a million lines, an epoch's order, clips a second
@@ -11,6 +12,7 @@
     python -m tools.bench decode --data data/test.jsonl --choices data/mmsu.jsonl --plot decode.png
 
 The last one adds the small model's accuracy.  What is measured, and how: fullsize.py, bench_train.py,
+bench_data.py, bench_int8.py, bench_decode.py.
 bench_data.py, bench_page.py, bench_decode.py.
 """
 
@@ -20,6 +22,7 @@ import sys
 from runtime import Parser, exit_status
 from tools.bench_data import data_bench
 from tools.bench_decode import decode_bench
+from tools.bench_int8 import int8_bench
 from tools.bench_page import page_bench
 from tools.bench_train import one_training_kind, train_bench, variance_bench
 from tools.fullsize import fullsize
@@ -35,6 +38,10 @@ def main(argv=None):
     p.add_argument("--device")
     p.add_argument("--keep", action="store_true", help="leave the weights on the disk")
     p.add_argument("--int8", action="store_true", help="as in decode.py")
+    p = commands.add_parser("int8", help="a matrix in int8 beside bf16")
+    p.add_argument("--size", type=int, default=4096, help="inputs and outputs")
+    p.add_argument("--repeats", type=int, default=40)
+    p.add_argument("--device")
     p = commands.add_parser("train", help="training steps of every stage beside naive ones")
     p.add_argument("--size", default="wide", choices=sorted(SIZES))
     p.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3, 4], choices=(1, 2, 3, 4))
@@ -80,6 +87,8 @@ def main(argv=None):
             decode_bench(args)
         elif args.command == "fullsize":
             fullsize(args.folder, args.device, args.keep, args.int8)
+        elif args.command == "int8":
+            int8_bench(args.device, args.size, args.repeats)
         elif args.command == "variance":
             variance_bench(args)
         elif args.command == "data":
