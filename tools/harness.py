@@ -8,12 +8,18 @@ checkpoint folder), answer_length, block, factor; see LmmsEval in evaluate.py.  
 and `generate_until` work.
 """
 
-from lmms_eval.__main__ import cli_evaluate
-from lmms_eval.api.model import lmms
-from lmms_eval.models import MODEL_REGISTRY_V2
-from lmms_eval.models.registry_v2 import ModelManifest
+import sys
 
 from tools.evaluate import LmmsEval
+
+try:
+    from lmms_eval.__main__ import cli_evaluate
+    from lmms_eval.api.model import lmms
+    from lmms_eval.models import MODEL_REGISTRY_V2
+    from lmms_eval.models.registry_v2 import ModelManifest
+except ModuleNotFoundError as e:
+    print(f"harness: {e.name} is missing: pip install lmms-eval==0.7.3", file=sys.stderr)
+    sys.exit(2)
 
 
 class Diffa(LmmsEval, lmms):
