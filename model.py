@@ -438,7 +438,7 @@ class DIFFA2(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# int8: half the memory of bf16, and on a CPU less than half the time
+# int8: half the memory of bf16, and less time on a CPU
 
 
 class Int8Linear(nn.Module):

@@ -148,7 +148,7 @@ def test_another_backbone_of_the_same_shapes(released, manifest, tmp_path, capsy
     write_llada(other, {key: value * 1.5 for key, value in state.items()}, tokenizer)
     out, on_cpu = str(tmp_path / "out"), ["--precision", "fp32", "--device", "cpu", "--batch", "4"]
     argv = ["--stage", "1", "--model", "diffa2", "--data", manifest, "--out", out, "--llada", other, *ear]
-    assert train.main([*argv, *on_cpu, "--max-steps", "1"]) == 0
+    assert train.main([*argv, *on_cpu, "--max-steps", "2"]) == 0
     capsys.readouterr()
     argv = [str(tmp_path / "0.wav"), "What is said?", "--model", out, "--device", "cpu", *ear]
     assert decode.main([*argv, "--llada", other, "--answer-length", "8"]) == 0
