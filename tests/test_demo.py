@@ -355,7 +355,7 @@ def test_the_page_in_a_browser(browser, tmp_path, request):
         assert "steps 32\t32\t" in tab.locator("#cost").inner_text()
 
         tab.fill("#replay input[type=range]", "3")
-        tab.wait_for_function("document.querySelector('#tokens').innerText.includes('Network call 3')")
+        tab.wait_for_function("/Network call 3\\b/.test(document.querySelector('#tokens').innerText)")
         assert tab.locator("#tokens .masked").count() == 29
 
         # two people at once, each with a question and an answer of their own
