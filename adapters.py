@@ -160,7 +160,8 @@ class LoRALinear(nn.Linear):
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "ff_proj", "up_proj")
 
 
-def _replace(module, kind, make):
+def replace_modules(module, kind, make):
+    """Puts make(last name, child) in the place of every child of a class, in place; None leaves a child."""
     for name, child in list(module.named_modules()):
         if isinstance(child, kind) and name:
             parent, _, leaf = name.rpartition(".")
@@ -176,12 +177,12 @@ def add_lora(module, r=8, alpha=16, dropout=0.05, targets=LORA_TARGETS):
     def wrap(leaf, linear):
         return LoRALinear(linear, r, alpha, dropout) if leaf in targets else None
 
-    return _replace(module, nn.Linear, wrap)
+    return replace_modules(module, nn.Linear, wrap)
 
 
 def merge_lora(module):
     """Folds every update into its matrix: one product per projection, LoRA gone.  In place."""
-    return _replace(module, LoRALinear, lambda leaf, lora: lora.merged())
+    return replace_modules(module, LoRALinear, lambda leaf, lora: lora.merged())
 
 
 def count(module):

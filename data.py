@@ -192,6 +192,13 @@ class Manifest:
         return parse_example(entry, int(i), self.where(i), self.folder, self.stage, check=False)
 
 
+def path_and_share(source):
+    """ "FILE" or "FILE:SHARE" -> path, share.  A file whose name looks like the latter is a file."""
+    if not os.path.exists(source) and (match := re.fullmatch(r"(.+):([0-9.]+)", source)):
+        return match[1], float(match[2] if match[2].strip(".") else 0)
+    return source, 1.0
+
+
 class Mixture:
     """Several manifests as one: mixture[i] is an Example of one of them, its id i.
 
@@ -202,9 +209,7 @@ class Mixture:
     def __init__(self, sources, stage=None):
         self.manifests, self.shares = [], []
         for source in sources:
-            path, share = source, 1.0
-            if not os.path.exists(source) and (match := re.fullmatch(r"(.+):([0-9.]+)", source)):
-                path, share = match[1], float(match[2] if match[2].strip(".") else 0)
+            path, share = path_and_share(source)
             if not share > 0:
                 raise UserError(f"{source}: the share must be above 0")
             self.manifests.append(Manifest(path, stage))
@@ -836,10 +841,8 @@ def costs_of(examples, ids, config):
     if isinstance(examples, Mixture):
         sizes = [examples.size(i) for i in ids]
     else:
-        durations = [examples[i].duration for i in ids]
-        sizes = [
-            (letters_in(examples[i]), -1.0 if d is None else d) for i, d in zip(ids, durations, strict=True)
-        ]
+        some = [examples[i] for i in ids]
+        sizes = [(letters_in(e), -1.0 if e.duration is None else e.duration) for e in some]
     letters, seconds = np.array(sizes, dtype=np.float64).reshape(-1, 2).T
     return dict(zip(ids, cost_of(letters.astype(np.int64), seconds, config).tolist(), strict=True))
 
@@ -856,6 +859,11 @@ def bucket(ids, costs, budget):
         else:
             batches.append([i])
     return batches or [[]]
+
+
+def micro_batches_of(examples, ids, config, budget):
+    """Some of a list of Examples or of a Mixture in batches of similar cost (bucket), each of ids."""
+    return bucket(ids, costs_of(examples, ids, config), budget)
 
 
 def epoch_length(shares):
@@ -930,7 +938,7 @@ class MicroBatches(torch.utils.data.IterableDataset):
             if step >= self.stop:
                 return
             mine = ids[self.rank :: self.size]
-            parts = bucket(mine, costs_of(self.examples, mine, self.builder.config), self.budget)
+            parts = micro_batches_of(self.examples, mine, self.builder.config, self.budget)
             for n, part in enumerate(parts, 1):
                 yield step, epoch, part, n == len(parts)
 

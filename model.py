@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from whisper.model import AudioEncoder, sinusoids
 
-from adapters import AcousticAdapter, LoRALinear, SemanticAdapter, add_lora, count
+from adapters import AcousticAdapter, LoRALinear, SemanticAdapter, add_lora, count, replace_modules
 from runtime import UserError
 
 
@@ -502,13 +502,14 @@ def quantise(model, device):
     One matrix after the other, and each is let go before the next is read: of weights that lie mapped on
     the disk no second copy exists at any time.  The rest of the model stays as and where it is.
     """
+
+    def rounded(_, linear):
+        new = Int8Linear(linear.merged() if isinstance(linear, LoRALinear) else linear, device)
+        del linear.weight
+        return new
+
     for part in (model.encoder, model.backbone):
-        for name, linear in list(part.named_modules()):
-            if isinstance(linear, nn.Linear):
-                parent, _, leaf = name.rpartition(".")
-                plain = linear.merged() if isinstance(linear, LoRALinear) else linear
-                setattr(part.get_submodule(parent), leaf, Int8Linear(plain, device))
-                del linear.weight, plain
+        replace_modules(part, nn.Linear, rounded)
     return model
 
 

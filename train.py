@@ -22,8 +22,8 @@ by the number of examples once.  What an example is masked and augmented with is
 epoch, example): apart from dropout and rounding, the number of processes and the size of a
 micro-batch change nothing but the speed.
 
-Reading order: the losses, the table of stages, the optimizers, `train` (the loop); what stands
-between them is housekeeping (processes, logs, signals).
+Reading order: the losses, the table of stages, the optimizers, `train` (the loop).  Processes, logs
+and signals are runtime.py's.
 """
 
 import argparse
@@ -51,13 +51,13 @@ from data import (
     BatchBuilder,
     MicroBatches,
     Mixture,
-    bucket,
-    costs_of,
     encode_pair,
     encode_question,
     epoch_length,
     generator_for,
+    micro_batches_of,
     part_of,
+    path_and_share,
     read_manifest,
     schedule_of,
 )
@@ -462,7 +462,7 @@ def held_out_loss(context, builder, examples, group, tokens):
     model.eval()
     sums = torch.zeros(len(HELD_OUT_T), 2, dtype=torch.float64)  # nats, tokens
     mine = range(group.rank, len(examples), group.size)
-    for ids in bucket(mine, costs_of(examples, mine, c), tokens):
+    for ids in micro_batches_of(examples, mine, c, tokens):
         micro = builder([examples[i] for i in ids], 0)
         if micro["batch"] is None:
             continue
@@ -532,11 +532,15 @@ def count_steps(settings, n_examples):
     return settings.steps or math.ceil(settings.epochs * math.ceil(n_examples / settings.batch))
 
 
+def builder_of(tokenizer, config, settings, options):
+    """What makes a stage's batches."""
+    s = settings
+    return BatchBuilder(tokenizer, config, s.loss.encode, options.seed, s.is_imitated, s.augment)
+
+
 def make_loader(examples, tokenizer, config, settings, options, group, start, stop):
     """What one process works on, micro-batch by micro-batch, from step `start` up to step `stop`."""
-    builder = BatchBuilder(
-        tokenizer, config, settings.loss.encode, options.seed, settings.is_imitated, settings.augment
-    )
+    builder = builder_of(tokenizer, config, settings, options)
     place = (settings.batch, group.rank, group.size, options.tokens, options.seed, start, stop)
     return torch.utils.data.DataLoader(
         MicroBatches(examples, builder, *place),
@@ -913,7 +917,7 @@ def dry_run(group, args):
     freeze_all_but(model, settings.trains)
     _, _, ids = next(schedule_of(examples.shares, settings.batch, options.seed))
     mine = ids[::processes]
-    parts = bucket(mine, costs_of(examples, mine, model.config), options.tokens)
+    parts = micro_batches_of(examples, mine, model.config, options.tokens)
     known = [seconds for _, seconds in map(examples.size, ids) if seconds >= 0]
     said = {
         "examples": f"{len(examples):,} in {len(args.data)} manifests",
@@ -933,16 +937,14 @@ def dry_run(group, args):
     for what, gigabytes in (memory | {"in all": sum(memory.values())}).items():
         print(f"  {gigabytes:8.2f}  {what}")
     try:
-        tokenizer = load_tokenizer(args.init or args.llada or ASSETS.get(args.model) or "")
+        init = None if args.init in RELEASES else args.init  # a name: LLaDA's folder has the tokenizer
+        tokenizer = load_tokenizer(init or args.llada or ASSETS.get(args.model) or "")
     except UserError:
         print("no batch was read: LLaDA's tokenizer is not here; --llada FOLDER")
         return 0
     config = model.config.with_tokenizer(tokenizer)
     started = time.perf_counter()
-    builder = BatchBuilder(
-        tokenizer, config, settings.loss.encode, options.seed, settings.is_imitated, settings.augment
-    )
-    micro = builder(examples, 0, parts[0])
+    micro = builder_of(tokenizer, config, settings, options)(examples, 0, parts[0])
     for entry in micro["skipped"]:
         print(f"skipped: {entry['where']}: {entry['why']}")
     print(f"read {len(micro['ids'])} examples, {micro['seconds']:.0f} s of audio,", end=" ")
@@ -967,9 +969,10 @@ def run(args):
         raise UserError("the autoregressive baseline is a small model's, stages 0 to 3")
     args.data = args.data or [f"data/stage{stage}.jsonl"]
     args.out = args.out or f"out/{name}{OBJECTIVES[args.objective]}/stage{stage}"
-    if not os.path.exists(args.data[0].rpartition(":")[0]) and not os.path.exists(args.data[0]):
+    first, _ = path_and_share(args.data[0])
+    if not os.path.exists(first):
         how = "`python -m tools.prepare tour --audio DIR --out data` makes the small model's (docs/DATA.md)"
-        raise UserError(f"{args.data[0]}: no such manifest; {how}")
+        raise UserError(f"{first}: no such manifest; {how}")
     if args.dry_run is not None:
         with process_group(args.device) as group:
             return dry_run(group, args)

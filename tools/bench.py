@@ -12,8 +12,7 @@
     python -m tools.bench decode --data data/test.jsonl --choices data/mmsu.jsonl --plot decode.png
 
 The last one adds the small model's accuracy.  What is measured, and how: fullsize.py, bench_train.py,
-bench_data.py, bench_int8.py, bench_decode.py.
-bench_data.py, bench_page.py, bench_decode.py.
+bench_data.py, bench_int8.py, bench_page.py, bench_decode.py.
 """
 
 import argparse
