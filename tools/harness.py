@@ -1,11 +1,11 @@
 """lmms-eval, the harness of many benchmarks, with our models among its own.
 
-    pip install lmms-eval==0.7.3
+    pip install lmms-eval==0.7.3 filelock==3.25.2
     python -m tools.harness --model diffa --model_args pretrained=diffa2 --tasks vocalsound_test
 
 What follows the module's name is lmms-eval's own command line.  model_args: pretrained (a preset or a
 checkpoint folder), answer_length, block, factor; see LmmsEval in evaluate.py.  Tasks with one clip a question
-and `generate_until` work.
+and `generate_until` work.  filelock 4 lacks a part that lmms-eval 0.7.3 uses.
 """
 
 import sys
@@ -18,7 +18,7 @@ try:
     from lmms_eval.models import MODEL_REGISTRY_V2
     from lmms_eval.models.registry_v2 import ModelManifest
 except ModuleNotFoundError as e:
-    print(f"harness: {e.name} is missing: pip install lmms-eval==0.7.3", file=sys.stderr)
+    print(f"harness: {e.name} is missing: pip install lmms-eval==0.7.3 filelock==3.25.2", file=sys.stderr)
     sys.exit(2)
 
 

@@ -30,8 +30,8 @@ from data import (
 from model import SPECIAL_TOKENS
 from runtime import UserError
 from tools.compose import mix, strings
-from tools.corpora import plain, read_corpus
-from tools.prompts import LETTERS, mmau_prompt, mmsu_prompt
+from tools.corpora import DIGITS, plain, read_corpus
+from tools.prompts import LETTERS, capital, format_choices, mmau_prompt, mmsu_prompt
 from tools.questions import (
     CHOICE_TASKS,
     TASKS,
@@ -120,6 +120,28 @@ def without_audio(line):
     return {k: v for k, v in line.items() if k not in ("audios", "duration", "offset")}
 
 
+def spoken_line(question, words, answer):
+    """A line of stage 0: someone says `words`."""
+    messages = [{"role": "user", "content": "<audio>" + question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "dataset": "books", "task": "asr", "facts": {"words": words}}
+
+
+def string_in_text(words, rng):
+    """Words that nothing connects, to be written in order: they cannot be guessed, only copied."""
+    drawn_from = DIGITS if rng.random() < 0.5 else words
+    string = " ".join(rng.choice(drawn_from) for _ in range(rng.randint(1, 8)))
+    return spoken_line(rng.choice(TASKS["asr"].questions), string, string)
+
+
+def list_in_text(labels, rng):
+    """Spoken labels to be found in a lettered list: up to four letters a line, multiple choice has one."""
+    options = rng.sample(labels, rng.randint(2, min(8, len(labels))))
+    said = rng.sample(options, rng.randint(1, min(4, len(options))))
+    question = "Which of these are said?\n" + format_choices([capital(option) for option in options])
+    answer = " ".join(f"{LETTERS[options.index(label)]}. {capital(label)}." for label in said)
+    return spoken_line(question, " ".join(said), answer)
+
+
 def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
     """Writes the manifests of the small model's run, the tokenizer and two benchmarks.
 
@@ -198,11 +220,12 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
             if line:
                 yield without_audio(line)
         books = sentences_of(text) if text else []
+        words = sorted({word for sentence in books for word in sentence.split()} | labels["word"])
         for sentence in r.sample(books, min(len(books), int(8_000 * scale))):
-            question = r.choice((ASR_QUESTION, r.choice(TASKS["asr"].questions)))
-            asked = {"role": "user", "content": "<audio>" + question}
-            messages = [asked, {"role": "assistant", "content": sentence}]
-            yield {"messages": messages, "dataset": "books", "task": "asr", "facts": {"words": sentence}}
+            yield spoken_line(r.choice((ASR_QUESTION, r.choice(TASKS["asr"].questions))), sentence, sentence)
+        for _ in range(int(10_000 * scale) if words else 0):
+            yield string_in_text(words, r)
+            yield list_in_text(sorted(set().union(*labels.values())), r)
 
     stages = {
         1: transcripts,
