@@ -406,6 +406,7 @@ def test_check_finds_what_is_wrong(tmp_path, corpora, capsys):
         ([one(a)], [asking(a, "What?", "One.")], "test manifest"),
         ([asking(a, options, "C.")], [], "option C"),
         ([asking(a, options, "A. Two.")], [], "option A"),
+        ([asking(a, options, "B. Two. A. Two.")], [], "option A"),
         ([asking(a, options, "Three.")], [], "none of the options"),
         ([asking(a, "Which?\nA. One\nB. One", "A.")], [], "the same"),
         ([one(a, rejected_response="One.")], [], "rejected"),
@@ -421,7 +422,8 @@ def test_check_finds_what_is_wrong(tmp_path, corpora, capsys):
     (tmp_path / "cut.jsonl").write_text(json.dumps(one(str(cut))) + "\n")
     assert main(["check", str(tmp_path / "cut.jsonl"), "--decode"]) == 2
     assert "cut short" in capsys.readouterr().err
-    good = [asking(a, options, answer) for answer in ("A.", "B", "A. One.", "Two.", "two", "A.")]
+    right = ("A.", "B", "A. One.", "Two.", "two", "B. Two. A. One.", "A.")
+    good = [asking(a, options, answer) for answer in right]
     (tmp_path / "good.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in good))
     assert main(["check", str(tmp_path / "good.jsonl")]) == 0
     assert "duplicate lines: 1" in capsys.readouterr().out

@@ -66,19 +66,20 @@ def domain_of(entry):
 
 
 def wrong_option(question, answer):
-    """What is wrong with a multiple-choice answer, or None: its letter must be listed, for its text."""
+    """What is wrong with a multiple-choice answer, or None: each letter must be listed, for its text."""
     choices = choices_in(question)
     if not choices:
         return None
     if len(set(choices.values())) < len(choices):
         return "two options are the same"
-    match = re.fullmatch(r"([A-H])[.):]?(?:\s+(.+?))?\.?", answer.strip())
-    if match:
-        letter, text = match[1], match[2]
-        if letter not in choices or (text and text.lower() != choices[letter].lower()):
-            return f"option {letter} is not what the answer says"
-    elif answer.strip().rstrip(".").lower() not in {choice.lower() for choice in choices.values()}:
-        return "the answer is none of the options"
+    for part in re.split(r"(?<=\.) (?=[A-H]\. )", answer.strip()):
+        match = re.fullmatch(r"([A-H])[.):]?(?:\s+(.+?))?\.?", part)
+        if match:
+            letter, text = match[1], match[2]
+            if letter not in choices or (text and text.lower() != choices[letter].lower()):
+                return f"option {letter} is not what the answer says"
+        elif part.rstrip(".").lower() not in {choice.lower() for choice in choices.values()}:
+            return "the answer is none of the options"
     return None
 
 

@@ -120,17 +120,17 @@ def without_audio(line):
     return {k: v for k, v in line.items() if k not in ("audios", "duration", "offset")}
 
 
-def spoken_line(question, words, answer):
-    """A line of stage 0: someone says `words`."""
+def spoken_line(source, question, words, answer):
+    """A line of stage 0 about no clip that exists: someone says `words`."""
     messages = [{"role": "user", "content": "<audio>" + question}, {"role": "assistant", "content": answer}]
-    return {"messages": messages, "dataset": "books", "task": "asr", "facts": {"words": words}}
+    return {"messages": messages, "dataset": source, "task": "asr", "facts": {"words": words}}
 
 
 def string_in_text(words, rng):
     """Words that nothing connects, to be written in order: they cannot be guessed, only copied."""
-    drawn_from = DIGITS if rng.random() < 0.5 else words
+    drawn_from = DIGITS if rng.random() < 0.5 or not words else words
     string = " ".join(rng.choice(drawn_from) for _ in range(rng.randint(1, 8)))
-    return spoken_line(rng.choice(TASKS["asr"].questions), string, string)
+    return spoken_line("strings_in_text", rng.choice(TASKS["asr"].questions), string, string)
 
 
 def list_in_text(labels, rng):
@@ -139,7 +139,7 @@ def list_in_text(labels, rng):
     said = rng.sample(options, rng.randint(1, min(4, len(options))))
     question = "Which of these are said?\n" + format_choices([capital(option) for option in options])
     answer = " ".join(f"{LETTERS[options.index(label)]}. {capital(label)}." for label in said)
-    return spoken_line(question, " ".join(said), answer)
+    return spoken_line("lists_in_text", question, " ".join(said), answer)
 
 
 def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
@@ -220,12 +220,14 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
             if line:
                 yield without_audio(line)
         books = sentences_of(text) if text else []
-        words = sorted({word for sentence in books for word in sentence.split()} | labels["word"])
+        words = sorted({word for sentence in books for word in sentence.split()} | labels.get("word", set()))
+        every_label = sorted(set().union(*labels.values()))
         for sentence in r.sample(books, min(len(books), int(8_000 * scale))):
-            yield spoken_line(r.choice((ASR_QUESTION, r.choice(TASKS["asr"].questions))), sentence, sentence)
-        for _ in range(int(10_000 * scale) if words else 0):
+            question = r.choice((ASR_QUESTION, r.choice(TASKS["asr"].questions)))
+            yield spoken_line("books", question, sentence, sentence)
+        for _ in range(int(10_000 * scale) if len(every_label) > 1 else 0):
             yield string_in_text(words, r)
-            yield list_in_text(sorted(set().union(*labels.values())), r)
+            yield list_in_text(every_label, r)
 
     stages = {
         1: transcripts,
