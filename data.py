@@ -570,7 +570,7 @@ def answer_text(tokenizer, ids, config):
 SPOKEN = ("words", "speaker", "caption")  # facts that no acoustic token stands for
 
 
-def imitate_audio(facts, tokenizer, config, generator):
+def imitate_audio(facts, tokenizer, config, generator, is_transcript=False):
     """Imitates the audio tokens of a clip by word embeddings: the facts known of it.
 
     LLaDA-8B can answer questions about a description before it hears anything, and the adapters only
@@ -580,8 +580,8 @@ def imitate_audio(facts, tokenizer, config, generator):
     order; all of them louder or softer than words, under noise.
 
     Returns ids (A, 2), weights (A, 2), both mixed as weights @ embeddings, and noise (A, width) in
-    units of the embeddings' root mean square.  The first tokens are the acoustic ones, or as many
-    empty ones as stage 1 has soft prompts.
+    units of the embeddings' root mean square.  The first tokens are the acoustic ones, or, for a part
+    of the transcripts (is_transcript), as many empty ones as stage 1 has soft prompts.
     """
     rng = random.Random(int(torch.randint(1 << 62, (1,), generator=generator)))
     blank = config.eos_id
@@ -591,7 +591,7 @@ def imitate_audio(facts, tokenizer, config, generator):
         if kind not in SPOKEN:
             known += tokenizer.encode(" " + value, add_special_tokens=False).ids
     rng.shuffle(known)
-    if pieces and rng.random() < 0.25:
+    if is_transcript and rng.random() < 0.25:
         tokens = [(blank, blank, 1.0)] * config.n_soft_prompts  # as stage 1 shows a clip
     else:
         tokens = []
@@ -770,7 +770,8 @@ class BatchBuilder:
         words = self.tokenizer.encode(example.facts.get("words", ""), add_special_tokens=False).ids
         item = {"texts": self.encode(example, self.tokenizer, c, generator), "transcript": words}
         if self.is_imitated:
-            imitated = imitate_audio(example.facts, self.tokenizer, c, generator)
+            is_transcript = example.answer == example.facts.get("words")
+            imitated = imitate_audio(example.facts, self.tokenizer, c, generator, is_transcript)
             return item | {"imitated": imitated, "seconds": 0.0}
         if example.audio is None:
             raise UserError("has no audio")

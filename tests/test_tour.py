@@ -202,8 +202,9 @@ def test_an_imitated_clip_holds_its_facts(tokenizer, config):
     known = [i for v in ("speaker", "dog") for i in tokenizer.encode(" " + v, add_special_tokens=False).ids]
     firsts = set()
 
-    def make(seed):
-        return imitate_audio(facts, tokenizer, config, torch.Generator().manual_seed(seed))
+    def make(seed, is_transcript=True):
+        generator = torch.Generator().manual_seed(seed)
+        return imitate_audio(facts, tokenizer, config, generator, is_transcript)
 
     for seed in range(60):
         made, again = make(seed), make(seed)
@@ -220,4 +221,6 @@ def test_an_imitated_clip_holds_its_facts(tokenizer, config):
         assert [i for i in spoken if i != config.eos_id] == pieces
         loud = made["weights"].sum(1)
         assert loud.min() > 0.39 and loud.max() < 1.41 and made["noise"].shape == (len(ids), config.width)
+        asked = make(seed, is_transcript=False)["ids"]  # a question about a fact can always be answered
+        assert set(asked[: config.n_queries].flatten().tolist()) <= set(known)
     assert firsts == {config.n_queries, config.n_soft_prompts}
