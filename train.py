@@ -51,15 +51,17 @@ from data import (
     BatchBuilder,
     MicroBatches,
     Mixture,
+    bucket,
+    cost_of,
     encode_pair,
     encode_question,
     epoch_length,
     generator_for,
-    micro_batches_of,
     part_of,
     path_and_share,
     read_manifest,
     schedule_of,
+    size_of,
 )
 from diffusion import corrupt, draw_t, masked_nll, next_token_loss, sft_loss
 from model import DIFFA2, PRESETS, build
@@ -438,10 +440,6 @@ def make_optimizers(trained, settings):
 # what feeds a process, and what is measured now and then
 
 
-def no_collate(micro):
-    return micro
-
-
 def to_device(batch, device):
     return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
 
@@ -462,7 +460,8 @@ def held_out_loss(context, builder, examples, group, tokens):
     model.eval()
     sums = torch.zeros(len(HELD_OUT_T), 2, dtype=torch.float64)  # nats, tokens
     mine = range(group.rank, len(examples), group.size)
-    for ids in micro_batches_of(examples, mine, c, tokens):
+    costs = {i: cost_of(size_of(examples[i]), c) for i in mine}
+    for ids in bucket(mine, costs, tokens):
         micro = builder([examples[i] for i in ids], 0)
         if micro["batch"] is None:
             continue
@@ -544,9 +543,8 @@ def make_loader(examples, tokenizer, config, settings, options, group, start, st
     place = (settings.batch, group.rank, group.size, options.tokens, options.seed, start, stop)
     return torch.utils.data.DataLoader(
         MicroBatches(examples, builder, *place),
-        batch_size=None,  # the data set makes whole micro-batches
+        batch_size=None,  # the data set makes whole micro-batches; they are handed on as they are
         num_workers=options.workers,
-        collate_fn=no_collate,
         worker_init_fn=ignore_signals,
         pin_memory=group.device.type == "cuda",
         generator=torch.Generator(),  # its own: a loader must not shift dropout's numbers
@@ -564,7 +562,7 @@ def restore_random_states(state, group):
 def train(group, model, tokenizer, examples, stage, settings, out, options, steps, state=None, held_out=()):
     """Runs a stage of `steps` steps.  True when it is finished, False when it was stopped and has saved.
 
-    examples: a list or a Mixture.  state: what write_state wrote, to go on from.
+    examples: a Mixture.  state: what write_state wrote, to go on from.
     """
     # ---- what trains, and with what
     device = group.device
@@ -698,7 +696,7 @@ def train(group, model, tokenizer, examples, stage, settings, out, options, step
                 bad_in_a_row += 1
             if bad_in_a_row >= MAX_BAD_STEPS:
                 last_ids = sorted(i for some in group.gather(ids) for i in some)[:20]
-                places = ", ".join(examples[i].where for i in last_ids)
+                places = ", ".join(map(examples.where, last_ids))
                 raise UserError(
                     f"loss or gradient not finite {MAX_BAD_STEPS} steps in a row; the last step's "
                     f"examples: {places}"
@@ -917,8 +915,9 @@ def dry_run(group, args):
     freeze_all_but(model, settings.trains)
     _, _, ids = next(schedule_of(examples.shares, settings.batch, options.seed))
     mine = ids[::processes]
-    parts = micro_batches_of(examples, mine, model.config, options.tokens)
-    known = [seconds for _, seconds in map(examples.size, ids) if seconds >= 0]
+    sizes = {i: examples.size(i) for i in ids}
+    parts = bucket(mine, {i: cost_of(sizes[i], model.config) for i in mine}, options.tokens)
+    known = [seconds for _, seconds in sizes.values() if seconds >= 0]
     said = {
         "examples": f"{len(examples):,} in {len(args.data)} manifests",
         "length of a clip": f"{sum(known) / len(known):.1f} s" if known else "not given",
@@ -944,8 +943,9 @@ def dry_run(group, args):
         return 0
     config = model.config.with_tokenizer(tokenizer)
     started = time.perf_counter()
-    micro = builder_of(tokenizer, config, settings, options)(examples, 0, parts[0])
-    for entry in micro["skipped"]:
+    first, unread = examples.read(parts[0])
+    micro = builder_of(tokenizer, config, settings, options)(first, 0)
+    for entry in unread + micro["skipped"]:
         print(f"skipped: {entry['where']}: {entry['why']}")
     print(f"read {len(micro['ids'])} examples, {micro['seconds']:.0f} s of audio,", end=" ")
     print(f"in {time.perf_counter() - started:.2f} s by one of --workers {options.workers}:")

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -30,12 +31,13 @@ from data import (
     MicroBatches,
     answer_text,
     augment,
-    costs_of,
+    cost_of,
     generator_for,
     mask_mel,
     part_of,
     read_manifest,
     schedule_of,
+    size_of,
 )
 from decode import ask
 from model import DIFFA2, PRESETS, build
@@ -287,12 +289,13 @@ def test_ranks_share_out_the_global_batch(world, batch):
     """Every example once an epoch, whatever the number of ranks; every rank ends every step."""
     config = PRESETS["tiny"]
     examples = [Example(i, "clip.wav", "Hm?", "a" * (i % 37), duration=2.0) for i in range(200)]
-    costs = costs_of(examples, range(200), config)
+    costs = [cost_of(size_of(e), config) for e in examples]
+    mixture = types.SimpleNamespace(shares=[(200, 1.0)], size=lambda i: size_of(examples[i]))
     builder = BatchBuilder(None, config, None, 0)
     steps = -(-len(costs) // batch)
     plans = []
     for rank in range(world):
-        plans.append(list(MicroBatches(examples, builder, batch, rank, world, 500, 3, 0, steps).plan()))
+        plans.append(list(MicroBatches(mixture, builder, batch, rank, world, 500, 3, 0, steps).plan()))
     for step in range(steps):
         ids = [i for plan in plans for s, _, micro, _ in plan if s == step for i in micro]
         assert len(ids) == len(set(ids)) == min(batch, len(costs) - step * batch)
@@ -948,7 +951,7 @@ def test_cost_counts_what_a_row_holds(toured, config):
     for e in read_manifest(f"{toured}/stage2.jsonl", 2)[:40]:
         builder = builder_for(tokenizer, config.with_tokenizer(tokenizer), SMALL_STAGES[3], 0)
         row = builder([e], 0)["batch"]["text.ids"].size(1) + config.n_queries
-        assert 0.7 * row < costs_of([e], [0], config)[0] < 2.5 * row
+        assert 0.7 * row < cost_of(size_of(e), config) < 2.5 * row
     assert Options().tokens == 6144
 
 
