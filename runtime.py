@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------
 # programs
@@ -107,6 +108,11 @@ class ProcessGroup:
     rank: int
     size: int
     device: torch.device
+
+    def print(self, text):
+        """Once, not once a process."""
+        if self.rank == 0:
+            print(text)
 
     def sum(self, values):
         """Sums a list of numbers over the processes, in fp64."""
@@ -231,6 +237,7 @@ def locked(out, wait):
     path = os.path.join(out, ".lock")
     while True:
         try:
+            os.makedirs(out, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT)
         except OSError as e:
             raise UserError(f"{out}: cannot be written ({e.strerror})") from None
@@ -266,10 +273,17 @@ def ignore_signals(_):
 
 
 class Log:
-    """out/log.jsonl, a line a step, cut back to `step` when a run is resumed; TensorBoard if wanted."""
+    """What is seen of a run: out/log.jsonl, a line a step, a progress bar, TensorBoard if wanted.
 
-    def __init__(self, out, step, tensorboard):
+    A run that goes on at `step` cuts the file back to it.  Only rank 0 shows and writes anything.
+    """
+
+    def __init__(self, out, title, step, steps, tensorboard, rank):
         path, lines = os.path.join(out, "log.jsonl"), []
+        self.file = self.board = self.smoothed = None
+        self.bar = tqdm(total=steps, initial=step, desc=title, unit=" steps", mininterval=1, disable=rank > 0)
+        if rank:
+            return
         if os.path.exists(path) and step:
             with open(path, encoding="utf-8") as f:
                 lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -280,31 +294,56 @@ class Log:
 
         write_file(path, write)
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        self.board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(out)
 
     def write(self, **entry):
-        self.file.write(json.dumps(entry) + "\n")
-        self.file.flush()
+        if self.file:
+            self.file.write(json.dumps(entry) + "\n")
+            self.file.flush()
         if self.board:
             for name, value in entry.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self.board.add_scalar(name, value, entry["step"])
 
-    def close(self):
-        self.file.close()
-        if self.board:
-            self.board.close()
+    def write_step(self, **entry):
+        """The line of a step; the bar shows the same, the loss as a running mean of some 50 steps."""
+        self.write(**entry)
+        loss, norm = entry["loss"], entry["norm"]
+        if loss is not None and norm is not None:
+            before = loss if self.smoothed is None else self.smoothed
+            self.smoothed = before + (loss - before) / min(entry["step"], 50)
+        shown = {"loss": "-" if self.smoothed is None else f"{self.smoothed:.3f}", "lr": f"{entry['lr']:.1e}"}
+        shown |= {"norm": "-" if norm is None else f"{norm:.2f}", "audio": f"{entry['hours']:.2f}h"}
+        if entry["skipped"]:
+            shown["skipped"] = entry["skipped"]
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for part in (self.bar, self.file, self.board):
+            if part is not None:
+                part.close()
 
 
-def record_skipped(out, skipped, seen):
-    """Appends what was not seen before to out/skipped.jsonl.  Returns the number of different examples."""
-    with open(os.path.join(out, "skipped.jsonl"), "a", encoding="utf-8") as f:
-        for entry in skipped:
-            if entry["id"] not in seen:
-                seen.add(entry["id"])
-                f.write(json.dumps(entry) + "\n")
-    return len(seen)
+def record_skipped(group, out, skipped, seen):
+    """Appends what all processes skipped, and was not seen before, to out/skipped.jsonl.
+
+    seen: ids, kept by rank 0.  Returns how many different examples there are by now.
+    """
+    everything = [entry for some in group.gather(skipped) for entry in some]
+
+    def write():
+        with open(os.path.join(out, "skipped.jsonl"), "a", encoding="utf-8") as f:
+            for entry in everything:
+                if entry["id"] not in seen:
+                    seen.add(entry["id"])
+                    f.write(json.dumps(entry) + "\n")
+        return len(seen)
+
+    return group.first_only(write)

@@ -38,14 +38,12 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from data import (
     BatchBuilder,
@@ -81,6 +79,7 @@ from vrpo import BETA, SAMPLES, backward_per_sample, draw_pair_masks, margin, sc
 from weights import (
     ASSETS,
     RELEASES,
+    StateWriter,
     assemble,
     fetch,
     list_states,
@@ -245,13 +244,13 @@ class Loss:
 
     backward: Callable  # (context, micro-batch) -> losses (B,)
     encode: Callable  # data.encode_...: the texts of an example
-    has_reference: bool = False  # keeps the trained parameters as they were before the first step
-    has_dropout: bool = True  # VRPO's margins start at exactly 0, so policy and reference have none
-    has_held_out: bool = True
+    # compares the model with what it was before the first step: that copy is kept, there is no dropout (the
+    # margins of Eq. 4 then start at exactly 0) and no held-out loss, which is Eq. 2's
+    has_reference: bool = False
 
 
 SFT = Loss(sft, encode_question)
-VRPO = Loss(vrpo, encode_pair, has_reference=True, has_dropout=False, has_held_out=False)
+VRPO = Loss(vrpo, encode_pair, has_reference=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -280,6 +279,10 @@ class Stage:
     beta2: float = 0.999
     muon: bool = False  # Muon instead of AdamW for the matrices of a small model's blocks
     augment: bool = False  # other speeds and levels, noise, SpecAugment: for a few hours of recordings
+
+    @property
+    def parts(self):
+        return ", ".join(prefix.rstrip(".") for prefix in self.trains)
 
 
 # Stage 1 teaches the semantic adapter to say what is said, in embeddings that LLaDA reads as words; the
@@ -344,14 +347,9 @@ def recompute(model):
 
     The backbone is frozen, but gradients pass through it on their way to the adapters, so without this
     the activations of all its layers wait in memory.  Costs a third more time.
-
-    Returns a stack that undoes it.
     """
-    undo = contextlib.ExitStack()
     for block in model.backbone.blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        undo.callback(delattr, block, "forward")
-    return undo
 
 
 # ---------------------------------------------------------------------------------------------
@@ -453,7 +451,7 @@ HELD_OUT_T = (0.1, 0.3, 0.5, 0.7, 0.9)
 def held_out_loss(context, builder, examples, group, tokens):
     """Cross-entropy per masked token at fixed t, masks fixed by the example: a curve without sampling noise.
 
-    Examples are shared out over the ranks.  Returns the mean over HELD_OUT_T and a list, one per t.
+    Examples are shared out over the ranks.  Returns what is logged: the mean over HELD_OUT_T, and each t's.
     """
     model, c = context.model, context.model.config
     was_training = model.training
@@ -486,7 +484,8 @@ def held_out_loss(context, builder, examples, group, tokens):
     model.train(was_training)
     sums = torch.tensor(group.sum(sums.flatten().tolist())).view(-1, 2)
     per_t = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
-    return sum(per_t) / len(per_t), per_t
+    by_t = dict(zip(map(str, HELD_OUT_T), per_t, strict=True))
+    return {"held_out": sum(per_t) / len(per_t), "held_out_t": by_t}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -495,87 +494,27 @@ def held_out_loss(context, builder, examples, group, tokens):
 # checkpoint holds all that the next step depends on, so that a run cut in two is the whole run to the bit.
 
 
-@dataclass(frozen=True)
-class Options:
-    """Settings of a run that are not the stage's; the command line's, by name.
-
-    None of them changes what is learned but `seed`, `max_steps`, `dropout` and, in the last digits,
-    `precision`: micro-batches, workers and processes only decide how fast.
-    """
-
-    seed: int = 42
-    max_steps: int | None = None  # ends the schedule here
-    stop_after: int | None = None  # saves and leaves after so many steps, the schedule unchanged
-    tokens: int = 6144  # positions in a micro-batch
-    workers: int = 0
-    save_every: int = 250
-    held_out_every: int = 100
-    precision: str = "bf16"
-    recompute: bool = False
-    compile: bool = False
-    dropout: bool = True
-    skip_limit: float = 0.01
-    tensorboard: bool = False
-
-
-def options_of(args):
-    """The Options that the command line names."""
-    return Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
-
-
 MAX_BAD_STEPS = 10  # in a row
 
 
-def count_steps(settings, n_examples):
-    """Steps of a stage: as many as the table says, or so many epochs of n_examples."""
-    return settings.steps or math.ceil(settings.epochs * math.ceil(n_examples / settings.batch))
-
-
-def builder_of(tokenizer, config, settings, options):
-    """What makes a stage's batches."""
-    s = settings
-    return BatchBuilder(tokenizer, config, s.loss.encode, options.seed, s.is_imitated, s.augment)
-
-
-def make_loader(examples, tokenizer, config, settings, options, group, start, stop):
-    """What one process works on, micro-batch by micro-batch, from step `start` up to step `stop`."""
-    builder = builder_of(tokenizer, config, settings, options)
-    place = (settings.batch, group.rank, group.size, options.tokens, options.seed, start, stop)
-    return torch.utils.data.DataLoader(
-        MicroBatches(examples, builder, *place),
-        batch_size=None,  # the data set makes whole micro-batches; they are handed on as they are
-        num_workers=options.workers,
-        worker_init_fn=ignore_signals,
-        pin_memory=group.device.type == "cuda",
-        generator=torch.Generator(),  # its own: a loader must not shift dropout's numbers
-    )
-
-
-def restore_random_states(state, group):
-    """Dropout's generators as they were; with another number of processes they start anew."""
-    if group.size == len(state["random"]):
-        torch.set_rng_state(state["random"][group.rank])
-        if group.device.type == "cuda" and state["random_cuda"]:
-            torch.cuda.set_rng_state(state["random_cuda"][group.rank], group.device)
-
-
-def train(group, model, tokenizer, examples, stage, settings, out, options, steps, state=None, held_out=()):
+def train(group, model, tokenizer, examples, held_out, settings, steps, args, state=None):
     """Runs a stage of `steps` steps.  True when it is finished, False when it was stopped and has saved.
 
-    examples: a Mixture.  state: what write_state wrote, to go on from.
+    examples: a Mixture.  held_out: a list of Examples.  state: a checkpoint of this stage, to go on from.
     """
+    device, stage, out = group.device, args.stage, args.out
+
     # ---- what trains, and with what
-    device = group.device
     trained = freeze_all_but(model, settings.trains)
-    is_released = (model.base or {}).get("name") in RELEASES
-    if is_released and options.precision == "bf16":  # a small model's frozen weights stay in fp32
+    parameters = tuple(trained.values())
+    is_bf16 = (args.precision or ("bf16" if device.type == "cuda" else "fp32")) == "bf16"
+    if is_bf16 and (model.base or {}).get("name") in RELEASES:  # a small model's frozen weights stay in fp32
         frozen_to_bf16(model)
     optimizers = make_optimizers(trained, settings)
-    reference = ()
-    if settings.loss.has_reference:
-        reference = tuple(p.detach().clone() for p in trained.values())
-    step, skipped_ids, bad_in_a_row, audio_hours = 0, set(), 0, 0.0
-    torch.manual_seed(options.seed + group.rank)  # dropout: all other randomness has generators of its own
+    has_reference = settings.loss.has_reference
+    reference = tuple(p.detach().clone() for p in parameters) if has_reference else ()
+    step, audio_hours, skipped_ids, bad_in_a_row = 0, 0.0, set(), 0
+    torch.manual_seed(args.seed + group.rank)  # dropout: all other randomness has generators of its own
 
     # ---- going on: weights, moments, random states.  The number of the step fixes the place in the data,
     # for the order of an epoch is drawn from the seed alone.
@@ -586,30 +525,40 @@ def train(group, model, tokenizer, examples, stage, settings, out, options, step
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         reference = tuple(r.to(device) for r in state["reference"])
-        restore_random_states(state, group)
+        if len(state["random"]) == group.size:  # with another number of processes dropout starts anew
+            torch.set_rng_state(state["random"][group.rank])
+            if device.type == "cuda" and state["random_cuda"]:
+                torch.cuda.set_rng_state(state["random_cuda"][group.rank], device)
 
-    # ---- how it computes, and what feeds it
-    restore_forward = recompute(model) if options.recompute else contextlib.ExitStack()
-    if options.compile:
+    # ---- how it computes
+    if args.recompute:
+        recompute(model)
+    if args.compile:
         for block in model.backbone.blocks:
             block.compile()
-    is_bf16 = options.precision == "bf16"
+    model.train(args.dropout and not has_reference)
     autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=is_bf16)
-    context = LossContext(model, stage, options.seed, settings, autocast, tuple(trained.values()), reference)
-    held_out_builder = BatchBuilder(tokenizer, model.config, settings.loss.encode, 0, settings.is_imitated)
-    stop_step = steps if options.stop_after is None else min(steps, step + options.stop_after)
-    loader = make_loader(examples, tokenizer, model.config, settings, options, group, step, stop_step)
+    context = LossContext(model, stage, args.seed, settings, autocast, parameters, reference)
+
+    # ---- what feeds it
+    encode, is_imitated = settings.loss.encode, settings.is_imitated
+    builder = BatchBuilder(tokenizer, model.config, encode, args.seed, is_imitated, settings.augment)
+    held_out_builder = BatchBuilder(tokenizer, model.config, encode, 0, is_imitated)
+    stop_step = min(steps, step + (args.stop_after or steps))
+    place = (group.rank, group.size, args.tokens, args.seed, step, stop_step)
+    loader = torch.utils.data.DataLoader(
+        MicroBatches(examples, builder, settings.batch, *place),
+        batch_size=None,  # the data set makes whole micro-batches; they are handed on as they are
+        num_workers=args.workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # its own: a loader must not shift dropout's numbers
+    )
     micro_batches = iter(loader)
-    model.train(options.dropout and settings.loss.has_dropout)
-    log = Log(out, step, options.tensorboard) if group.rank == 0 else None
-    progress = tqdm(total=steps, initial=step, unit=" steps", mininterval=1, disable=group.rank != 0)
-    progress.set_description(f"stage {stage}", refresh=False)
-    smoothed_loss, started, saved_at = None, time.perf_counter(), step
 
     def save_checkpoint():
-        random_states = group.gather(torch.get_rng_state())
-        random_cuda = group.gather(torch.cuda.get_rng_state(device)) if device.type == "cuda" else []
-        checkpoint = {  # tensors, numbers and lists alone: it is read back with weights_only=True
+        is_cuda = device.type == "cuda"
+        now = {  # tensors, numbers and lists alone: it is read back with weights_only=True
             "step": step,
             "stage": stage,
             "hours": audio_hours,
@@ -617,36 +566,31 @@ def train(group, model, tokenizer, examples, stage, settings, out, options, step
             "reference": list(reference),
             "trained": {n: p.detach() for n, p in trained.items()},
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "random": random_states,
-            "random_cuda": random_cuda,
+            "random": group.gather(torch.get_rng_state()),
+            "random_cuda": group.gather(torch.cuda.get_rng_state(device)) if is_cuda else [],
         }
+        # rank 0 writes, in a thread: the others go on as soon as it has a copy
+        group.first_only(lambda: writer.write(now, step))
 
-        def write():
-            nonlocal written
-            written.result()  # the one before, whose error, if any, is raised here
-            written = saver.submit(write_state, in_memory(checkpoint), out, step)
-
-        group.first_only(write)
-
-    # rank 0 writes in a thread: the others go on as soon as it has a copy
-    saver, written = ThreadPoolExecutor(1), Future()
-    written.set_result(None)
-    closing_log = contextlib.closing(log) if log else contextlib.nullcontext()
-    with StopSignal() as signals, saver, progress, restore_forward, closing_log:
+    log = Log(out, f"stage {stage}", step, steps, args.tensorboard, group.rank)
+    started, saved_at = time.perf_counter(), step
+    with StopSignal() as signals, StateWriter(out) as writer, log:
         while step < stop_step:
             # ---- forward and backward of this process's share of the global batch, a micro-batch at a
             # time: gradients of plain sums add up in .grad.  Processes may have different numbers of
             # micro-batches (one of them may be empty); they meet when the step ends.
-            losses, ids, skipped, audio_seconds, is_over = [], [], [], 0.0, False
-            while not is_over:
-                micro = next(micro_batches)
+            losses, ids, skipped, audio_seconds = [], [], [], 0.0
+            for p in parameters:  # a process without examples adds zeros
+                p.grad = torch.zeros_like(p)
+            for micro in micro_batches:
                 skipped += micro["skipped"]
                 if micro["batch"] is not None:
                     micro["batch"] = to_device(micro["batch"], device)
                     losses.append(settings.loss.backward(context, micro))
                     ids += micro["ids"]
                     audio_seconds += micro["seconds"]
-                is_over = micro["last"]
+                if micro["last"]:
+                    break
 
             # ---- what every process has to say, in one reduction.  A loss that is not finite must not
             # enter the sum of the others'; a signal to one process stops all.
@@ -657,117 +601,64 @@ def train(group, model, tokenizer, examples, stage, settings, out, options, step
             loss_sum, n_examples, all_seconds, n_not_finite, n_skipped, n_stop = group.sum(local)
             audio_hours += all_seconds / 3600
             if n_skipped:
-                all_skipped = [entry for some in group.gather(skipped) for entry in some]
-                # skipped_ids is kept, and saved, by rank 0 alone
-                n_unusable = group.first_only(
-                    functools.partial(record_skipped, out, all_skipped, skipped_ids)
-                )
-                if n_unusable > max(1, options.skip_limit * len(examples)):
-                    raise UserError(
-                        f"{n_unusable} of {len(examples)} examples cannot be used, more than "
-                        f"{options.skip_limit:.0%}: see {out}/skipped.jsonl"
-                    )
+                n_unusable = record_skipped(group, out, skipped, skipped_ids)
+                if n_unusable > max(1, args.skip_limit * len(examples)):
+                    how_many = f"{n_unusable} of {len(examples)} examples cannot be used"
+                    raise UserError(f"{how_many}, more than {args.skip_limit:.0%}: see {out}/skipped.jsonl")
 
             # ---- the step: the mean gradient of the global batch, clipped, then the optimizers.  Every
             # process takes it with the same numbers, so the copies of the model stay equal.
             lr = learning_rate(step, settings, steps)
-            for optimizer in optimizers:
-                for param_group in optimizer.param_groups:
-                    param_group["lr"] = lr
-            for p in trained.values():  # a process without examples adds zeros
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
-            group.all_reduce_gradients(trained.values())
-            for p in trained.values():  # counted are examples that could be used: skipped ones dilute nothing
+            group.all_reduce_gradients(parameters)
+            for p in parameters:  # counted are examples that could be used: skipped ones dilute nothing
                 p.grad.div_(max(n_examples, 1))
-            norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)
+            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
             is_good = n_examples > 0 and not n_not_finite and bool(norm.isfinite())
             if is_good:
                 for optimizer in optimizers:
+                    for param_group in optimizer.param_groups:
+                        param_group["lr"] = lr
                     optimizer.step()
-            for p in trained.values():
-                p.grad = None
             step += 1
 
             # ---- a step whose loss or gradient is not finite is left out; many in a row are an error
-            if is_good:
-                bad_in_a_row = 0
-            elif n_examples:
-                bad_in_a_row += 1
+            is_bad = n_examples > 0 and not is_good
+            bad_in_a_row = 0 if is_good else bad_in_a_row + is_bad
             if bad_in_a_row >= MAX_BAD_STEPS:
                 last_ids = sorted(i for some in group.gather(ids) for i in some)[:20]
                 places = ", ".join(map(examples.where, last_ids))
-                raise UserError(
-                    f"loss or gradient not finite {MAX_BAD_STEPS} steps in a row; the last step's "
-                    f"examples: {places}"
-                )
+                what = f"loss or gradient not finite {MAX_BAD_STEPS} steps in a row"
+                raise UserError(f"{what}; the last step's examples: {places}")
 
             # ---- what one sees: a line in the log, the progress bar
-            if log is not None:
-                mean_loss = loss_sum / n_examples if n_examples and not n_not_finite else None
-                log.write(
-                    step=step,
-                    loss=mean_loss,
-                    lr=lr,
-                    norm=norm.item() if norm.isfinite() else None,
-                    n=int(n_examples),
-                    hours=audio_hours,
-                    bad=int(n_examples > 0 and not is_good),
-                    skipped=len(skipped_ids),
-                    seconds=time.perf_counter() - started,
-                )
-                if is_good:
-                    before = mean_loss if smoothed_loss is None else smoothed_loss
-                    smoothed_loss = before + (mean_loss - before) / min(step, 50)
-                fields = {"loss": "-" if smoothed_loss is None else f"{smoothed_loss:.3f}", "lr": f"{lr:.1e}"}
-                fields |= {"norm": f"{norm:.2f}", "audio": f"{audio_hours:.2f}h"}
-                if skipped_ids:
-                    fields["skipped"] = len(skipped_ids)
-                progress.set_postfix(fields, refresh=False)
-                progress.update()
+            entry = {"step": step, "loss": loss_sum / n_examples if n_examples and not n_not_finite else None}
+            entry |= {"lr": lr, "norm": norm.item() if norm.isfinite() else None, "n": int(n_examples)}
+            entry |= {"hours": audio_hours, "bad": int(is_bad), "skipped": len(skipped_ids)}
+            log.write_step(**entry, seconds=time.perf_counter() - started)
 
             # ---- now and then: the held-out loss, a checkpoint
-            is_due = step % options.held_out_every == 0 or step == steps
-            if len(held_out) and settings.loss.has_held_out and is_due:
-                value, per_t = held_out_loss(context, held_out_builder, held_out, group, options.tokens)
-                if log is not None:
-                    by_t = dict(zip(map(str, HELD_OUT_T), per_t, strict=True))
-                    log.write(step=step, held_out=value, held_out_t=by_t)
-            if step % options.save_every == 0:
+            is_due = step % args.held_out_every == 0 or step == steps
+            if held_out and is_due and not has_reference:
+                log.write(step=step, **held_out_loss(context, held_out_builder, held_out, group, args.tokens))
+            if step % args.save_every == 0:
                 save_checkpoint()
                 saved_at = step
             if n_stop:
                 break
         if saved_at != step:  # also after the last step: writing the model may fail
             save_checkpoint()
-        group.first_only(lambda: written.result())
-    return step >= steps
+        group.first_only(writer.wait)
 
-
-def in_memory(thing):
-    """A copy, on the CPU, of the tensors in dicts and lists: training goes on changing the originals."""
-    if torch.is_tensor(thing):
-        return thing.detach().to("cpu", copy=True)
-    if isinstance(thing, dict):
-        return {key: in_memory(value) for key, value in thing.items()}
-    if isinstance(thing, (list, tuple)):
-        return type(thing)(in_memory(value) for value in thing)
-    return thing
-
-
-def finish(group, model, tokenizer, out, stage):
-    """The trained model as out/model.safetensors, and a mark that the stage is done for its checkpoints."""
-
-    def write():
+    def finish():
         model.stage = stage
         save(model, tokenizer, out, dtype=torch.float32)
-        names = [os.path.basename(path) for path in list_states(out)] or ["state-0000000.pt"]
-        last = int(re.search(r"\d{7}", names[-1])[0])
-        write_state({"finished": True}, out, last + 1)
+        write_state({"finished": True}, out, step + 1)
         for path in list_states(out)[:-1]:
             os.remove(path)
 
-    group.first_only(write)
+    if step >= steps:
+        group.first_only(finish)
+    return step >= steps
 
 
 # ---------------------------------------------------------------------------------------------
@@ -810,7 +701,7 @@ def start_from(args, device):
             load_tiny_encoder(model, args.whisper, device)
         return model, tokenizer
     # the frozen parts of a released model as they were published, in bf16, unless fp32 is asked for
-    dtype = torch.bfloat16 if name in RELEASES and not args.wants_fp32 else torch.float32
+    dtype = torch.bfloat16 if name in RELEASES and args.precision != "fp32" else torch.float32
     if stage == 1 and name in RELEASES and not args.init:
         # nothing of ours comes before: LLaDA and Whisper as released
         llada, whisper, _ = fetch(name, None, args.llada, args.whisper, adapters=False)
@@ -844,13 +735,13 @@ def settings_of(args, n_examples):
     Fine-tuning wants numbers of its own; a warm-up made for a hundred thousand steps outlasts a short run,
     so it is at most a tenth unless asked for.
     """
-    settings = STAGES[args.model][args.stage]
-    for name in ("lr", "batch", "warmup", "weight_decay", "augment"):
-        if getattr(args, name) is not None:
-            settings = dataclasses.replace(settings, **{name: getattr(args, name)})
+    names = ("lr", "batch", "warmup", "weight_decay", "augment", "epochs")
+    asked = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.epochs is not None:
-        settings = dataclasses.replace(settings, epochs=args.epochs, steps=0)
-    steps = args.max_steps or count_steps(settings, n_examples)
+        asked["steps"] = 0
+    settings = dataclasses.replace(STAGES[args.model][args.stage], **asked)
+    an_epoch = math.ceil(n_examples / settings.batch)
+    steps = args.max_steps or settings.steps or math.ceil(settings.epochs * an_epoch)
     if settings.warmup > steps / 10 and args.warmup is None:
         settings = dataclasses.replace(settings, warmup=max(1, steps // 10))
     return settings, steps
@@ -878,7 +769,7 @@ def saved_bytes(run, parameters, n_keys):
     return sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in ours)
 
 
-def memory_of(model, settings, options, n_rows, processes):
+def memory_of(model, settings, args, n_rows, processes):
     """GB of a process by part, in bf16: {what: GB}.  model: on the meta device, its parts frozen already."""
     c, trained = model.config, [p for p in model.parameters() if p.requires_grad]
     n_trained = sum(p.numel() for p in trained)
@@ -888,12 +779,12 @@ def memory_of(model, settings, options, n_rows, processes):
     memory[f"{n_trained:,} trained: weights, gradients, moments, copies"] = 4 * n_trained * copies
     meta = {"device": "meta", "dtype": torch.bfloat16}
     model, parameters = model.to(torch.bfloat16), list(model.parameters())
-    length = options.tokens // n_rows
+    length = args.tokens // n_rows
     x = torch.empty(n_rows, length, c.width, **meta, requires_grad=True)
     inside = saved_bytes(lambda: model.backbone(x, None), parameters, length)
-    if options.recompute:  # each block's input, and the inside of one of them
+    if args.recompute:  # each block's input, and the inside of one of them
         inside = c.layers * x.nbytes + inside // c.layers
-    memory["activations of the backbone" + ", --recompute" * options.recompute] = inside
+    memory["activations of the backbone" + ", --recompute" * args.recompute] = inside
     if "acoustic." in settings.trains:
         taps = torch.empty(n_rows, len(c.taps), c.n_frames, c.audio_width, **meta)
         in_adapter = saved_bytes(lambda: model.acoustic(taps), parameters, c.n_frames)
@@ -901,24 +792,20 @@ def memory_of(model, settings, options, n_rows, processes):
     return {what: n / 1e9 for what, n in memory.items()}
 
 
-def dry_run(group, args):
+def dry_run(args, processes):
     """Says what the run would be: data, schedule, memory; reads one batch, and trains nothing."""
-    processes = args.dry_run or group.size
-    examples = group.first_only(lambda: Mixture(args.data, args.stage))
-    if group.rank:
-        return 0
+    examples = Mixture(args.data, args.stage)
     n_examples = epoch_length(examples.shares)
     settings, steps = settings_of(args, n_examples)
-    options = options_of(args)
     with torch.device("meta"):
         model = DIFFA2(PRESETS[args.model], lora="lora" in settings.trains)
     freeze_all_but(model, settings.trains)
-    _, _, ids = next(schedule_of(examples.shares, settings.batch, options.seed))
-    mine = ids[::processes]
-    sizes = {i: examples.size(i) for i in ids}
-    parts = bucket(mine, {i: cost_of(sizes[i], model.config) for i in mine}, options.tokens)
-    known = [seconds for _, seconds in sizes.values() if seconds >= 0]
-    said = {
+    _, _, ids = next(schedule_of(examples.shares, settings.batch, args.seed))
+    sizes, mine = {i: examples.size(i) for i in ids}, ids[::processes]
+    parts = bucket(mine, {i: cost_of(sizes[i], model.config) for i in mine}, args.tokens)
+    known = [seconds for _, seconds in map(sizes.get, ids) if seconds >= 0]
+    print(f"{args.model}, stage {args.stage}, {processes} processes")
+    for what, value in {
         "examples": f"{len(examples):,} in {len(args.data)} manifests",
         "length of a clip": f"{sum(known) / len(known):.1f} s" if known else "not given",
         "examples an epoch": f"{n_examples:,}",
@@ -926,13 +813,11 @@ def dry_run(group, args):
         "learning rate": f"{settings.lr:g} after {settings.warmup:,} steps",
         "weight decay": f"{settings.weight_decay:g}",
         "a process, a step": f"{len(mine)} examples in {len(parts)} micro-batches "
-        f"of at most {options.tokens:,} positions",
-    }
-    print(f"{args.model}, stage {args.stage}, {processes} processes")
-    for what, value in said.items():
+        f"of at most {args.tokens:,} positions",
+    }.items():
         print(f"  {what:20}{value}")
     print("memory of a process in GB, without the encoder's passing states, logits and CUDA itself:")
-    memory = memory_of(model, settings, options, max(1, *map(len, parts)), processes)
+    memory = memory_of(model, settings, args, max(1, *map(len, parts)), processes)
     for what, gigabytes in (memory | {"in all": sum(memory.values())}).items():
         print(f"  {gigabytes:8.2f}  {what}")
     try:
@@ -941,14 +826,14 @@ def dry_run(group, args):
     except UserError:
         print("no batch was read: LLaDA's tokenizer is not here; --llada FOLDER")
         return 0
-    config = model.config.with_tokenizer(tokenizer)
-    started = time.perf_counter()
+    config, started = model.config.with_tokenizer(tokenizer), time.perf_counter()
+    row = (settings.loss.encode, args.seed, settings.is_imitated, settings.augment)
     first, unread = examples.read(parts[0])
-    micro = builder_of(tokenizer, config, settings, options)(first, 0)
+    micro = BatchBuilder(tokenizer, config, *row)(first, 0)
     for entry in unread + micro["skipped"]:
         print(f"skipped: {entry['where']}: {entry['why']}")
     print(f"read {len(micro['ids'])} examples, {micro['seconds']:.0f} s of audio,", end=" ")
-    print(f"in {time.perf_counter() - started:.2f} s by one of --workers {options.workers}:")
+    print(f"in {time.perf_counter() - started:.2f} s by one of --workers {args.workers}:")
     for name, tensor in (micro["batch"] or {}).items():
         print(f"  {name:20}{tuple(tensor.shape)}")
     return 0
@@ -975,13 +860,9 @@ def run(args):
         raise UserError(f"{first}: no such manifest; {how}")
     if args.dry_run is not None:
         with process_group(args.device) as group:
-            return dry_run(group, args)
+            return group.first_only(lambda: dry_run(args, args.dry_run or group.size))
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard")
-    try:
-        os.makedirs(args.out, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{args.out}: cannot be written ({e.strerror})") from None
     is_first = int(os.environ.get("RANK", 0)) == 0
     lock = locked(args.out, args.wait) if is_first else contextlib.nullcontext()
     with lock, process_group(args.device) as group:
@@ -998,12 +879,8 @@ def run_stage(group, args):
         raise UserError(f"{out}: holds a run already; {how}")
     state = read_state(states[-1]) if states else None
     if state and state.get("finished"):
-        if group.rank == 0:
-            print(f"{out}: finished already")
+        group.print(f"{out}: finished already")
         return 0
-    args.wants_fp32 = args.precision == "fp32"
-    args.precision = args.precision or ("bf16" if group.device.type == "cuda" else "fp32")
-    options = options_of(args)
     model, tokenizer = start_from(args, group.device)
     # clips are looked for when they are read: a missing one is skipped and told of
     examples = Mixture(args.data, stage)
@@ -1015,21 +892,16 @@ def run_stage(group, args):
     default = os.path.join(os.path.dirname(args.data[0]), "held_out.jsonl")
     held_out_path = args.held_out or (default if os.path.exists(default) else None)
     held_out = read_manifest(held_out_path, None, check=False) if held_out_path else []
-    if group.rank == 0:
-        parts = ", ".join(prefix.rstrip(".") for prefix in settings.trains)
-        print(f"stage {stage}: trains {parts} on {n_examples} examples, {steps} steps of", end=" ")
-        print(f"{settings.batch}, learning rate {settings.lr:g} after {settings.warmup} steps,", end=" ")
-        print(f"weight decay {settings.weight_decay:g}")
+    what = f"stage {stage}: trains {settings.parts} on {n_examples} examples"
+    rate = f"learning rate {settings.lr:g} after {settings.warmup} steps"
+    group.print(f"{what}, {steps} steps of {settings.batch}, {rate}, weight decay {settings.weight_decay:g}")
     if args.restart:  # not before all that the new run needs was found good
         group.first_only(lambda: [os.remove(path) for path in old_states])
-    if not train(group, model, tokenizer, examples, stage, settings, out, options, steps, state, held_out):
-        if group.rank == 0:
-            print(f"{out}: stopped and saved; --resume goes on")
+    if not train(group, model, tokenizer, examples, held_out, settings, steps, args, state):
+        group.print(f"{out}: stopped and saved; --resume goes on")
         return 0
-    finish(group, model, tokenizer, out, stage)
-    if group.rank == 0:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"{out}: written; peak memory {peak:.0f} MiB")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    group.print(f"{out}: written; peak memory {peak:.0f} MiB")
     return 0
 
 
@@ -1065,10 +937,10 @@ def parse(argv):
     option("--max-steps", type=int, help="end the stage, and its schedule, here")
     option("--stop-after", type=int, help="save and leave after so many steps (the schedule stays)")
     text = "positions in a micro-batch (default 6144: ten questions of diffa2)"
-    option("--tokens", type=int, default=Options.tokens, help=text)
-    option("--workers", type=int, default=Options.workers, help="processes that read clips, for each GPU")
-    option("--save-every", type=int, default=Options.save_every, metavar="STEPS")
-    option("--held-out-every", type=int, default=Options.held_out_every, metavar="STEPS")
+    option("--tokens", type=int, default=6144, help=text)
+    option("--workers", type=int, default=0, help="processes that read clips, for each GPU")
+    option("--save-every", type=int, default=250, metavar="STEPS")
+    option("--held-out-every", type=int, default=100, metavar="STEPS")
     text = "of the computation (default: bf16 on a GPU, else fp32)"
     option("--precision", choices=("bf16", "fp32"), help=text)
     text = "activation checkpointing: less memory, a third more time"
@@ -1076,25 +948,23 @@ def parse(argv):
     option("--compile", action="store_true", help="torch.compile the backbone's blocks")
     option("--no-dropout", action="store_false", dest="dropout")
     text = "stop when more than this share of the examples cannot be used (default 0.01)"
-    option("--skip-limit", type=float, default=Options.skip_limit, help=text)
+    option("--skip-limit", type=float, default=0.01, help=text)
     option("--tensorboard", action="store_true", help="write TensorBoard's files beside log.jsonl")
-    option("--seed", type=int, default=Options.seed)
+    option("--seed", type=int, default=42)
     option("--device")
     args = parser.parse_args(argv)
-    for flag in ("max_steps", "stop_after", "tokens", "save_every", "held_out_every", "batch", "warmup"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 1")
-    for flag in ("workers", "dry_run"):
-        if (getattr(args, flag) or 0) < 0:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be 0 or more")
-    for flag in ("lr", "epochs"):
-        value = getattr(args, flag)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{flag} {value} must be positive")
-    if args.weight_decay is not None and not 0 <= args.weight_decay < math.inf:
-        raise UserError(f"--weight-decay {args.weight_decay} must be 0 or more")
-    if not 0 <= args.skip_limit <= 1:
-        raise UserError(f"--skip-limit {args.skip_limit} must lie between 0 and 1")
+    tiny, huge = sys.float_info.min, sys.float_info.max
+    counts = ("max_steps", "stop_after", "tokens", "save_every", "held_out_every", "batch", "warmup")
+    for names, least, most, says in (
+        (counts, 1, huge, "be at least 1"),
+        (("workers", "dry_run", "weight_decay"), 0, huge, "be 0 or more"),
+        (("lr", "epochs"), tiny, huge, "be positive"),
+        (("skip_limit",), 0, 1, "lie between 0 and 1"),
+    ):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not least <= value <= most:
+                raise UserError(f"--{name.replace('_', '-')} {value} must {says}")
     if args.stage is None:
         raise UserError("give a stage: python train.py --stage 1 --model tiny")
     return args
@@ -1114,12 +984,10 @@ def tutorial():
         print(f"  {'stage':7}{'trains':36}{'parameters':>12}{'share':>8}{'rate':>9}{'batch':>7}  loss")
         for stage, settings in stages.items():
             n = sum(p.numel() for p in freeze_all_but(model, settings.trains).values())
-            parts = ", ".join(prefix.rstrip(".") for prefix in settings.trains)
             loss = "VRPO, Eq. 4 and 5" if settings.loss is VRPO else "Eq. 1 and 2"
             loss += f" + {settings.ctc:g} CTC" if settings.ctc else ""
-            print(
-                f"  {stage:<7}{parts:36}{n:>12,}{n / total:>8.1%}{settings.lr:>9g}{settings.batch:>7}  {loss}"
-            )
+            numbers = f"{n:>12,}{n / total:>8.1%}{settings.lr:>9g}{settings.batch:>7}"
+            print(f"  {stage:<7}{settings.parts:36}{numbers}  {loss}")
         print()
     print("python train.py --stage N --model tiny   trains one of them; --help lists the options")
 

@@ -43,7 +43,6 @@ from decode import ask
 from model import DIFFA2, PRESETS, build
 from train import (
     STAGES,
-    Options,
     Stage,
     freeze_all_but,
     learning_rate,
@@ -616,7 +615,7 @@ def test_torchrun_killed_many_times(one, toured, tmp_path, whole_group, kills):
 
 def test_training_goes_on_while_a_checkpoint_is_written(one, toured, tmp_path, monkeypatch):
     """The writing of step 2's checkpoint ends when step 4 is in the log: it would never come otherwise."""
-    log, real, waited = tmp_path / "stage1" / "log.jsonl", train.write_state, []
+    log, real, waited = tmp_path / "stage1" / "log.jsonl", write_state, []
 
     def slow(state, out, step):
         if step == 2:
@@ -629,7 +628,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(one, toured, tmp_path, m
             assert all(torch.equal(before[name], t) for name, t in state["trained"].items())
         real(state, out, step)
 
-    monkeypatch.setattr(train, "write_state", slow)
+    monkeypatch.setattr("weights.write_state", slow)
     more = ("--init", f"{one}/stage0", "--max-steps", "5", "--save-every", "2")
     assert main(arguments(toured, tmp_path, 1, *more)) == 0
     assert log.exists() and waited and waited[0] >= 4
@@ -637,14 +636,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(one, toured, tmp_path, m
 
 def test_a_disk_that_fills_up_ends_the_run_in_one_line(one, toured, tmp_path, capsys, monkeypatch):
     """Found by the thread that writes, told of by the run."""
-    real = train.write_state
+    real = write_state
 
     def full(state, out, step):
         if step == 4:
             raise train.UserError(f"{out}: cannot be written (No space left on device)")
         real(state, out, step)
 
-    monkeypatch.setattr(train, "write_state", full)
+    monkeypatch.setattr("weights.write_state", full)
     more = ("--init", f"{one}/stage0", "--max-steps", "100", "--save-every", "2")
     assert main(arguments(toured, tmp_path, 1, *more)) == 2
     assert "No space left" in capsys.readouterr().err.splitlines()[-1]
@@ -652,14 +651,14 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line(one, toured, tmp_path, ca
 
 
 def test_a_manifest_that_disappears_ends_the_run_in_one_line(one, toured, tmp_path, capsys, monkeypatch):
-    data, real = manifest_with(toured, tmp_path, 40, bad=()), train.write_state
+    data, real = manifest_with(toured, tmp_path, 40, bad=()), write_state
 
     def then_remove(state, out, step):
         real(state, out, step)
         if step == 4:
             os.remove(data)
 
-    monkeypatch.setattr(train, "write_state", then_remove)
+    monkeypatch.setattr("weights.write_state", then_remove)
     more = ("--init", f"{one}/stage0", "--data", data, "--max-steps", "1000", "--save-every", "2")
     assert main(arguments(toured, tmp_path, 1, *more)) == 2
     assert "examples cannot be used" in capsys.readouterr().err.splitlines()[-1]
@@ -952,7 +951,7 @@ def test_cost_counts_what_a_row_holds(toured, config):
         builder = builder_for(tokenizer, config.with_tokenizer(tokenizer), SMALL_STAGES[3], 0)
         row = builder([e], 0)["batch"]["text.ids"].size(1) + config.n_queries
         assert 0.7 * row < cost_of(size_of(e), config) < 2.5 * row
-    assert Options().tokens == 6144
+    assert parse(["--stage", "1"]).tokens == 6144
 
 
 def test_dry_run_trains_nothing(one, toured, tmp_path, capsys):
