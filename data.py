@@ -32,7 +32,7 @@ import torch
 from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram
 
 from model import SPECIAL_TOKENS
-from runtime import UserError, write_file
+from runtime import UserError, ignore_signals, write_file
 
 SAMPLES_PER_FRAME = 2 * HOP_LENGTH  # an encoder frame is two mel frames: 20 ms
 RESPONSE_UNIT = 16  # a response is a multiple of this many tokens long
@@ -255,6 +255,24 @@ def unusable(id, where, error):
     """What skipped.jsonl says of an example."""
     why = str(error).splitlines()[0] if str(error) else type(error).__name__
     return {"id": id, "where": where, "why": why}
+
+
+def record_skipped(group, out, skipped, seen):
+    """Appends what all processes skipped, and was not seen before, to out/skipped.jsonl.
+
+    seen: ids, kept by rank 0.  Returns how many different examples there are by now.
+    """
+    everything = [entry for some in group.gather(skipped) for entry in some]
+
+    def write():
+        with open(os.path.join(out, "skipped.jsonl"), "a", encoding="utf-8") as f:
+            for entry in everything:
+                if entry["id"] not in seen:
+                    seen.add(entry["id"])
+                    f.write(json.dumps(entry) + "\n")
+        return len(seen)
+
+    return group.first_only(write)
 
 
 def open_index(path):
@@ -945,6 +963,8 @@ class MicroBatches(torch.utils.data.IterableDataset):
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
+        if worker:
+            ignore_signals()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         for step, epoch, ids, last in itertools.islice(self.plan(), first, None, stride):
             examples, skipped = self.examples.read(ids)

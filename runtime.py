@@ -262,7 +262,7 @@ def locked(out, wait):
         os.close(handle)
 
 
-def ignore_signals(_):
+def ignore_signals():
     """Loader workers leave the answer to SIGTERM and Ctrl-C to the process they work for."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -329,21 +329,3 @@ class Log:
         for part in (self.bar, self.file, self.board):
             if part is not None:
                 part.close()
-
-
-def record_skipped(group, out, skipped, seen):
-    """Appends what all processes skipped, and was not seen before, to out/skipped.jsonl.
-
-    seen: ids, kept by rank 0.  Returns how many different examples there are by now.
-    """
-    everything = [entry for some in group.gather(skipped) for entry in some]
-
-    def write():
-        with open(os.path.join(out, "skipped.jsonl"), "a", encoding="utf-8") as f:
-            for entry in everything:
-                if entry["id"] not in seen:
-                    seen.add(entry["id"])
-                    f.write(json.dumps(entry) + "\n")
-        return len(seen)
-
-    return group.first_only(write)
