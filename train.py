@@ -31,7 +31,6 @@ are runtime.py's, files of weights weights.py's.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -50,6 +49,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import data
+import runtime
 import weights
 from diffusion import corrupt, draw_t, masked_nll, next_token_loss, sft_loss
 from model import DIFFA2, PRESETS, build
@@ -529,7 +529,7 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
     encode, is_imitated = settings.loss.encode, settings.is_imitated
     builder = data.BatchBuilder(tokenizer, model.config, encode, args.seed, is_imitated, settings.augment)
     held_out_builder = data.BatchBuilder(tokenizer, model.config, encode, 0, is_imitated)
-    stop_step = min(steps, step + (args.stop_after or steps))
+    stop_step = min(steps, step + (args.stop_after or steps))  # the schedule ends at `steps` all the same
     place = (group.rank, group.size, args.tokens, args.seed, step, stop_step)
     loader = torch.utils.data.DataLoader(
         data.MicroBatches(examples, builder, settings.batch, *place),
@@ -557,7 +557,7 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
         group.first_only(lambda: writer.write(now, step))
 
     log = Log(out, f"stage {stage}", step, steps, args.tensorboard, group.rank)
-    started, saved_at = time.perf_counter(), step
+    started = time.perf_counter()
     with StopSignal() as signals, weights.StateWriter(out) as writer, log:
         while step < stop_step:
             # ---- forward and backward of this process's share of the global batch, a micro-batch at a
@@ -600,8 +600,8 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
             group.all_reduce_gradients(parameters)
             for p in parameters:  # counted are examples that could be used: skipped ones dilute nothing
                 p.grad.div_(max(n_examples, 1))
-            # the weight 1/t makes a rare gradient many times as long as the others; clipped to norm 1 (the
-            # authors' script) it keeps its direction and cannot throw the weights far, or spoil the moments
+            # the weight 1/t makes a rare gradient many times as long as the others.  Clipped to norm 1 (the
+            # authors' script) it keeps its direction and does not rule AdamW's moments for many steps.
             norm = nn.utils.clip_grad_norm_(parameters, 1.0)
             is_good = n_examples > 0 and not n_not_finite and bool(norm.isfinite())
             if is_good:
@@ -633,10 +633,9 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
                 log.write(step=step, **held_out_loss(context, held_out_builder, held_out, group, args.tokens))
             if step % args.save_every == 0:
                 save_checkpoint()
-                saved_at = step
             if n_stop:
                 break
-        if saved_at != step:  # also after the last step: writing the model may fail
+        if step % args.save_every:  # also after the last step: writing the model may fail
             save_checkpoint()
         group.first_only(writer.wait)
 
@@ -729,8 +728,9 @@ def start_from(args, device):
 def settings_of(args, n_examples):
     """The row of the table with what the command line says otherwise, and the number of steps.
 
-    Fine-tuning wants numbers of its own; a warm-up made for a hundred thousand steps outlasts a short run,
-    so it is at most a tenth unless asked for.
+    The loop counts in steps; the paper's stages are epochs over the manifest, the small model's so many steps
+    whatever its size.  Fine-tuning wants numbers of its own; a warm-up made for a hundred thousand steps
+    outlasts a short run, so it is at most a tenth unless asked for.
     """
     names = ("lr", "batch", "warmup", "weight_decay", "augment", "epochs")
     asked = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -748,24 +748,6 @@ def settings_of(args, n_examples):
 # what a run would be: --dry-run
 
 
-def saved_bytes(run, parameters, n_keys):
-    """Bytes that autograd keeps of run() until its backward pass, beside the parameters themselves.
-
-    On the meta device nothing is computed or allocated, so this works for a model of any size.  Scores of
-    attention (.., queries, keys), which are formed there, are left out: a GPU's fused attention keeps none.
-    """
-    ours, kept = {p.untyped_storage()._cdata for p in parameters}, {}
-
-    def keep(x):
-        if x.dim() < 3 or x.size(-1) != n_keys:
-            kept[x.untyped_storage()._cdata] = x  # the tensor too: an address that is free is used again
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        run()
-    return sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in ours)
-
-
 def memory_of(model, settings, args, n_rows, processes):
     """GB of a process by part, in bf16: {what: GB}.  model: on the meta device, its parts frozen already."""
     c, parameters = model.config, list(model.parameters())
@@ -781,13 +763,13 @@ def memory_of(model, settings, args, n_rows, processes):
     model, parameters = model.to(torch.bfloat16), list(model.parameters())
     length = args.tokens // n_rows
     x = torch.empty(n_rows, length, c.width, **meta, requires_grad=True)
-    inside = saved_bytes(lambda: model.backbone(x, None), parameters, length)
+    inside = runtime.saved_bytes(lambda: model.backbone(x, None), parameters, length)
     if args.recompute:  # each block's input, and the inside of one of them
         inside = c.layers * x.nbytes + inside // c.layers
     memory["activations of the backbone" + ", --recompute" * args.recompute] = inside
     if "acoustic." in settings.trains:  # else no gradient goes there, and nothing is kept
         taps = torch.empty(n_rows, len(c.taps), c.n_frames, c.audio_width, **meta)
-        in_adapter = saved_bytes(lambda: model.acoustic(taps), parameters, c.n_frames)
+        in_adapter = runtime.saved_bytes(lambda: model.acoustic(taps), parameters, c.n_frames)
         memory["activations of the acoustic adapter"] = in_adapter
     return {what: n / 1e9 for what, n in memory.items()}
 
@@ -824,10 +806,8 @@ def dry_run(args, processes):
     memory = memory_of(model, settings, args, max(1, *map(len, parts)), processes)
     for what, gigabytes in (memory | {"in all": sum(memory.values())}).items():
         print(f"  {gigabytes:8.2f}  {what}")
-    try:
-        init = (
-            None if args.init in weights.RELEASES else args.init
-        )  # a name: LLaDA's folder has the tokenizer
+    try:  # a released model has no folder of its own: the tokenizer is in LLaDA's
+        init = "" if args.init in weights.RELEASES else args.init
         tokenizer = weights.load_tokenizer(init or args.llada or weights.ASSETS.get(args.model) or "")
     except UserError:
         print("no batch was read: LLaDA's tokenizer is not here; --llada FOLDER")
@@ -873,9 +853,7 @@ def run(args):
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard")
     # the lock first: a second run in the same folder would mix its checkpoints with the first one's
-    is_first = int(os.environ.get("RANK", 0)) == 0
-    lock = locked(args.out, args.wait) if is_first else contextlib.nullcontext()
-    with lock, process_group(args.device) as group:
+    with locked(args.out, args.wait), process_group(args.device) as group:
         return run_stage(group, args)
 
 
@@ -954,15 +932,14 @@ def parse(argv):
     option("--held-out-every", type=int, default=100, metavar="STEPS")
     text = "of the computation (default: bf16 on a GPU, else fp32)"
     option("--precision", choices=("bf16", "fp32"), help=text)
-    option(
-        "--recompute", action="store_true", help="activation checkpointing: less memory, a third more time"
-    )
+    option("--recompute", action="store_true", help="activation checkpointing: less memory, 1/3 more time")
     option("--compile", action="store_true", help="torch.compile the backbone's blocks")
     text = "stop when more than this share of the examples cannot be used (default 0.01)"
     option("--skip-limit", type=float, default=0.01, help=text)
     option("--tensorboard", action="store_true", help="write TensorBoard's files beside log.jsonl")
     option("--device")
     args = parser.parse_args(argv)
+    # a wrong number is told of before anything is read
     tiny, huge = sys.float_info.min, sys.float_info.max
     counts = ("max_steps", "stop_after", "tokens", "save_every", "held_out_every", "batch", "warmup")
     for names, least, most, says in (

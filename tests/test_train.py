@@ -41,6 +41,7 @@ from data import (
 )
 from decode import ask
 from model import DIFFA2, PRESETS, build
+from runtime import saved_bytes
 from train import (
     STAGES,
     Stage,
@@ -977,10 +978,10 @@ def test_saved_bytes_are_what_autograd_keeps(config, n_rows, length):
     frozen = torch.nn.Linear(config.width, config.width, device="meta").requires_grad_(False)
     trained = torch.nn.Linear(config.width, config.width, device="meta")
     # a frozen layer needs its weights alone to go back, a trained one its input, relu its output
-    assert train.saved_bytes(lambda: frozen(x), list(frozen.parameters()), 0) == 0
-    assert train.saved_bytes(lambda: trained(x), list(trained.parameters()), 0) == x.nbytes
+    assert saved_bytes(lambda: frozen(x), list(frozen.parameters()), 0) == 0
+    assert saved_bytes(lambda: trained(x), list(trained.parameters()), 0) == x.nbytes
     both = [*frozen.parameters(), *trained.parameters()]
-    assert train.saved_bytes(lambda: trained(frozen(x).relu()), both, 0) == x.nbytes
+    assert saved_bytes(lambda: trained(frozen(x).relu()), both, 0) == x.nbytes
     # of a whole backbone as much as on the CPU, scores of attention apart
     counted = []
     for device in ("meta", "cpu"):
@@ -988,9 +989,7 @@ def test_saved_bytes_are_what_autograd_keeps(config, n_rows, length):
             model = DIFFA2(config)
             x = torch.zeros(n_rows, length, config.width, requires_grad=True)
         freeze_all_but(model, train.ADAPTERS)
-        counted.append(
-            train.saved_bytes(lambda m=model, x=x: m.backbone(x, None), model.parameters(), length)
-        )
+        counted.append(saved_bytes(lambda m=model, x=x: m.backbone(x, None), model.parameters(), length))
     assert 0.8 * counted[1] < counted[0] < 1.25 * counted[1]
 
 
