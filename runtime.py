@@ -1,10 +1,11 @@
-"""What every program here needs and no paper speaks of: errors, files, processes, signals, logs.
+"""What every program here needs and no paper speaks of: errors, files, processes, signals, logs, memory.
 
     a wrong input        one line and exit status 2 (UserError, Parser, exit_status)
     a file               whole or not there (write_file)
     torchrun             one process a GPU, all of which leave together (process_group, ProcessGroup)
     SIGTERM, Ctrl-C      are remembered until the step is done (StopSignal)
-    a run's folder       belongs to one run (locked), and holds its log (Log)
+    a run's folder       belongs to one run (locked), and holds its log (Log, which draws the progress bar)
+    memory               what a training step keeps until its backward pass (saved_bytes)
 
 A reader of the method can skip this file: each name says what the others rely on.
 """

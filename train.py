@@ -787,9 +787,10 @@ def dry_run(args, processes):
     freeze_all_but(model, settings.trains)
     # the first step's batch, and rank 0's share of it, speak for all
     _, _, ids = next(data.schedule_of(examples.shares, settings.batch, args.seed))
-    sizes, mine = {i: examples.size(i) for i in ids}, ids[::processes]
-    parts = data.bucket(mine, {i: data.cost_of(sizes[i], model.config) for i in mine}, args.tokens)
-    known = [seconds for _, seconds in map(sizes.get, ids) if seconds >= 0]
+    known = [seconds for _, seconds in map(examples.size, ids) if seconds >= 0]
+    mine = ids[::processes]
+    costs = {i: data.cost_of(examples.size(i), model.config) for i in mine}
+    parts = data.bucket(mine, costs, args.tokens)
     print(f"{args.model}, stage {args.stage}, {processes} processes")
     for what, value in {
         "examples": f"{len(examples):,} in {len(args.data)} manifests",
@@ -930,12 +931,10 @@ def parse(argv):
     option("--workers", type=int, default=0, help="processes that read clips, for each GPU")
     option("--save-every", type=int, default=250, metavar="STEPS")
     option("--held-out-every", type=int, default=100, metavar="STEPS")
-    text = "of the computation (default: bf16 on a GPU, else fp32)"
-    option("--precision", choices=("bf16", "fp32"), help=text)
+    option("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, else fp32")
     option("--recompute", action="store_true", help="activation checkpointing: less memory, 1/3 more time")
     option("--compile", action="store_true", help="torch.compile the backbone's blocks")
-    text = "stop when more than this share of the examples cannot be used (default 0.01)"
-    option("--skip-limit", type=float, default=0.01, help=text)
+    option("--skip-limit", type=float, default=0.01, help="stop when more than this share cannot be used")
     option("--tensorboard", action="store_true", help="write TensorBoard's files beside log.jsonl")
     option("--device")
     args = parser.parse_args(argv)
