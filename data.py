@@ -32,7 +32,7 @@ import torch
 from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram
 
 from model import SPECIAL_TOKENS
-from runtime import UserError, write_file
+from runtime import UserError, ignore_signals, write_file
 
 SAMPLES_PER_FRAME = 2 * HOP_LENGTH  # an encoder frame is two mel frames: 20 ms
 RESPONSE_UNIT = 16  # a response is a multiple of this many tokens long
@@ -233,9 +233,46 @@ class Mixture:
         return dataclasses.replace(manifest[j], id=i)
 
     def size(self, i):
-        """Letters and seconds of example i (letters_in; negative seconds: unknown), read off the index."""
+        """size_of example i, read off the index: no line is parsed."""
         manifest, j = self.place(i)
         return int(manifest.index["letters"][j]), float(manifest.index["seconds"][j])
+
+    def read(self, ids):
+        """These examples, and what is to be told (`unusable`) of those whose lines cannot be used."""
+        examples, skipped = [], []
+        for i in ids:
+            try:
+                examples.append(self[i])
+            except CANNOT_BE_USED as e:
+                skipped.append(unusable(i, self.where(i), e))
+        return examples, skipped
+
+
+CANNOT_BE_USED = (UserError, OSError, ValueError, RuntimeError)  # a line or a clip that raises one is skipped
+
+
+def unusable(id, where, error):
+    """What skipped.jsonl says of an example."""
+    why = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return {"id": id, "where": where, "why": why}
+
+
+def record_skipped(group, out, skipped, seen):
+    """Appends what all processes skipped, and was not seen before, to out/skipped.jsonl.
+
+    seen: ids, kept by rank 0.  Returns how many different examples there are by now.
+    """
+    everything = [entry for some in group.gather(skipped) for entry in some]
+
+    def write():
+        with open(os.path.join(out, "skipped.jsonl"), "a", encoding="utf-8") as f:
+            for entry in everything:
+                if entry["id"] not in seen:
+                    seen.add(entry["id"])
+                    f.write(json.dumps(entry) + "\n")
+        return len(seen)
+
+    return group.first_only(write)
 
 
 def open_index(path):
@@ -294,8 +331,8 @@ def build_index(f, path, size):
             for stage in (None, 1, 4) if is_authors else (None,):
                 with contextlib.suppress(UserError):
                     example = parse_example(entry, 0, path, "", stage, check=False)
-                    letters = max(letters, letters_in(example))
-                    seconds = -1.0 if example.duration is None else example.duration
+                    n, seconds = size_of(example)
+                    letters = max(letters, n)
         rows.append((start, len(raw), number, letters, seconds))
         if len(rows) == 1 << 16:
             parts.append(np.array(rows, dtype=INDEX))
@@ -783,21 +820,15 @@ class BatchBuilder:
             mel = mask_mel(mel, generator)
         return item | {"mel": mel, "n_frames": n_frames, "seconds": len(audio) / SAMPLE_RATE}
 
-    def __call__(self, examples, epoch, chosen=None):
-        """-> {"batch", "ids", "epoch", "skipped", "seconds"}; batch is None when no example is left.
-
-        examples: a list or a Mixture; chosen: the places of those to take, None: all.
-        """
+    def __call__(self, examples, epoch):
+        """-> {"batch", "ids", "epoch", "skipped", "seconds"}; batch is None when no example is left."""
         items, ids, skipped = [], [], []
-        for i in range(len(examples)) if chosen is None else chosen:
+        for example in examples:
             try:
-                example = examples[i]  # a Mixture parses the line here
                 items.append(self.item(example, epoch))
                 ids.append(example.id)
-            except (UserError, OSError, ValueError, RuntimeError) as e:
-                why = str(e).splitlines()[0] if str(e) else type(e).__name__
-                where = examples.where(i) if isinstance(examples, Mixture) else examples[i].where
-                skipped.append({"id": i, "where": where, "why": why})
+            except CANNOT_BE_USED as e:
+                skipped.append(unusable(example.id, example.where, e))
         seconds = sum(item["seconds"] for item in items)
         micro = {"ids": ids, "epoch": epoch, "skipped": skipped, "seconds": seconds, "batch": None}
         if not items:
@@ -822,30 +853,23 @@ class BatchBuilder:
         return micro | {"batch": batch}
 
 
-def letters_in(example):
-    """Letters of an example's text; those of an answer count twice, its response has end marks too."""
-    return len(example.question) + 2 * len(example.answer) + 2 * len(example.rejected or "")
+def size_of(example):
+    """Letters of an example's text and seconds of its clip; negative: unknown.
+
+    Letters of an answer count twice, its response has end marks too.
+    """
+    letters = len(example.question) + 2 * len(example.answer) + 2 * len(example.rejected or "")
+    return letters, -1.0 if example.duration is None else example.duration
 
 
-def cost_of(letters, seconds, config):
+def cost_of(size, config):
     """About how many positions an example takes: a quarter of its letters, its audio tokens, its response.
 
-    letters, seconds: numbers or arrays; negative seconds are unknown, and count as the whole window.
+    size: size_of the example.  A clip of unknown length counts as the whole window.
     """
-    window = window_seconds(config)
-    seconds = np.where(np.asarray(seconds) < 0, window, np.minimum(seconds, window))
-    return 55 + np.asarray(letters) // 4 + config.n_queries + np.rint(12.5 * seconds).astype(np.int64)
-
-
-def costs_of(examples, ids, config):
-    """cost_of some of a list of Examples or of a Mixture: {id: positions}."""
-    if isinstance(examples, Mixture):
-        sizes = [examples.size(i) for i in ids]
-    else:
-        some = [examples[i] for i in ids]
-        sizes = [(letters_in(e), -1.0 if e.duration is None else e.duration) for e in some]
-    letters, seconds = np.array(sizes, dtype=np.float64).reshape(-1, 2).T
-    return dict(zip(ids, cost_of(letters.astype(np.int64), seconds, config).tolist(), strict=True))
+    (letters, seconds), window = size, window_seconds(config)
+    seconds = window if seconds < 0 else min(seconds, window)
+    return 55 + letters // 4 + config.n_queries + round(12.5 * seconds)
 
 
 def bucket(ids, costs, budget):
@@ -860,11 +884,6 @@ def bucket(ids, costs, budget):
         else:
             batches.append([i])
     return batches or [[]]
-
-
-def micro_batches_of(examples, ids, config, budget):
-    """Some of a list of Examples or of a Mixture in batches of similar cost (bucket), each of ids."""
-    return bucket(ids, costs_of(examples, ids, config), budget)
 
 
 def epoch_length(shares):
@@ -931,24 +950,27 @@ class MicroBatches(torch.utils.data.IterableDataset):
         self.examples, self.builder, self.batch = examples, builder, batch
         self.rank, self.size, self.budget, self.seed = rank, size, budget, seed
         self.start, self.stop = start, stop
-        self.shares = examples.shares if isinstance(examples, Mixture) else [(len(examples), 1.0)]
 
     def plan(self):
         """(step, epoch, ids, whether the step ends here) of every micro-batch."""
-        for step, epoch, ids in schedule_of(self.shares, self.batch, self.seed, self.start):
+        for step, epoch, ids in schedule_of(self.examples.shares, self.batch, self.seed, self.start):
             if step >= self.stop:
                 return
             mine = ids[self.rank :: self.size]
-            parts = micro_batches_of(self.examples, mine, self.builder.config, self.budget)
+            costs = {i: cost_of(self.examples.size(i), self.builder.config) for i in mine}
+            parts = bucket(mine, costs, self.budget)
             for n, part in enumerate(parts, 1):
                 yield step, epoch, part, n == len(parts)
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
+        if worker:
+            ignore_signals()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         for step, epoch, ids, last in itertools.islice(self.plan(), first, None, stride):
-            micro = self.builder(self.examples, epoch, ids)
-            yield micro | {"step": step, "last": last}
+            examples, skipped = self.examples.read(ids)
+            micro = self.builder(examples, epoch)
+            yield micro | {"skipped": skipped + micro["skipped"], "step": step, "last": last}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""What every program here needs and no paper speaks of: errors, files, processes, signals, logs.
+"""What every program here needs and no paper speaks of: errors, files, processes, signals, logs, memory.
 
     a wrong input        one line and exit status 2 (UserError, Parser, exit_status)
     a file               whole or not there (write_file)
     torchrun             one process a GPU, all of which leave together (process_group, ProcessGroup)
     SIGTERM, Ctrl-C      are remembered until the step is done (StopSignal)
-    a run's folder       belongs to one run (locked), and holds its log (Log)
+    a run's folder       belongs to one run (locked), and holds its log (Log, which draws the progress bar)
+    memory               what a training step keeps until its backward pass (saved_bytes)
 
 A reader of the method can skip this file: each name says what the others rely on.
 """
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------
 # programs
@@ -107,6 +109,11 @@ class ProcessGroup:
     rank: int
     size: int
     device: torch.device
+
+    def print(self, text):
+        """Once, not once a process."""
+        if self.rank == 0:
+            print(text)
 
     def sum(self, values):
         """Sums a list of numbers over the processes, in fp64."""
@@ -223,14 +230,18 @@ class StopSignal:
 
 @contextlib.contextmanager
 def locked(out, wait):
-    """The folder belongs to one run: a lock that dies with its holder, however that dies.
+    """The folder belongs to one run: a lock that dies with its holder, however that dies.  Rank 0 takes it.
 
     Between machines it holds where the shared disk has flock (NFS from version 4 on).  wait: until the other
     run is gone; else a UserError names it.
     """
     path = os.path.join(out, ".lock")
+    if int(os.environ.get("RANK", 0)):
+        yield
+        return
     while True:
         try:
+            os.makedirs(out, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT)
         except OSError as e:
             raise UserError(f"{out}: cannot be written ({e.strerror})") from None
@@ -255,7 +266,7 @@ def locked(out, wait):
         os.close(handle)
 
 
-def ignore_signals(_):
+def ignore_signals():
     """Loader workers leave the answer to SIGTERM and Ctrl-C to the process they work for."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -266,10 +277,17 @@ def ignore_signals(_):
 
 
 class Log:
-    """out/log.jsonl, a line a step, cut back to `step` when a run is resumed; TensorBoard if wanted."""
+    """What is seen of a run: out/log.jsonl, a line a step, a progress bar, TensorBoard if wanted.
 
-    def __init__(self, out, step, tensorboard):
+    A run that goes on at `step` cuts the file back to it.  Only rank 0 shows and writes anything.
+    """
+
+    def __init__(self, out, title, step, steps, tensorboard, rank):
         path, lines = os.path.join(out, "log.jsonl"), []
+        self.file = self.board = self.smoothed = None
+        self.bar = tqdm(total=steps, initial=step, desc=title, unit=" steps", mininterval=1, disable=rank > 0)
+        if rank:
+            return
         if os.path.exists(path) and step:
             with open(path, encoding="utf-8") as f:
                 lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -280,31 +298,60 @@ class Log:
 
         write_file(path, write)
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        self.board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(out)
 
     def write(self, **entry):
-        self.file.write(json.dumps(entry) + "\n")
-        self.file.flush()
+        if self.file:
+            self.file.write(json.dumps(entry) + "\n")
+            self.file.flush()
         if self.board:
             for name, value in entry.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self.board.add_scalar(name, value, entry["step"])
 
-    def close(self):
-        self.file.close()
-        if self.board:
-            self.board.close()
+    def write_step(self, **entry):
+        """The line of a step; the bar shows the same, the loss as a running mean of some 50 steps."""
+        self.write(**entry)
+        loss, norm = entry["loss"], entry["norm"]
+        if loss is not None and norm is not None:
+            before = loss if self.smoothed is None else self.smoothed
+            self.smoothed = before + (loss - before) / min(entry["step"], 50)
+        shown = {"loss": "-" if self.smoothed is None else f"{self.smoothed:.3f}", "lr": f"{entry['lr']:.1e}"}
+        shown |= {"norm": "-" if norm is None else f"{norm:.2f}", "audio": f"{entry['hours']:.2f}h"}
+        if entry["skipped"]:
+            shown["skipped"] = entry["skipped"]
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for part in (self.bar, self.file, self.board):
+            if part is not None:
+                part.close()
 
 
-def record_skipped(out, skipped, seen):
-    """Appends what was not seen before to out/skipped.jsonl.  Returns the number of different examples."""
-    with open(os.path.join(out, "skipped.jsonl"), "a", encoding="utf-8") as f:
-        for entry in skipped:
-            if entry["id"] not in seen:
-                seen.add(entry["id"])
-                f.write(json.dumps(entry) + "\n")
-    return len(seen)
+# ---------------------------------------------------------------------------------------------
+# memory
+
+
+def saved_bytes(run, parameters, n_keys):
+    """Bytes that autograd keeps of run() until its backward pass, beside the parameters themselves.
+
+    On the meta device nothing is computed or allocated, so this works for a model of any size.  Scores of
+    attention (.., queries, keys), which are formed there, are left out: a GPU's fused attention keeps none.
+    """
+    ours, kept = {p.untyped_storage()._cdata for p in parameters}, {}
+
+    def keep(x):
+        if x.dim() < 3 or x.size(-1) != n_keys:
+            kept[x.untyped_storage()._cdata] = x  # the tensor too: an address that is free is used again
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        run()
+    return sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in ours)

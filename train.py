@@ -22,12 +22,15 @@ by the number of examples once.  What an example is masked and augmented with is
 epoch, example): apart from dropout and rounding, the number of processes and the size of a
 micro-batch change nothing but the speed.
 
-Reading order: the losses, the table of stages, the optimizers, `train` (the loop).  Processes, logs
-and signals are runtime.py's.
+How it differs from nanoGPT's train.py: most of the network is frozen, five stages share the loop, an
+example is a clip that may be unreadable, and a run cut in two equals the whole run to the bit.
+
+Reading order: the losses, the table of stages, the optimizers, the held-out loss, `train` (the loop),
+then what is around it: where a stage starts, --dry-run, the command line.  Processes, logs and signals
+are runtime.py's, files of weights weights.py's.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -38,62 +41,27 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
-from data import (
-    BatchBuilder,
-    MicroBatches,
-    Mixture,
-    encode_pair,
-    encode_question,
-    epoch_length,
-    generator_for,
-    micro_batches_of,
-    part_of,
-    path_and_share,
-    read_manifest,
-    schedule_of,
-)
+import data
+import runtime
+import weights
 from diffusion import corrupt, draw_t, masked_nll, next_token_loss, sft_loss
 from model import DIFFA2, PRESETS, build
-from runtime import (
-    Log,
-    Parser,
-    StopSignal,
-    UserError,
-    exit_process,
-    exit_status,
-    ignore_signals,
-    locked,
-    process_group,
-    record_skipped,
-)
+from runtime import Log, Parser, StopSignal, UserError, exit_process, exit_status, locked, process_group
 from vrpo import BETA, SAMPLES, backward_per_sample, draw_pair_masks, margin, score, swapped, vrpo_loss
-from weights import (
-    ASSETS,
-    RELEASES,
-    assemble,
-    fetch,
-    list_states,
-    load,
-    load_tiny_encoder,
-    load_tokenizer,
-    read_state,
-    save,
-    write_state,
-)
 
 # ---------------------------------------------------------------------------------------------
 # losses.  A loss takes a micro-batch of data.BatchBuilder, adds the gradient of the SUM over its
 # examples to .grad, and returns the loss of every example (B,), detached.  The division by the
 # size of the global batch comes later, once, in the loop: no process needs to know the others' share.
+# A mean of each micro-batch's mean would be another loss: micro-batches differ in size, and an example would
+# weigh the more the fewer others share its micro-batch.
 #
 # Two losses train all five stages.  `sft` is Eq. 1 and 2: hide some of the answer's tokens, let the network
 # guess them.  `vrpo` is Eq. 4 and 5: prefer a better answer to a worse one.  Neither knows what trains,
@@ -118,7 +86,7 @@ class LossContext:
 
     def noise(self, micro):
         """One generator for each example, on the stream that training draws t and masks from."""
-        return [generator_for(self.seed, micro["epoch"], i, stream=1) for i in micro["ids"]]
+        return [data.generator_for(self.seed, micro["epoch"], i, stream=1) for i in micro["ids"]]
 
 
 def predictor(model, text, audio, is_audio):
@@ -139,7 +107,7 @@ def audio_tokens(context, batch):
         taps, final = model.encode(batch["mel"], batch["n_frames"])
         return model.adapt(taps, final, batch["n_frames"], context.stage)
     # stage 0: no audio; weighted sums of word embeddings plus noise stand where audio tokens will
-    imitated = part_of(batch, "imitated")
+    imitated = data.part_of(batch, "imitated")
     audio = model.embed_imitation(imitated["ids"], imitated["weights"], imitated["noise"])
     return audio, imitated["valid"]
 
@@ -148,11 +116,13 @@ def ctc_loss(model, batch, audio, is_audio, stage):
     """CTC of the transcripts through the backbone's embeddings, nats a piece (B,); 0 without a transcript.
 
     A semantic token is read as the word whose embedding it is most like, the end mark as CTC's blank.
-    It tells the adapter where a word stands, which the answer's loss alone must find by itself.
+    It tells the adapter where a word stands, which the answer's loss alone must find by itself.  CTC sums
+    over all ways to place the pieces, in their order, on the tokens (Graves et al., 2006), so nobody has to
+    mark when a word is spoken.  Not the paper's: with 11,000 hours it does without.
     """
     c = model.config
     n_first = c.n_soft_prompts if stage == 1 else c.n_queries
-    semantic, n_tokens = audio[:, n_first:], is_audio[:, n_first:].sum(1)
+    semantic, n_tokens = audio[:, n_first:], is_audio[:, n_first:].sum(1)  # acoustic tokens carry no words
     logits = semantic.float() @ model.backbone.wte.weight.float().T * c.width**-0.5
     log_p = logits.log_softmax(-1).transpose(0, 1)  # (A, B, vocab), as torch wants it
     n_pieces = batch["transcript_length"]
@@ -162,35 +132,32 @@ def ctc_loss(model, batch, audio, is_audio, stage):
     return loss / n_pieces.clamp(min=1) * (n_pieces > 0)
 
 
-def question_loss(context, batch, audio, is_audio, generators):
-    """Eq. 2 with audio, one value per example (B,), with gradient; of a causal model its own loss.
-
-    audio, is_audio: audio_tokens'.
-    """
-    model, least_t, text = context.model, context.settings.least_t, part_of(batch)
-    predict = predictor(model, text, audio, is_audio)
-    if model.config.causal:
-        return next_token_loss(predict, text["ids"], text["is_answer"])
-    # one t for each example: a batch then holds easy and hard versions of the same task side by side.  Near
-    # t = 1 the answer must come from the audio alone, as in the first call of decoding; near 0 one word is
-    # filled into a sentence.  1/t makes up for the few tokens that a small t hides (Eq. 2).
-    t = least_t + (1 - least_t) * draw_t(len(text["ids"]), generators)
-    return sft_loss(predict, text["ids"], text["is_answer"], model.config.mask_id, t, generator=generators)
-
-
 def sft(context, micro):
-    """Stages 0-3: Eq. 1, 2, and CTC beside it where the settings say so.
+    """Stages 0-3: Eq. 1 and 2 with audio, and CTC beside it where the settings say so.
 
     One function for all of them: a stage differs in which parameters train and which examples are read.
-    Only the answer's tokens are ever hidden.
+    Only the answer's tokens are ever hidden.  A causal model (--objective ar) has its own loss.
     """
-    batch = micro["batch"]
+    model, settings, batch = context.model, context.settings, micro["batch"]
+    text = data.part_of(batch)
+    ids, is_answer = text["ids"], text["is_answer"]
     with context.autocast():
         audio, is_audio = audio_tokens(context, batch)
-        losses = question_loss(context, batch, audio, is_audio, context.noise(micro))
+        predict = predictor(model, text, audio, is_audio)
+        if model.config.causal:
+            losses = next_token_loss(predict, ids, is_answer)
+        else:
+            # one t for each example: a batch then holds easy and hard versions of the same task side by side.
+            # Near t = 1 the answer must come from the audio alone, as in the first call of decoding; near 0
+            # one word is filled into a sentence, from its neighbours and hardly from the audio: a small model
+            # with an hour to learn is spared that (least_t).  1/t makes up for the few tokens that a small t
+            # hides (Eq. 2).
+            noise = context.noise(micro)
+            t = settings.least_t + (1 - settings.least_t) * draw_t(len(ids), noise)
+            losses = sft_loss(predict, ids, is_answer, model.config.mask_id, t, generator=noise)
     total = losses
-    if context.settings.ctc:
-        total = losses + context.settings.ctc * ctc_loss(context.model, batch, audio, is_audio, context.stage)
+    if settings.ctc:
+        total = losses + settings.ctc * ctc_loss(model, batch, audio, is_audio, context.stage)
     if total.requires_grad:  # where a small t has hidden nothing in any example there is no gradient
         total.sum().backward()
     return losses.detach()
@@ -203,7 +170,7 @@ def vrpo(context, micro):
     each sample; the adapters' is kept, and walked once at the end.
     """
     model, batch = context.model, micro["batch"]
-    texts = {name: part_of(batch, name) for name in ("chosen", "rejected")}
+    texts = {name: data.part_of(batch, name) for name in ("chosen", "rejected")}
     is_answer = [text["is_answer"] for text in texts.values()]
     masks = draw_pair_masks(*is_answer, SAMPLES, context.noise(micro))
 
@@ -243,13 +210,13 @@ class Loss:
 
     backward: Callable  # (context, micro-batch) -> losses (B,)
     encode: Callable  # data.encode_...: the texts of an example
-    has_reference: bool = False  # keeps the trained parameters as they were before the first step
-    has_dropout: bool = True  # VRPO's margins start at exactly 0, so policy and reference have none
-    has_held_out: bool = True
+    # compares the model with what it was before the first step: that copy is kept, there is no dropout (the
+    # margins of Eq. 4 then start at exactly 0) and no held-out loss, which is Eq. 2's
+    has_reference: bool = False
 
 
-SFT = Loss(sft, encode_question)
-VRPO = Loss(vrpo, encode_pair, has_reference=True, has_dropout=False, has_held_out=False)
+SFT = Loss(sft, data.encode_question)
+VRPO = Loss(vrpo, data.encode_pair, has_reference=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -266,18 +233,23 @@ class Stage:
 
     trains: tuple  # prefixes of the names of the parameters that train; all else is frozen
     lr: float
-    batch: int  # examples in a step, whatever the number of GPUs
-    warmup: int  # steps
+    batch: int  # examples in a step, whatever the number of GPUs: the rate above is right for this many
+    warmup: int  # steps that the rate takes to rise from 0
     epochs: float = 0  # over the manifest, or
     steps: int = 0  # this many steps whatever its size
     loss: Loss = SFT
     is_imitated: bool = False  # word embeddings in the place of audio (data.imitate_audio)
     least_t: float = 0.0  # t is drawn from (least_t, 1]: decoding starts from nothing visible
     ctc: float = 0.0  # weight of CTC of the transcript on the semantic tokens
-    weight_decay: float = 0.05
-    beta2: float = 0.999
+    weight_decay: float = 0.05  # the authors' script; the paper gives none
+    beta2: float = 0.999  # AdamW's memory of squared gradients: some 1 / (1 - beta2) steps
     muon: bool = False  # Muon instead of AdamW for the matrices of a small model's blocks
     augment: bool = False  # other speeds and levels, noise, SpecAugment: for a few hours of recordings
+
+    @property
+    def parts(self):
+        """`trains` in words."""
+        return ", ".join(prefix.rstrip(".") for prefix in self.trains)
 
 
 # Stage 1 teaches the semantic adapter to say what is said, in embeddings that LLaDA reads as words; the
@@ -316,6 +288,11 @@ def freeze_all_but(model, prefixes):
 
     A frozen parameter has no gradient, no optimizer state and no place in a checkpoint; gradients still
     pass through the layer it belongs to, to the adapters before it.
+
+    Why freeze?  LLaDA and Whisper were made with far more data than a stage has; what trains on little data
+    forgets the rest, which is why even stage 3 moves LLaDA by LoRA alone (paper, 3.3).  And memory: a weight
+    that trains takes 12 bytes for its gradient and AdamW's two moments, 105 GB for 8.75 billion weights,
+    1.2 GB for the 99 million of Table B.3.
     """
     trained = {}
     for name, p in model.named_parameters():
@@ -330,7 +307,8 @@ def freeze_all_but(model, prefixes):
 def frozen_to_bf16(model):
     """Frozen matrices in bf16; vectors stay as they are (Whisper's norms want fp32, and weigh nothing).
 
-    What trains stays in fp32: a step of 1e-5 on a weight of 0.1 is less than bf16 can tell apart.
+    They are only read, by matrix products that run in bf16 anyway, and LLaDA is published so.  What trains
+    stays in fp32: a step of 1e-5 on a weight of 0.1 is less than bf16 can tell apart.
     """
     for p in model.parameters():
         if not p.requires_grad and p.dim() > 1:
@@ -342,14 +320,9 @@ def recompute(model):
 
     The backbone is frozen, but gradients pass through it on their way to the adapters, so without this
     the activations of all its layers wait in memory.  Costs a third more time.
-
-    Returns a stack that undoes it.
     """
-    undo = contextlib.ExitStack()
     for block in model.backbone.blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        undo.callback(delattr, block, "forward")
-    return undo
 
 
 # ---------------------------------------------------------------------------------------------
@@ -359,8 +332,10 @@ def recompute(model):
 def learning_rate(step, settings, steps):
     """Linear warm-up, then a cosine down to zero.  step counts from 0, steps is the length of the run.
 
-    Warm-up, because AdamW's moments are means over nearly nothing at first; down to zero, because ever
-    smaller steps average out the noise of the batches.
+    Warm-up, because AdamW's moments are means over nearly nothing at first: its steps have their full
+    length before it knows a direction.  Down to zero, because ever smaller steps average out the noise of
+    the batches.  A cosine stays near the top while there is much to learn and near zero at the end.  Warm-ups
+    are the paper's (Table B.2), the cosine is the authors' script's.
     """
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
@@ -371,9 +346,11 @@ def learning_rate(step, settings, steps):
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024) for matrices: the momentum's nearest matrix with equal singular values.
 
-    Every direction gets a step of the same size, however small its gradient.  Updates are scaled to the
-    size of AdamW's, so one learning rate serves both.  torch.optim.Muon does the same in bf16, which takes
-    processors without bf16 arithmetic thirty times as long; this one computes in fp32.
+    A gradient's few large singular values drown the many small ones, and a small backbone that starts from
+    nothing has to learn in all directions: here each gets a step of the same size, however small its
+    gradient.  Updates are scaled to the size of AdamW's, so one learning rate serves both.  torch.optim.Muon
+    does the same in bf16, which takes processors without bf16 arithmetic thirty times as long; this one
+    computes in fp32.
     """
 
     def __init__(self, parameters, lr, weight_decay, momentum=0.95):
@@ -397,9 +374,10 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrix, steps=5):
     """U V^T of the singular value decomposition U S V^T, to within a few tenths, by Newton-Schulz.
 
-    Each round applies the odd polynomial a s + b s^3 + c s^5 to every singular value s at once, without
-    ever computing one.  Muon's a, b, c blow small values up quickest; they end between 0.7 and 1.2, and
-    nothing is gained by coming closer to 1.
+    With X = U S V^T, X X^T X is U S^3 V^T: products of X with itself change the singular values and nothing
+    else.  So each round applies the odd polynomial a s + b s^3 + c s^5 to every singular value s at once,
+    without ever computing one; matrix products are what a GPU does best.  Muon's a, b, c blow small values up
+    quickest; they end between 0.7 and 1.2, and nothing is gained by coming closer to 1.
     """
     x = matrix / (matrix.norm() + 1e-7)  # all singular values at most 1
     is_tall = x.size(0) > x.size(1)
@@ -414,23 +392,23 @@ def make_optimizers(trained, settings):
     """AdamW for `trained` (name -> parameter); with settings.muon Muon for the matrices of the blocks.
 
     Muon is for matrices that map hidden states to hidden states.  Embeddings, the head, convolutions and
-    vectors stay with AdamW, as Muon's authors advise.
+    vectors stay with AdamW, as Muon's authors advise: a row of an embedding is a word's alone, and most
+    words are in no batch.
     """
     in_blocks = re.compile(r"(backbone\.blocks|acoustic\.layers)\.\d+\..*weight$")
-    by_muon = {
-        name for name, p in trained.items() if settings.muon and p.dim() == 2 and in_blocks.match(name)
-    }
-    rest = [p for name, p in trained.items() if name not in by_muon]
-    # no decay on vectors: norms, biases, gains
-    groups = [
-        {"params": [p for p in rest if p.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+    by_muon, matrices, vectors = {}, [], []
+    for name, p in trained.items():
+        if settings.muon and p.dim() == 2 and in_blocks.match(name):
+            by_muon[name] = p
+        else:
+            (matrices if p.dim() > 1 else vectors).append(p)
+    # decay keeps matrices from growing for ever; a norm's gain it would only pull to 0, where nothing passes
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}]
+    groups += [{"params": vectors, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=True)]
     if by_muon:
-        optimizers.append(
-            Muon([trained[name] for name in sorted(by_muon)], settings.lr, settings.weight_decay)
-        )
+        by_name = [p for _, p in sorted(by_muon.items())]
+        optimizers.append(Muon(by_name, settings.lr, settings.weight_decay))
     return optimizers
 
 
@@ -438,16 +416,14 @@ def make_optimizers(trained, settings):
 # what feeds a process, and what is measured now and then
 
 
-def no_collate(micro):
-    return micro
-
-
 def to_device(batch, device):
     return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
 
 
-# The training loss jumps about with t and with the batch.  Examples that are never trained on, at fixed t
-# and under fixed masks, give a smooth curve instead; the hardest t says most about decoding.
+# The training loss jumps about with t and with the batch: what is asked at t = 0.9 is far harder than at 0.1,
+# and a mean over random t says as much of the draw as of the model.  Examples that are never trained on, at
+# fixed t and under fixed masks, give a smooth curve instead, and tell learning from remembering.  The hardest
+# t says most about decoding, which starts from t = 1.
 HELD_OUT_T = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
@@ -455,39 +431,41 @@ HELD_OUT_T = (0.1, 0.3, 0.5, 0.7, 0.9)
 def held_out_loss(context, builder, examples, group, tokens):
     """Cross-entropy per masked token at fixed t, masks fixed by the example: a curve without sampling noise.
 
-    Examples are shared out over the ranks.  Returns the mean over HELD_OUT_T and a list, one per t.
+    Without the weight 1/t, so that the numbers are nats of a guess and can be compared from t to t.
+    Examples are shared out over the ranks.  Returns what is logged: the mean over HELD_OUT_T, and each t's.
     """
     model, c = context.model, context.model.config
     was_training = model.training
     model.eval()
     sums = torch.zeros(len(HELD_OUT_T), 2, dtype=torch.float64)  # nats, tokens
     mine = range(group.rank, len(examples), group.size)
-    for ids in micro_batches_of(examples, mine, c, tokens):
-        micro = builder([examples[i] for i in ids], 0)
-        if micro["batch"] is None:
+    costs = {i: data.cost_of(data.size_of(examples[i]), c) for i in mine}
+    for some in data.bucket(mine, costs, tokens):
+        micro = builder([examples[i] for i in some], 0)
+        if micro["batch"] is None:  # a rank may have none, or none that can be read
             continue
         batch = to_device(micro["batch"], group.device)
-        text = part_of(batch)
+        text = data.part_of(batch)
+        ids, is_answer = text["ids"], text["is_answer"]
         with context.autocast():
-            audio, is_audio = audio_tokens(context, batch)
-            predict = predictor(model, text, audio, is_audio)
+            predict = predictor(model, text, *audio_tokens(context, batch))
             if c.causal:  # one loss, whatever t
-                n = text["is_answer"].sum(1)
-                nll = next_token_loss(predict, text["ids"], text["is_answer"]) * n
+                n = is_answer.sum(1)
+                nll = next_token_loss(predict, ids, is_answer) * n
                 sums += torch.tensor([nll.sum().item(), n.sum().item()])
                 continue
             for k, t in enumerate(HELD_OUT_T):
-                noise = [generator_for(k, 0, i, stream=1) for i in micro["ids"]]
+                noise = [data.generator_for(k, 0, i, stream=1) for i in micro["ids"]]
                 every_t = torch.full((len(noise),), t)
-                noisy, is_masked = corrupt(
-                    text["ids"], text["is_answer"], c.mask_id, every_t, generator=noise
-                )
-                nll = masked_nll(predict, text["ids"], noisy, is_masked)
+                noisy, is_masked = corrupt(ids, is_answer, c.mask_id, every_t, generator=noise)
+                nll = masked_nll(predict, ids, noisy, is_masked)
                 sums[k] += torch.tensor([nll.sum().item(), is_masked.sum().item()])
     model.train(was_training)
+    # sums first, one division: ranks hold different numbers of tokens
     sums = torch.tensor(group.sum(sums.flatten().tolist())).view(-1, 2)
     per_t = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
-    return sum(per_t) / len(per_t), per_t
+    by_t = dict(zip(map(str, HELD_OUT_T), per_t, strict=True))
+    return {"held_out": sum(per_t) / len(per_t), "held_out_t": by_t}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -495,89 +473,30 @@ def held_out_loss(context, builder, examples, group, tokens):
 # it; a signal, a bad clip or a loss that is not a number ends in a saved checkpoint or a clear line; and a
 # checkpoint holds all that the next step depends on, so that a run cut in two is the whole run to the bit.
 
-
-@dataclass(frozen=True)
-class Options:
-    """Settings of a run that are not the stage's; the command line's, by name.
-
-    None of them changes what is learned but `seed`, `max_steps`, `dropout` and, in the last digits,
-    `precision`: micro-batches, workers and processes only decide how fast.
-    """
-
-    seed: int = 42
-    max_steps: int | None = None  # ends the schedule here
-    stop_after: int | None = None  # saves and leaves after so many steps, the schedule unchanged
-    tokens: int = 6144  # positions in a micro-batch
-    workers: int = 0
-    save_every: int = 250
-    held_out_every: int = 100
-    precision: str = "bf16"
-    recompute: bool = False
-    compile: bool = False
-    dropout: bool = True
-    skip_limit: float = 0.01
-    tensorboard: bool = False
+MAX_BAD_STEPS = 10  # in a row: one may be a clip's fault, ten are the weights'
 
 
-def options_of(args):
-    """The Options that the command line names."""
-    return Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
-
-
-MAX_BAD_STEPS = 10  # in a row
-
-
-def count_steps(settings, n_examples):
-    """Steps of a stage: as many as the table says, or so many epochs of n_examples."""
-    return settings.steps or math.ceil(settings.epochs * math.ceil(n_examples / settings.batch))
-
-
-def builder_of(tokenizer, config, settings, options):
-    """What makes a stage's batches."""
-    s = settings
-    return BatchBuilder(tokenizer, config, s.loss.encode, options.seed, s.is_imitated, s.augment)
-
-
-def make_loader(examples, tokenizer, config, settings, options, group, start, stop):
-    """What one process works on, micro-batch by micro-batch, from step `start` up to step `stop`."""
-    builder = builder_of(tokenizer, config, settings, options)
-    place = (settings.batch, group.rank, group.size, options.tokens, options.seed, start, stop)
-    return torch.utils.data.DataLoader(
-        MicroBatches(examples, builder, *place),
-        batch_size=None,  # the data set makes whole micro-batches
-        num_workers=options.workers,
-        collate_fn=no_collate,
-        worker_init_fn=ignore_signals,
-        pin_memory=group.device.type == "cuda",
-        generator=torch.Generator(),  # its own: a loader must not shift dropout's numbers
-    )
-
-
-def restore_random_states(state, group):
-    """Dropout's generators as they were; with another number of processes they start anew."""
-    if group.size == len(state["random"]):
-        torch.set_rng_state(state["random"][group.rank])
-        if group.device.type == "cuda" and state["random_cuda"]:
-            torch.cuda.set_rng_state(state["random_cuda"][group.rank], group.device)
-
-
-def train(group, model, tokenizer, examples, stage, settings, out, options, steps, state=None, held_out=()):
+def train(group, model, tokenizer, examples, held_out, settings, steps, args, state=None):
     """Runs a stage of `steps` steps.  True when it is finished, False when it was stopped and has saved.
 
-    examples: a list or a Mixture.  state: what write_state wrote, to go on from.
+    examples: a Mixture.  held_out: a list of Examples.  state: a checkpoint of this stage, to go on from.
     """
-    # ---- what trains, and with what
-    device = group.device
+    device, stage, out = group.device, args.stage, args.out
+    is_cuda, has_reference = device.type == "cuda", settings.loss.has_reference
+    is_bf16 = args.precision == "bf16" if args.precision else is_cuda
+
+    # ---- what trains, and with what.  The reference of VRPO is the stage's own beginning: a copy of the
+    # trained 1 % is all it takes, for the rest of both models is the same.
     trained = freeze_all_but(model, settings.trains)
-    is_released = (model.base or {}).get("name") in RELEASES
-    if is_released and options.precision == "bf16":  # a small model's frozen weights stay in fp32
+    parameters = tuple(trained.values())
+    is_released = (model.base or {}).get("name") in weights.RELEASES
+    if is_bf16 and is_released:  # a small model's frozen weights stay in fp32
         frozen_to_bf16(model)
     optimizers = make_optimizers(trained, settings)
-    reference = ()
-    if settings.loss.has_reference:
-        reference = tuple(p.detach().clone() for p in trained.values())
-    step, skipped_ids, bad_in_a_row, audio_hours = 0, set(), 0, 0.0
-    torch.manual_seed(options.seed + group.rank)  # dropout: all other randomness has generators of its own
+    reference = tuple(p.detach().clone() for p in parameters) if has_reference else ()
+    step, audio_hours, skipped_ids, bad_in_a_row = 0, 0.0, set(), 0
+    # dropout, another on each rank: all other randomness has generators of its own
+    torch.manual_seed(args.seed + group.rank)
 
     # ---- going on: weights, moments, random states.  The number of the step fixes the place in the data,
     # for the order of an epoch is drawn from the seed alone.
@@ -588,188 +507,149 @@ def train(group, model, tokenizer, examples, stage, settings, out, options, step
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         reference = tuple(r.to(device) for r in state["reference"])
-        restore_random_states(state, group)
+        if len(state["random"]) == group.size:  # with another number of processes dropout starts anew
+            torch.set_rng_state(state["random"][group.rank])
+            if is_cuda and state["random_cuda"]:
+                torch.cuda.set_rng_state(state["random_cuda"][group.rank], device)
 
-    # ---- how it computes, and what feeds it
-    restore_forward = recompute(model) if options.recompute else contextlib.ExitStack()
-    if options.compile:
+    # ---- how it computes.  Under autocast matrix products run in bf16, many times as fast on a GPU, while
+    # norms, softmax and the loss, which add up many numbers, stay in fp32.
+    if args.recompute:
+        recompute(model)
+    if args.compile:
         for block in model.backbone.blocks:
             block.compile()
-    is_bf16 = options.precision == "bf16"
+    model.train(args.dropout and not has_reference)
     autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=is_bf16)
-    context = LossContext(model, stage, options.seed, settings, autocast, tuple(trained.values()), reference)
-    held_out_builder = BatchBuilder(tokenizer, model.config, settings.loss.encode, 0, settings.is_imitated)
-    stop_step = steps if options.stop_after is None else min(steps, step + options.stop_after)
-    loader = make_loader(examples, tokenizer, model.config, settings, options, group, step, stop_step)
+    context = LossContext(model, stage, args.seed, settings, autocast, parameters, reference)
+
+    # ---- what feeds it.  Workers read clips and compute log-mels while the network is busy.  A micro-batch
+    # is cut by positions and not by examples, for positions are what memory goes by: a clip may be 1 s long
+    # or 30, an answer a word or a page.
+    encode, is_imitated = settings.loss.encode, settings.is_imitated
+    builder = data.BatchBuilder(tokenizer, model.config, encode, args.seed, is_imitated, settings.augment)
+    held_out_builder = data.BatchBuilder(tokenizer, model.config, encode, 0, is_imitated)
+    stop_step = min(steps, step + (args.stop_after or steps))  # the schedule ends at `steps` all the same
+    place = (group.rank, group.size, args.tokens, args.seed, step, stop_step)
+    loader = torch.utils.data.DataLoader(
+        data.MicroBatches(examples, builder, settings.batch, *place),
+        batch_size=None,  # the data set makes whole micro-batches; they are handed on as they are
+        num_workers=args.workers,
+        pin_memory=is_cuda,  # memory that the GPU fetches by itself: the copy runs beside its work
+        generator=torch.Generator(),  # its own: a loader must not shift dropout's numbers
+    )
     micro_batches = iter(loader)
-    model.train(options.dropout and settings.loss.has_dropout)
-    log = Log(out, step, options.tensorboard) if group.rank == 0 else None
-    progress = tqdm(total=steps, initial=step, unit=" steps", mininterval=1, disable=group.rank != 0)
-    progress.set_description(f"stage {stage}", refresh=False)
-    smoothed_loss, started, saved_at = None, time.perf_counter(), step
 
     def save_checkpoint():
-        random_states = group.gather(torch.get_rng_state())
-        random_cuda = group.gather(torch.cuda.get_rng_state(device)) if device.type == "cuda" else []
-        checkpoint = {  # tensors, numbers and lists alone: it is read back with weights_only=True
-            "step": step,
+        """All that the next step depends on; the frozen parts lie in files of their own."""
+        now = {  # tensors, numbers and lists alone: it is read back with weights_only=True
+            "step": step,  # the learning rate, and the place in the data
             "stage": stage,
             "hours": audio_hours,
             "skipped": sorted(skipped_ids),
-            "reference": list(reference),
+            "reference": list(reference),  # nobody else has it: the policy has moved away
             "trained": {n: p.detach() for n, p in trained.items()},
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "random": random_states,
-            "random_cuda": random_cuda,
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],  # the moments
+            "random": group.gather(torch.get_rng_state()),  # dropout, rank by rank
+            "random_cuda": group.gather(torch.cuda.get_rng_state(device)) if is_cuda else [],
         }
+        # rank 0 writes, in a thread: the others go on as soon as it has a copy
+        group.first_only(lambda: writer.write(now, step))
 
-        def write():
-            nonlocal written
-            written.result()  # the one before, whose error, if any, is raised here
-            written = saver.submit(write_state, in_memory(checkpoint), out, step)
-
-        group.first_only(write)
-
-    # rank 0 writes in a thread: the others go on as soon as it has a copy
-    saver, written = ThreadPoolExecutor(1), Future()
-    written.set_result(None)
-    closing_log = contextlib.closing(log) if log else contextlib.nullcontext()
-    with StopSignal() as signals, saver, progress, restore_forward, closing_log:
+    log = Log(out, f"stage {stage}", step, steps, args.tensorboard, group.rank)
+    started = time.perf_counter()
+    with StopSignal() as signals, weights.StateWriter(out) as writer, log:
         while step < stop_step:
             # ---- forward and backward of this process's share of the global batch, a micro-batch at a
             # time: gradients of plain sums add up in .grad.  Processes may have different numbers of
             # micro-batches (one of them may be empty); they meet when the step ends.
-            losses, ids, skipped, audio_seconds, is_over = [], [], [], 0.0, False
-            while not is_over:
-                micro = next(micro_batches)
+            losses, ids, skipped, audio_seconds = [], [], [], 0.0
+            for p in parameters:  # zeros, not None: a process without examples adds them to the sum
+                p.grad = torch.zeros_like(p)
+            for micro in micro_batches:
                 skipped += micro["skipped"]
                 if micro["batch"] is not None:
                     micro["batch"] = to_device(micro["batch"], device)
                     losses.append(settings.loss.backward(context, micro))
                     ids += micro["ids"]
                     audio_seconds += micro["seconds"]
-                is_over = micro["last"]
+                if micro["last"]:
+                    break
 
             # ---- what every process has to say, in one reduction.  A loss that is not finite must not
-            # enter the sum of the others'; a signal to one process stops all.
+            # enter the sum of the others'; a signal to one process stops all, after the same step: one that
+            # left alone would leave the others waiting for its gradients.
             loss = torch.cat(losses).cpu().double() if losses else torch.zeros(0)
             is_finite = bool(loss.isfinite().all())
             local = [float(loss.sum()) if is_finite else 0.0, len(loss), audio_seconds]
             local += [not is_finite, len(skipped), signals.received]
             loss_sum, n_examples, all_seconds, n_not_finite, n_skipped, n_stop = group.sum(local)
             audio_hours += all_seconds / 3600
+            # a few broken clips are no reason to stop a run of days; many mean a wrong path
             if n_skipped:
-                all_skipped = [entry for some in group.gather(skipped) for entry in some]
-                # skipped_ids is kept, and saved, by rank 0 alone
-                n_unusable = group.first_only(
-                    functools.partial(record_skipped, out, all_skipped, skipped_ids)
-                )
-                if n_unusable > max(1, options.skip_limit * len(examples)):
-                    raise UserError(
-                        f"{n_unusable} of {len(examples)} examples cannot be used, more than "
-                        f"{options.skip_limit:.0%}: see {out}/skipped.jsonl"
-                    )
+                n_unusable = data.record_skipped(group, out, skipped, skipped_ids)
+                if n_unusable > max(1, args.skip_limit * len(examples)):
+                    how_many = f"{n_unusable} of {len(examples)} examples cannot be used"
+                    raise UserError(f"{how_many}, more than {args.skip_limit:.0%}: see {out}/skipped.jsonl")
 
             # ---- the step: the mean gradient of the global batch, clipped, then the optimizers.  Every
-            # process takes it with the same numbers, so the copies of the model stay equal.
+            # process takes it with the same numbers, so the copies of the model stay equal.  The sum over
+            # processes is taken here and not by DistributedDataParallel, which hooks into one forward and
+            # backward a step; here a step has any number of them.
             lr = learning_rate(step, settings, steps)
-            for optimizer in optimizers:
-                for param_group in optimizer.param_groups:
-                    param_group["lr"] = lr
-            for p in trained.values():  # a process without examples adds zeros
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
-            group.all_reduce_gradients(trained.values())
-            for p in trained.values():  # counted are examples that could be used: skipped ones dilute nothing
+            group.all_reduce_gradients(parameters)
+            for p in parameters:  # counted are examples that could be used: skipped ones dilute nothing
                 p.grad.div_(max(n_examples, 1))
-            norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)
+            # the weight 1/t makes a rare gradient many times as long as the others.  Clipped to norm 1 (the
+            # authors' script) it keeps its direction and does not rule AdamW's moments for many steps.
+            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
             is_good = n_examples > 0 and not n_not_finite and bool(norm.isfinite())
             if is_good:
                 for optimizer in optimizers:
+                    for param_group in optimizer.param_groups:
+                        param_group["lr"] = lr
                     optimizer.step()
-            for p in trained.values():
-                p.grad = None
             step += 1
 
-            # ---- a step whose loss or gradient is not finite is left out; many in a row are an error
-            if is_good:
-                bad_in_a_row = 0
-            elif n_examples:
-                bad_in_a_row += 1
+            # ---- a step whose loss or gradient is not finite is left out: NaN would never leave the moments.
+            # Many in a row are an error.
+            is_bad = n_examples > 0 and not is_good
+            bad_in_a_row = 0 if is_good else bad_in_a_row + is_bad
             if bad_in_a_row >= MAX_BAD_STEPS:
                 last_ids = sorted(i for some in group.gather(ids) for i in some)[:20]
-                places = ", ".join(examples[i].where for i in last_ids)
-                raise UserError(
-                    f"loss or gradient not finite {MAX_BAD_STEPS} steps in a row; the last step's "
-                    f"examples: {places}"
-                )
+                places = ", ".join(map(examples.where, last_ids))
+                what = f"loss or gradient not finite {MAX_BAD_STEPS} steps in a row"
+                raise UserError(f"{what}; the last step's examples: {places}")
 
             # ---- what one sees: a line in the log, the progress bar
-            if log is not None:
-                mean_loss = loss_sum / n_examples if n_examples and not n_not_finite else None
-                log.write(
-                    step=step,
-                    loss=mean_loss,
-                    lr=lr,
-                    norm=norm.item() if norm.isfinite() else None,
-                    n=int(n_examples),
-                    hours=audio_hours,
-                    bad=int(n_examples > 0 and not is_good),
-                    skipped=len(skipped_ids),
-                    seconds=time.perf_counter() - started,
-                )
-                if is_good:
-                    before = mean_loss if smoothed_loss is None else smoothed_loss
-                    smoothed_loss = before + (mean_loss - before) / min(step, 50)
-                fields = {"loss": "-" if smoothed_loss is None else f"{smoothed_loss:.3f}", "lr": f"{lr:.1e}"}
-                fields |= {"norm": f"{norm:.2f}", "audio": f"{audio_hours:.2f}h"}
-                if skipped_ids:
-                    fields["skipped"] = len(skipped_ids)
-                progress.set_postfix(fields, refresh=False)
-                progress.update()
+            entry = {"step": step, "loss": loss_sum / n_examples if n_examples and not n_not_finite else None}
+            entry |= {"lr": lr, "norm": norm.item() if norm.isfinite() else None, "n": int(n_examples)}
+            entry |= {"hours": audio_hours, "bad": int(is_bad), "skipped": len(skipped_ids)}
+            log.write_step(**entry, seconds=time.perf_counter() - started)
 
             # ---- now and then: the held-out loss, a checkpoint
-            is_due = step % options.held_out_every == 0 or step == steps
-            if len(held_out) and settings.loss.has_held_out and is_due:
-                value, per_t = held_out_loss(context, held_out_builder, held_out, group, options.tokens)
-                if log is not None:
-                    by_t = dict(zip(map(str, HELD_OUT_T), per_t, strict=True))
-                    log.write(step=step, held_out=value, held_out_t=by_t)
-            if step % options.save_every == 0:
+            is_due = step % args.held_out_every == 0 or step == steps
+            if held_out and is_due and not has_reference:
+                log.write(step=step, **held_out_loss(context, held_out_builder, held_out, group, args.tokens))
+            if step % args.save_every == 0:
                 save_checkpoint()
-                saved_at = step
             if n_stop:
                 break
-        if saved_at != step:  # also after the last step: writing the model may fail
+        if step % args.save_every:  # also after the last step: writing the model may fail
             save_checkpoint()
-        group.first_only(lambda: written.result())
-    return step >= steps
+        group.first_only(writer.wait)
 
-
-def in_memory(thing):
-    """A copy, on the CPU, of the tensors in dicts and lists: training goes on changing the originals."""
-    if torch.is_tensor(thing):
-        return thing.detach().to("cpu", copy=True)
-    if isinstance(thing, dict):
-        return {key: in_memory(value) for key, value in thing.items()}
-    if isinstance(thing, (list, tuple)):
-        return type(thing)(in_memory(value) for value in thing)
-    return thing
-
-
-def finish(group, model, tokenizer, out, stage):
-    """The trained model as out/model.safetensors, and a mark that the stage is done for its checkpoints."""
-
-    def write():
+    def finish():
+        """The model as others load it; a mark that the stage is done takes the place of its checkpoints."""
         model.stage = stage
-        save(model, tokenizer, out, dtype=torch.float32)
-        names = [os.path.basename(path) for path in list_states(out)] or ["state-0000000.pt"]
-        last = int(re.search(r"\d{7}", names[-1])[0])
-        write_state({"finished": True}, out, last + 1)
-        for path in list_states(out)[:-1]:
+        weights.save(model, tokenizer, out, dtype=torch.float32)
+        weights.write_state({"finished": True}, out, step + 1)
+        for path in weights.list_states(out)[:-1]:
             os.remove(path)
 
-    group.first_only(write)
+    if step >= steps:
+        group.first_only(finish)
+    return step >= steps
 
 
 # ---------------------------------------------------------------------------------------------
@@ -780,7 +660,10 @@ OBJECTIVES = {"diffusion": "", "ar": "-ar"}  # -> what its folder is called by
 
 
 def with_fresh_adapters(model, seed):
-    """The same encoder and backbone under untrained adapters and soft prompts, without LoRA."""
+    """The same encoder and backbone under untrained adapters and soft prompts, without LoRA.
+
+    What training begins with where nothing has learned to hear yet.
+    """
     weight = model.backbone.wte.weight
     with torch.device("meta"):
         fresh = DIFFA2(model.config)
@@ -798,44 +681,46 @@ def with_fresh_adapters(model, seed):
 def start_from(args, device):
     """The model a stage begins with, and its tokenizer.
 
-    A stage reads what the one before has written; what the paper downloads is the stage before the first.
+    A stage reads what the one before has written: adapters that already write what LLaDA can read are the
+    reason to train in stages.  What the paper downloads is the stage before the first.
 
     In this order: fresh weights (stage 0), frozen parts as published and fresh adapters (stage 1), the
     authors' released model (--init diffa2), the folder of the stage before or of --init.
     """
     stage, name, is_causal = args.stage, args.model, args.objective == "ar"
     if stage == 0 and not args.init:
-        tokenizer = load_tokenizer(os.path.dirname(args.data[0]) or ".")
+        # the manifest's own tokenizer, made from its text: a small vocabulary for a small model
+        tokenizer = weights.load_tokenizer(os.path.dirname(args.data[0]) or ".")
         config = dataclasses.replace(PRESETS[name].with_tokenizer(tokenizer), causal=is_causal)
         model = build(config, device, seed=args.seed)
-        if name in ASSETS:
-            load_tiny_encoder(model, args.whisper, device)
+        if name in weights.ASSETS:
+            weights.load_tiny_encoder(model, args.whisper, device)
         return model, tokenizer
     # the frozen parts of a released model as they were published, in bf16, unless fp32 is asked for
-    dtype = torch.bfloat16 if name in RELEASES and not args.wants_fp32 else torch.float32
-    if stage == 1 and name in RELEASES and not args.init:
+    dtype = torch.bfloat16 if name in weights.RELEASES and args.precision != "fp32" else torch.float32
+    if stage == 1 and name in weights.RELEASES and not args.init:
         # nothing of ours comes before: LLaDA and Whisper as released
-        llada, whisper, _ = fetch(name, None, args.llada, args.whisper, adapters=False)
-        model, tokenizer = assemble(PRESETS[name], llada, whisper, None, device, dtype, 1, name)
+        files = weights.fetch(name, None, args.llada, args.whisper, adapters=False)
+        model, tokenizer = weights.assemble(PRESETS[name], *files, device, dtype, 1, name)
         return with_fresh_adapters(model, args.seed), tokenizer
-    if args.init in RELEASES:  # fine-tuning: the authors' last stage, or their stage 1
+    if args.init in weights.RELEASES:  # fine-tuning: the authors' last stage, or their stage 1
         released_stage = 1 if stage == 2 else 4
         parts = (args.llada, args.whisper, args.diffa)
-        model, tokenizer = load(args.init, device, dtype, released_stage, *parts)
+        model, tokenizer = weights.load(args.init, device, dtype, released_stage, *parts)
         if released_stage == 1:  # its acoustic adapter was not trained, and may be missing from the file
             model.acoustic = with_fresh_adapters(model, args.seed).acoustic
         return model, tokenizer
     init = args.init or f"out/{name}{OBJECTIVES[args.objective]}/stage{stage - 1}"
-    if stage == 1 and name in ASSETS and not args.init and not is_causal:
-        init = ASSETS[name]  # the shipped backbone, as it was before any audio
+    if stage == 1 and name in weights.ASSETS and not args.init and not is_causal:
+        init = weights.ASSETS[name]  # the shipped backbone, as it was before any audio
     if not os.path.exists(os.path.join(init, "model.safetensors")):
         how = f"; `python train.py --stage {stage - 1} --model {name}` makes it" if stage else ""
         raise UserError(f"{init}: no checkpoint to start from{how}")
-    model, tokenizer = load(init, device, dtype, llada=args.llada, whisper=args.whisper)
-    if model.config.causal != is_causal:
+    model, tokenizer = weights.load(init, device, dtype, llada=args.llada, whisper=args.whisper)
+    if model.config.causal != is_causal:  # the weights would fit, and mean something else
         kind = "ar" if model.config.causal else "diffusion"
         raise UserError(f"{init}: a backbone of the other kind; --objective {kind} goes with it")
-    if stage == 1 and name in ASSETS:
+    if stage == 1 and name in weights.ASSETS:
         model = with_fresh_adapters(model, args.seed)
     return model, tokenizer
 
@@ -843,16 +728,17 @@ def start_from(args, device):
 def settings_of(args, n_examples):
     """The row of the table with what the command line says otherwise, and the number of steps.
 
-    Fine-tuning wants numbers of its own; a warm-up made for a hundred thousand steps outlasts a short run,
-    so it is at most a tenth unless asked for.
+    The loop counts in steps; the paper's stages are epochs over the manifest, the small model's so many steps
+    whatever its size.  Fine-tuning wants numbers of its own; a warm-up made for a hundred thousand steps
+    outlasts a short run, so it is at most a tenth unless asked for.
     """
-    settings = STAGES[args.model][args.stage]
-    for name in ("lr", "batch", "warmup", "weight_decay", "augment"):
-        if getattr(args, name) is not None:
-            settings = dataclasses.replace(settings, **{name: getattr(args, name)})
+    names = ("lr", "batch", "warmup", "weight_decay", "augment", "epochs")
+    asked = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.epochs is not None:
-        settings = dataclasses.replace(settings, epochs=args.epochs, steps=0)
-    steps = args.max_steps or count_steps(settings, n_examples)
+        asked["steps"] = 0
+    settings = dataclasses.replace(STAGES[args.model][args.stage], **asked)
+    an_epoch = math.ceil(n_examples / settings.batch)
+    steps = args.max_steps or settings.steps or math.ceil(settings.epochs * an_epoch)
     if settings.warmup > steps / 10 and args.warmup is None:
         settings = dataclasses.replace(settings, warmup=max(1, steps // 10))
     return settings, steps
@@ -862,64 +748,51 @@ def settings_of(args, n_examples):
 # what a run would be: --dry-run
 
 
-def saved_bytes(run, parameters, n_keys):
-    """Bytes that autograd keeps of run() until its backward pass, beside the parameters themselves.
-
-    On the meta device nothing is computed or allocated, so this works for a model of any size.  Scores of
-    attention (.., queries, keys), which are formed there, are left out: a GPU's fused attention keeps none.
-    """
-    ours, kept = {p.untyped_storage()._cdata for p in parameters}, {}
-
-    def keep(x):
-        if x.dim() < 3 or x.size(-1) != n_keys:
-            kept[x.untyped_storage()._cdata] = x  # the tensor too: an address that is free is used again
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        run()
-    return sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in ours)
-
-
-def memory_of(model, settings, options, n_rows, processes):
+def memory_of(model, settings, args, n_rows, processes):
     """GB of a process by part, in bf16: {what: GB}.  model: on the meta device, its parts frozen already."""
-    c, trained = model.config, [p for p in model.parameters() if p.requires_grad]
-    n_trained = sum(p.numel() for p in trained)
-    frozen = sum(p.numel() * (2 if p.dim() > 1 else 4) for p in model.parameters() if not p.requires_grad)
-    copies = 2 + 2 + (processes > 1) + settings.loss.has_reference
+    c, parameters = model.config, list(model.parameters())
+    n_trained = sum(p.numel() for p in parameters if p.requires_grad)
+    # frozen_to_bf16: two bytes for each number of a matrix, four of a vector
+    frozen = sum(p.numel() * (2 if p.dim() > 1 else 4) for p in parameters if not p.requires_grad)
+    # in fp32: weights, gradients, AdamW's two moments, a buffer to sum gradients in, VRPO's reference
+    copies = 1 + 1 + 2 + (processes > 1) + settings.loss.has_reference
     memory = {"frozen weights": frozen}
     memory[f"{n_trained:,} trained: weights, gradients, moments, copies"] = 4 * n_trained * copies
+    # the rest is what the forward pass leaves for the backward pass
     meta = {"device": "meta", "dtype": torch.bfloat16}
     model, parameters = model.to(torch.bfloat16), list(model.parameters())
-    length = options.tokens // n_rows
+    length = args.tokens // n_rows
     x = torch.empty(n_rows, length, c.width, **meta, requires_grad=True)
-    inside = saved_bytes(lambda: model.backbone(x, None), parameters, length)
-    if options.recompute:  # each block's input, and the inside of one of them
+    inside = runtime.saved_bytes(lambda: model.backbone(x, None), parameters, length)
+    if args.recompute:  # each block's input, and the inside of one of them
         inside = c.layers * x.nbytes + inside // c.layers
-    memory["activations of the backbone" + ", --recompute" * options.recompute] = inside
-    if "acoustic." in settings.trains:
+    memory["activations of the backbone" + ", --recompute" * args.recompute] = inside
+    if "acoustic." in settings.trains:  # else no gradient goes there, and nothing is kept
         taps = torch.empty(n_rows, len(c.taps), c.n_frames, c.audio_width, **meta)
-        in_adapter = saved_bytes(lambda: model.acoustic(taps), parameters, c.n_frames)
+        in_adapter = runtime.saved_bytes(lambda: model.acoustic(taps), parameters, c.n_frames)
         memory["activations of the acoustic adapter"] = in_adapter
     return {what: n / 1e9 for what, n in memory.items()}
 
 
-def dry_run(group, args):
-    """Says what the run would be: data, schedule, memory; reads one batch, and trains nothing."""
-    processes = args.dry_run or group.size
-    examples = group.first_only(lambda: Mixture(args.data, args.stage))
-    if group.rank:
-        return 0
-    n_examples = epoch_length(examples.shares)
+def dry_run(args, processes):
+    """Says what the run would be: data, schedule, memory; reads one batch, and trains nothing.
+
+    A run of days on many GPUs is planned on a laptop: neither the weights nor a GPU are needed.
+    """
+    examples = data.Mixture(args.data, args.stage)
+    n_examples = data.epoch_length(examples.shares)
     settings, steps = settings_of(args, n_examples)
-    options = options_of(args)
     with torch.device("meta"):
         model = DIFFA2(PRESETS[args.model], lora="lora" in settings.trains)
     freeze_all_but(model, settings.trains)
-    _, _, ids = next(schedule_of(examples.shares, settings.batch, options.seed))
-    mine = ids[::processes]
-    parts = micro_batches_of(examples, mine, model.config, options.tokens)
+    # the first step's batch, and rank 0's share of it, speak for all
+    _, _, ids = next(data.schedule_of(examples.shares, settings.batch, args.seed))
     known = [seconds for _, seconds in map(examples.size, ids) if seconds >= 0]
-    said = {
+    mine = ids[::processes]
+    costs = {i: data.cost_of(examples.size(i), model.config) for i in mine}
+    parts = data.bucket(mine, costs, args.tokens)
+    print(f"{args.model}, stage {args.stage}, {processes} processes")
+    for what, value in {
         "examples": f"{len(examples):,} in {len(args.data)} manifests",
         "length of a clip": f"{sum(known) / len(known):.1f} s" if known else "not given",
         "examples an epoch": f"{n_examples:,}",
@@ -927,28 +800,27 @@ def dry_run(group, args):
         "learning rate": f"{settings.lr:g} after {settings.warmup:,} steps",
         "weight decay": f"{settings.weight_decay:g}",
         "a process, a step": f"{len(mine)} examples in {len(parts)} micro-batches "
-        f"of at most {options.tokens:,} positions",
-    }
-    print(f"{args.model}, stage {args.stage}, {processes} processes")
-    for what, value in said.items():
+        f"of at most {args.tokens:,} positions",
+    }.items():
         print(f"  {what:20}{value}")
     print("memory of a process in GB, without the encoder's passing states, logits and CUDA itself:")
-    memory = memory_of(model, settings, options, max(1, *map(len, parts)), processes)
+    memory = memory_of(model, settings, args, max(1, *map(len, parts)), processes)
     for what, gigabytes in (memory | {"in all": sum(memory.values())}).items():
         print(f"  {gigabytes:8.2f}  {what}")
-    try:
-        init = None if args.init in RELEASES else args.init  # a name: LLaDA's folder has the tokenizer
-        tokenizer = load_tokenizer(init or args.llada or ASSETS.get(args.model) or "")
+    try:  # a released model has no folder of its own: the tokenizer is in LLaDA's
+        init = "" if args.init in weights.RELEASES else args.init
+        tokenizer = weights.load_tokenizer(init or args.llada or weights.ASSETS.get(args.model) or "")
     except UserError:
         print("no batch was read: LLaDA's tokenizer is not here; --llada FOLDER")
         return 0
-    config = model.config.with_tokenizer(tokenizer)
-    started = time.perf_counter()
-    micro = builder_of(tokenizer, config, settings, options)(examples, 0, parts[0])
-    for entry in micro["skipped"]:
+    config, started = model.config.with_tokenizer(tokenizer), time.perf_counter()
+    row = (settings.loss.encode, args.seed, settings.is_imitated, settings.augment)
+    first, unread = examples.read(parts[0])
+    micro = data.BatchBuilder(tokenizer, config, *row)(first, 0)
+    for entry in unread + micro["skipped"]:
         print(f"skipped: {entry['where']}: {entry['why']}")
     print(f"read {len(micro['ids'])} examples, {micro['seconds']:.0f} s of audio,", end=" ")
-    print(f"in {time.perf_counter() - started:.2f} s by one of --workers {options.workers}:")
+    print(f"in {time.perf_counter() - started:.2f} s by one of --workers {args.workers}:")
     for name, tensor in (micro["batch"] or {}).items():
         print(f"  {name:20}{tuple(tensor.shape)}")
     return 0
@@ -959,77 +831,66 @@ def dry_run(group, args):
 
 
 def run(args):
-    """Trains one stage; 0 when it is done or was asked to stop and has saved."""
+    """Trains one stage; 0 when it is done or was asked to stop and has saved.
+
+    What can be wrong is found here, before a model of 8 billion parameters is read.
+    """
     stage, name = args.stage, args.model
     if stage not in STAGES.get(name, {}):
         raise UserError(f"there is no stage {stage} for {name}; there are {sorted(STAGES.get(name, {}))}")
-    if args.init in RELEASES and args.init != name:
+    if args.init in weights.RELEASES and args.init != name:
         raise UserError(f"--init {args.init} goes with --model {args.init}")
-    if args.objective == "ar" and (name in RELEASES or stage == 4):
+    if args.objective == "ar" and (name in weights.RELEASES or stage == 4):
         raise UserError("the autoregressive baseline is a small model's, stages 0 to 3")
     args.data = args.data or [f"data/stage{stage}.jsonl"]
     args.out = args.out or f"out/{name}{OBJECTIVES[args.objective]}/stage{stage}"
-    first, _ = path_and_share(args.data[0])
+    first, _ = data.path_and_share(args.data[0])
     if not os.path.exists(first):
         how = "`python -m tools.prepare tour --audio DIR --out data` makes the small model's (docs/DATA.md)"
         raise UserError(f"{first}: no such manifest; {how}")
     if args.dry_run is not None:
         with process_group(args.device) as group:
-            return dry_run(group, args)
+            return group.first_only(lambda: dry_run(args, args.dry_run or group.size))
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard")
-    try:
-        os.makedirs(args.out, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{args.out}: cannot be written ({e.strerror})") from None
-    is_first = int(os.environ.get("RANK", 0)) == 0
-    lock = locked(args.out, args.wait) if is_first else contextlib.nullcontext()
-    with lock, process_group(args.device) as group:
+    # the lock first: a second run in the same folder would mix its checkpoints with the first one's
+    with locked(args.out, args.wait), process_group(args.device) as group:
         return run_stage(group, args)
 
 
 def run_stage(group, args):
     """`run`, in the processes of a group, with the folder locked."""
     stage, out = args.stage, args.out
-    old_states = group.first_only(lambda: list_states(out))  # the same on every rank, after any wait
+    old_states = group.first_only(lambda: weights.list_states(out))  # the same on every rank, after any wait
     states = [] if args.restart else old_states
     if states and not args.resume:
         how = "--resume goes on with it, --restart begins anew, --out writes elsewhere"
         raise UserError(f"{out}: holds a run already; {how}")
-    state = read_state(states[-1]) if states else None
+    state = weights.read_state(states[-1]) if states else None
     if state and state.get("finished"):
-        if group.rank == 0:
-            print(f"{out}: finished already")
+        group.print(f"{out}: finished already")
         return 0
-    args.wants_fp32 = args.precision == "fp32"
-    args.precision = args.precision or ("bf16" if group.device.type == "cuda" else "fp32")
-    options = options_of(args)
     model, tokenizer = start_from(args, group.device)
     # clips are looked for when they are read: a missing one is skipped and told of
-    examples = Mixture(args.data, stage)
-    n_examples = epoch_length(examples.shares)
+    examples = data.Mixture(args.data, stage)
+    n_examples = data.epoch_length(examples.shares)
     settings, steps = settings_of(args, n_examples)
     torch.manual_seed(args.seed)
     if "lora" in settings.trains and not any("lora_" in n for n, _ in model.named_parameters()):
         model.add_lora()
     default = os.path.join(os.path.dirname(args.data[0]), "held_out.jsonl")
     held_out_path = args.held_out or (default if os.path.exists(default) else None)
-    held_out = read_manifest(held_out_path, None, check=False) if held_out_path else []
-    if group.rank == 0:
-        parts = ", ".join(prefix.rstrip(".") for prefix in settings.trains)
-        print(f"stage {stage}: trains {parts} on {n_examples} examples, {steps} steps of", end=" ")
-        print(f"{settings.batch}, learning rate {settings.lr:g} after {settings.warmup} steps,", end=" ")
-        print(f"weight decay {settings.weight_decay:g}")
+    held_out = data.read_manifest(held_out_path, None, check=False) if held_out_path else []
+    what = f"stage {stage}: trains {settings.parts} on {n_examples} examples"
+    rate = f"learning rate {settings.lr:g} after {settings.warmup} steps"
+    group.print(f"{what}, {steps} steps of {settings.batch}, {rate}, weight decay {settings.weight_decay:g}")
     if args.restart:  # not before all that the new run needs was found good
         group.first_only(lambda: [os.remove(path) for path in old_states])
-    if not train(group, model, tokenizer, examples, stage, settings, out, options, steps, state, held_out):
-        if group.rank == 0:
-            print(f"{out}: stopped and saved; --resume goes on")
+    if not train(group, model, tokenizer, examples, held_out, settings, steps, args, state):
+        group.print(f"{out}: stopped and saved; --resume goes on")
         return 0
-    finish(group, model, tokenizer, out, stage)
-    if group.rank == 0:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"{out}: written; peak memory {peak:.0f} MiB")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    group.print(f"{out}: written; peak memory {peak:.0f} MiB")
     return 0
 
 
@@ -1039,13 +900,11 @@ def parse(argv):
     option = parser.add_argument
     option("--stage", type=int, choices=range(5))
     option("--model", default="diffa2", choices=sorted(PRESETS))
-    text = "ar: the same model with a causal mask and next-token loss"
-    option("--objective", choices=sorted(OBJECTIVES), default="diffusion", help=text)
+    option("--objective", choices=sorted(OBJECTIVES), default="diffusion", help="ar: causal, next-token loss")
     text = "manifests; FILE:0.05 reads a twentieth in an epoch (default: data/stageN.jsonl)"
     option("--data", nargs="+", metavar="FILE[:SHARE]", help=text)
     option("--held-out", help="manifest of held-out examples (default: held_out.jsonl beside --data)")
-    text = "checkpoint to start from, or diffa2: the released one (default: out/MODEL/stage(N-1); see above)"
-    option("--init", help=text)
+    option("--init", help="folder to start from, or diffa2: the released model (default: see above)")
     option("--out", help="folder to write (default: out/MODEL/stageN)")
     option("--llada", help="diffa1, diffa2: folder of LLaDA (docs/MODELS.md), instead of the hub's")
     option("--whisper", help="the encoder's file, instead of the hub's or the shipped one")
@@ -1055,6 +914,7 @@ def parse(argv):
     option("--wait", action="store_true", help="wait until no other run is training in --out")
     text = "say what the run would be (by PROCESSES, default: those started), read one batch, train nothing"
     option("--dry-run", nargs="?", type=int, const=0, metavar="PROCESSES", help=text)
+    # instead of the table's: fine-tuning on a few hundred clips wants other numbers than the paper's stages
     option("--lr", type=float, help="learning rate, instead of the table's")
     option("--batch", type=int, help="examples in a step, instead of the table's")
     option("--epochs", type=float, help="times the manifest is read, instead of the table's")
@@ -1063,38 +923,34 @@ def parse(argv):
     text = "other speeds and levels, noise, SpecAugment (default: the table's; off for diffa2)"
     option("--augment", action=argparse.BooleanOptionalAction, help=text)
     option("--max-steps", type=int, help="end the stage, and its schedule, here")
-    option("--stop-after", type=int, help="save and leave after so many steps (the schedule stays)")
-    text = "positions in a micro-batch (default 6144: ten questions of diffa2)"
-    option("--tokens", type=int, default=Options.tokens, help=text)
-    option("--workers", type=int, default=Options.workers, help="processes that read clips, for each GPU")
-    option("--save-every", type=int, default=Options.save_every, metavar="STEPS")
-    option("--held-out-every", type=int, default=Options.held_out_every, metavar="STEPS")
-    text = "of the computation (default: bf16 on a GPU, else fp32)"
-    option("--precision", choices=("bf16", "fp32"), help=text)
-    text = "activation checkpointing: less memory, a third more time"
-    option("--recompute", action="store_true", help=text)
-    option("--compile", action="store_true", help="torch.compile the backbone's blocks")
     option("--no-dropout", action="store_false", dest="dropout")
-    text = "stop when more than this share of the examples cannot be used (default 0.01)"
-    option("--skip-limit", type=float, default=Options.skip_limit, help=text)
+    option("--seed", type=int, default=42, help="of masks, order, augmentation, dropout and fresh weights")
+    # none of the rest changes what is learned, but for rounding
+    option("--stop-after", type=int, help="save and leave after so many steps (the schedule stays)")
+    option("--tokens", type=int, default=6144, help="positions in a micro-batch: ten questions of diffa2")
+    option("--workers", type=int, default=0, help="processes that read clips, for each GPU")
+    option("--save-every", type=int, default=250, metavar="STEPS")
+    option("--held-out-every", type=int, default=100, metavar="STEPS")
+    option("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, else fp32")
+    option("--recompute", action="store_true", help="activation checkpointing: less memory, 1/3 more time")
+    option("--compile", action="store_true", help="torch.compile the backbone's blocks")
+    option("--skip-limit", type=float, default=0.01, help="stop when more than this share cannot be used")
     option("--tensorboard", action="store_true", help="write TensorBoard's files beside log.jsonl")
-    option("--seed", type=int, default=Options.seed)
     option("--device")
     args = parser.parse_args(argv)
-    for flag in ("max_steps", "stop_after", "tokens", "save_every", "held_out_every", "batch", "warmup"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 1")
-    for flag in ("workers", "dry_run"):
-        if (getattr(args, flag) or 0) < 0:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be 0 or more")
-    for flag in ("lr", "epochs"):
-        value = getattr(args, flag)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{flag} {value} must be positive")
-    if args.weight_decay is not None and not 0 <= args.weight_decay < math.inf:
-        raise UserError(f"--weight-decay {args.weight_decay} must be 0 or more")
-    if not 0 <= args.skip_limit <= 1:
-        raise UserError(f"--skip-limit {args.skip_limit} must lie between 0 and 1")
+    # a wrong number is told of before anything is read
+    tiny, huge = sys.float_info.min, sys.float_info.max
+    counts = ("max_steps", "stop_after", "tokens", "save_every", "held_out_every", "batch", "warmup")
+    for names, least, most, says in (
+        (counts, 1, huge, "be at least 1"),
+        (("workers", "dry_run", "weight_decay"), 0, huge, "be 0 or more"),
+        (("lr", "epochs"), tiny, huge, "be positive"),
+        (("skip_limit",), 0, 1, "lie between 0 and 1"),
+    ):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not least <= value <= most:
+                raise UserError(f"--{name.replace('_', '-')} {value} must {says}")
     if args.stage is None:
         raise UserError("give a stage: python train.py --stage 1 --model tiny")
     return args
@@ -1114,12 +970,10 @@ def tutorial():
         print(f"  {'stage':7}{'trains':36}{'parameters':>12}{'share':>8}{'rate':>9}{'batch':>7}  loss")
         for stage, settings in stages.items():
             n = sum(p.numel() for p in freeze_all_but(model, settings.trains).values())
-            parts = ", ".join(prefix.rstrip(".") for prefix in settings.trains)
             loss = "VRPO, Eq. 4 and 5" if settings.loss is VRPO else "Eq. 1 and 2"
             loss += f" + {settings.ctc:g} CTC" if settings.ctc else ""
-            print(
-                f"  {stage:<7}{parts:36}{n:>12,}{n / total:>8.1%}{settings.lr:>9g}{settings.batch:>7}  {loss}"
-            )
+            numbers = f"{n:>12,}{n / total:>8.1%}{settings.lr:>9g}{settings.batch:>7}"
+            print(f"  {stage:<7}{settings.parts:36}{numbers}  {loss}")
         print()
     print("python train.py --stage N --model tiny   trains one of them; --help lists the options")
 

@@ -33,6 +33,7 @@ import pickle
 import re
 import struct
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from huggingface_hub import snapshot_download
@@ -239,6 +240,39 @@ def write_state(state, out, step):
         raise UserError(f"{e}; older checkpoints are kept") from None
     for old in list_states(out)[:-KEEP]:
         os.remove(old)
+
+
+def in_memory(thing):
+    """A copy, on the CPU, of the tensors in dicts and lists: training goes on changing the originals."""
+    if torch.is_tensor(thing):
+        return thing.detach().to("cpu", copy=True)
+    if isinstance(thing, dict):
+        return {key: in_memory(value) for key, value in thing.items()}
+    if isinstance(thing, (list, tuple)):
+        return type(thing)(in_memory(value) for value in thing)
+    return thing
+
+
+class StateWriter:
+    """write_state in a thread: training waits for a copy in memory, not for the disk."""
+
+    def __init__(self, out):
+        self.out, self.thread, self.last = out, ThreadPoolExecutor(1), None
+
+    def write(self, state, step):
+        self.wait()
+        self.last = self.thread.submit(write_state, in_memory(state), self.out, step)
+
+    def wait(self):
+        """Until the last checkpoint is on the disk.  What went wrong with it is raised here."""
+        if self.last is not None:
+            self.last.result()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.thread.shutdown()
 
 
 def list_states(out):

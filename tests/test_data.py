@@ -24,7 +24,7 @@ from data import (
     bucket,
     build_prompt,
     collate,
-    costs_of,
+    cost_of,
     encode_question,
     encode_text,
     epoch_length,
@@ -36,6 +36,7 @@ from data import (
     response_length,
     scan,
     schedule_of,
+    size_of,
     split_clip,
     window_seconds,
 )
@@ -446,7 +447,9 @@ def test_a_manifest_is_opened_and_not_read(kind, config, tmp_path):
     write_entries(path, lines_in(kind), kind)
     whole, opened = read_manifest(str(path), check=False), Manifest(str(path))
     assert [opened[i] for i in range(len(opened))] == whole and len(whole) == 4
-    assert costs_of(Mixture([str(path)]), range(4), config) == costs_of(whole, range(4), config)
+    mixture = Mixture([str(path)])
+    costs = [cost_of(mixture.size(i), config) for i in range(4)]
+    assert costs == [cost_of(size_of(e), config) for e in whole]
     with pytest.raises(IndexError):
         opened[4]
 
@@ -551,10 +554,11 @@ def test_a_bad_line_is_told_of_when_it_is_met(config, tokenizer, tmp_path):
     good = json.dumps({"messages": [user("Hm?"), assistant("Rain.")], "audios": ["a.wav"]})
     path.write_text("\n".join([good, "{not json", good, json.dumps({"messages": []})]))
     manifest = Mixture([str(path)])
-    micro = BatchBuilder(tokenizer, config, encode_question, 0)(manifest, 0, [0, 1, 2, 3])
-    assert micro["ids"] == [0, 2] and [s["id"] for s in micro["skipped"]] == [1, 3]
-    assert [s["where"] for s in micro["skipped"]] == [f"{path}:2", f"{path}:4"]
-    assert "not JSON" in micro["skipped"][0]["why"]
+    examples, skipped = manifest.read([0, 1, 2, 3])
+    micro = BatchBuilder(tokenizer, config, encode_question, 0)(examples, 0)
+    assert micro["ids"] == [0, 2] and [s["id"] for s in skipped] == [1, 3]
+    assert [s["where"] for s in skipped] == [f"{path}:2", f"{path}:4"]
+    assert "not JSON" in skipped[0]["why"]
     with pytest.raises(UserError, match="holds no example"):
         (tmp_path / "empty.jsonl").write_text("\n")
         Manifest(str(tmp_path / "empty.jsonl"))

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -30,18 +31,19 @@ from data import (
     MicroBatches,
     answer_text,
     augment,
-    costs_of,
+    cost_of,
     generator_for,
     mask_mel,
     part_of,
     read_manifest,
     schedule_of,
+    size_of,
 )
 from decode import ask
 from model import DIFFA2, PRESETS, build
+from runtime import saved_bytes
 from train import (
     STAGES,
-    Options,
     Stage,
     freeze_all_but,
     learning_rate,
@@ -287,12 +289,13 @@ def test_ranks_share_out_the_global_batch(world, batch):
     """Every example once an epoch, whatever the number of ranks; every rank ends every step."""
     config = PRESETS["tiny"]
     examples = [Example(i, "clip.wav", "Hm?", "a" * (i % 37), duration=2.0) for i in range(200)]
-    costs = costs_of(examples, range(200), config)
+    costs = [cost_of(size_of(e), config) for e in examples]
+    mixture = types.SimpleNamespace(shares=[(200, 1.0)], size=lambda i: size_of(examples[i]))
     builder = BatchBuilder(None, config, None, 0)
     steps = -(-len(costs) // batch)
     plans = []
     for rank in range(world):
-        plans.append(list(MicroBatches(examples, builder, batch, rank, world, 500, 3, 0, steps).plan()))
+        plans.append(list(MicroBatches(mixture, builder, batch, rank, world, 500, 3, 0, steps).plan()))
     for step in range(steps):
         ids = [i for plan in plans for s, _, micro, _ in plan if s == step for i in micro]
         assert len(ids) == len(set(ids)) == min(batch, len(costs) - step * batch)
@@ -613,7 +616,7 @@ def test_torchrun_killed_many_times(one, toured, tmp_path, whole_group, kills):
 
 def test_training_goes_on_while_a_checkpoint_is_written(one, toured, tmp_path, monkeypatch):
     """The writing of step 2's checkpoint ends when step 4 is in the log: it would never come otherwise."""
-    log, real, waited = tmp_path / "stage1" / "log.jsonl", train.write_state, []
+    log, real, waited = tmp_path / "stage1" / "log.jsonl", write_state, []
 
     def slow(state, out, step):
         if step == 2:
@@ -626,7 +629,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(one, toured, tmp_path, m
             assert all(torch.equal(before[name], t) for name, t in state["trained"].items())
         real(state, out, step)
 
-    monkeypatch.setattr(train, "write_state", slow)
+    monkeypatch.setattr("weights.write_state", slow)
     more = ("--init", f"{one}/stage0", "--max-steps", "5", "--save-every", "2")
     assert main(arguments(toured, tmp_path, 1, *more)) == 0
     assert log.exists() and waited and waited[0] >= 4
@@ -634,14 +637,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(one, toured, tmp_path, m
 
 def test_a_disk_that_fills_up_ends_the_run_in_one_line(one, toured, tmp_path, capsys, monkeypatch):
     """Found by the thread that writes, told of by the run."""
-    real = train.write_state
+    real = write_state
 
     def full(state, out, step):
         if step == 4:
             raise train.UserError(f"{out}: cannot be written (No space left on device)")
         real(state, out, step)
 
-    monkeypatch.setattr(train, "write_state", full)
+    monkeypatch.setattr("weights.write_state", full)
     more = ("--init", f"{one}/stage0", "--max-steps", "100", "--save-every", "2")
     assert main(arguments(toured, tmp_path, 1, *more)) == 2
     assert "No space left" in capsys.readouterr().err.splitlines()[-1]
@@ -649,14 +652,14 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line(one, toured, tmp_path, ca
 
 
 def test_a_manifest_that_disappears_ends_the_run_in_one_line(one, toured, tmp_path, capsys, monkeypatch):
-    data, real = manifest_with(toured, tmp_path, 40, bad=()), train.write_state
+    data, real = manifest_with(toured, tmp_path, 40, bad=()), write_state
 
     def then_remove(state, out, step):
         real(state, out, step)
         if step == 4:
             os.remove(data)
 
-    monkeypatch.setattr(train, "write_state", then_remove)
+    monkeypatch.setattr("weights.write_state", then_remove)
     more = ("--init", f"{one}/stage0", "--data", data, "--max-steps", "1000", "--save-every", "2")
     assert main(arguments(toured, tmp_path, 1, *more)) == 2
     assert "examples cannot be used" in capsys.readouterr().err.splitlines()[-1]
@@ -948,8 +951,8 @@ def test_cost_counts_what_a_row_holds(toured, config):
     for e in read_manifest(f"{toured}/stage2.jsonl", 2)[:40]:
         builder = builder_for(tokenizer, config.with_tokenizer(tokenizer), SMALL_STAGES[3], 0)
         row = builder([e], 0)["batch"]["text.ids"].size(1) + config.n_queries
-        assert 0.7 * row < costs_of([e], [0], config)[0] < 2.5 * row
-    assert Options().tokens == 6144
+        assert 0.7 * row < cost_of(size_of(e), config) < 2.5 * row
+    assert parse(["--stage", "1"]).tokens == 6144
 
 
 def test_dry_run_trains_nothing(one, toured, tmp_path, capsys):
@@ -975,10 +978,10 @@ def test_saved_bytes_are_what_autograd_keeps(config, n_rows, length):
     frozen = torch.nn.Linear(config.width, config.width, device="meta").requires_grad_(False)
     trained = torch.nn.Linear(config.width, config.width, device="meta")
     # a frozen layer needs its weights alone to go back, a trained one its input, relu its output
-    assert train.saved_bytes(lambda: frozen(x), list(frozen.parameters()), 0) == 0
-    assert train.saved_bytes(lambda: trained(x), list(trained.parameters()), 0) == x.nbytes
+    assert saved_bytes(lambda: frozen(x), list(frozen.parameters()), 0) == 0
+    assert saved_bytes(lambda: trained(x), list(trained.parameters()), 0) == x.nbytes
     both = [*frozen.parameters(), *trained.parameters()]
-    assert train.saved_bytes(lambda: trained(frozen(x).relu()), both, 0) == x.nbytes
+    assert saved_bytes(lambda: trained(frozen(x).relu()), both, 0) == x.nbytes
     # of a whole backbone as much as on the CPU, scores of attention apart
     counted = []
     for device in ("meta", "cpu"):
@@ -986,9 +989,7 @@ def test_saved_bytes_are_what_autograd_keeps(config, n_rows, length):
             model = DIFFA2(config)
             x = torch.zeros(n_rows, length, config.width, requires_grad=True)
         freeze_all_but(model, train.ADAPTERS)
-        counted.append(
-            train.saved_bytes(lambda m=model, x=x: m.backbone(x, None), model.parameters(), length)
-        )
+        counted.append(saved_bytes(lambda m=model, x=x: m.backbone(x, None), model.parameters(), length))
     assert 0.8 * counted[1] < counted[0] < 1.25 * counted[1]
 
 

@@ -27,7 +27,6 @@ from data import (
     window_seconds,
 )
 from tools.measure import SIZES, anonymous_bytes, machine, spread
-from train import no_collate
 from weights import load_tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -70,7 +69,7 @@ def clips_a_second(manifest, tokenizer, config, workers, n):
     """Clips that leave the loader in a second, mel included."""
     builder = BatchBuilder(tokenizer, config, encode_question, 0)
     batches = MicroBatches(manifest, builder, 16, 0, 1, 10**9, 0, 0, -(-n // 16))
-    loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=no_collate)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=workers)
     start, done = time.perf_counter(), 0
     for micro in loader:
         done += len(micro["ids"])
