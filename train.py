@@ -179,7 +179,7 @@ def vrpo(context, micro):
             return model.adapt(*encoded, batch["n_frames"], context.stage)
 
     def elbo_of(name, audio, j=None):
-        # autocast would remember the policy's weights in bf16 and use them for the reference
+        # inside a caller's autocast the cache would give the reference the policy's weights in bf16
         with context.autocast(cache_enabled=False):
             predict = predictor(model, texts[name], audio, is_audio)
             return score(predict, texts[name]["ids"], masks[name], model.config.mask_id, j)

@@ -285,9 +285,12 @@ def test_the_reference_is_another_model_under_bf16(pairs, config):
         context = LossContext(
             model, 4, 0, Stage((), 1.0, 3, 0, loss=VRPO), autocast, tuple(trained.values()), reference
         )
-        losses[enabled] = vrpo(context, pairs)
+        with autocast():  # a caller's own, which would keep the copies
+            losses[enabled] = vrpo(context, pairs)
         for p in trained.values():
             p.grad = None
     start = math.log(2)
-    assert (losses[False] - start).abs().min() > 0.01  # the margins are not 0
-    assert torch.allclose(losses[True], losses[False], rtol=0.15, atol=0.02)
+    from_zero_margins = (losses[False] - start).abs().mean()
+    assert from_zero_margins > 0.005
+    # with the policy's weights for the reference, bf16 would be at zero margins itself
+    assert (losses[True] - losses[False]).abs().mean() < from_zero_margins / 3
