@@ -331,7 +331,8 @@ def need_gradio():
 
 def run(args):
     need_gradio()
-    model, tokenizer = load(args.model, int8=args.int8)
+    files = (args.llada, args.whisper, args.diffa)
+    model, tokenizer = load(args.model, None, None, None, *files, int8=args.int8)
     merge_lora(model)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the temporary folder goes then, too
     with serving(model, tokenizer, args.port, args.share) as address:
@@ -343,6 +344,8 @@ def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="demo", description=__doc__, formatter_class=raw)
     parser.add_argument("--model", default="tiny", help="as decode.py's: tiny (default), diffa2, or a folder")
+    for part in ("llada", "whisper", "diffa"):
+        parser.add_argument(f"--{part}", metavar="PATH", help="as in decode.py")
     parser.add_argument("--int8", action="store_true", help="as in decode.py")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--share", action="store_true", help="a public address by way of Gradio's servers")
