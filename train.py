@@ -846,8 +846,7 @@ def run(args):
     args.out = args.out or f"out/{name}{OBJECTIVES[args.objective]}/stage{stage}"
     first, _ = data.path_and_share(args.data[0])
     if not os.path.exists(first):
-        how = "`python -m tools.prepare tour --audio DIR --out data` makes the small model's (docs/DATA.md)"
-        raise UserError(f"{first}: no such manifest; {how}")
+        raise UserError(f"{first}: no such manifest; docs/DATA.md says how one is made of your corpora")
     if args.dry_run is not None:
         with process_group(args.device) as group:
             return group.first_only(lambda: dry_run(args, args.dry_run or group.size))
