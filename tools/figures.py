@@ -92,7 +92,9 @@ def accuracy(results, path):
         label = f"{os.path.basename(name).removesuffix('.json')}, {n} questions"
         axis.errorbar([calls], [100 * right], bars, fmt="o", capsize=3, label=label)
     axis.set(xscale="log", xlabel="network calls an answer", ylabel="% right, 95 % interval")
-    axis.legend(fontsize=7)
+    for which in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        which("{x:g}")  # 2, 3, 4 instead of powers of ten
+    fig.legend(loc="outside lower center", ncols=3, fontsize=7)
     save_figure(fig, path, 120)
 
 
