@@ -997,7 +997,7 @@ def test_saved_bytes_are_what_autograd_keeps(config, n_rows, length):
     "argv, says",
     [
         (["--stage", "1", "--model", "tiny", "--dry-run", "-1"], "0 or more"),
-        (["--stage", "1", "--model", "tiny", "--data", "none.jsonl"], "tools.prepare tour"),
+        (["--stage", "1", "--model", "tiny", "--data", "none.jsonl"], "docs/DATA.md"),
         (["--stage", "7"], "invalid choice"),
         (["--stage", "0"], "no stage 0 for diffa2"),
         (["--stage", "1", "--model", "tiny", "--init", "nowhere"], "no checkpoint to start from"),
