@@ -32,7 +32,7 @@ import torch
 from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram
 
 from model import SPECIAL_TOKENS
-from runtime import UserError, ignore_signals, write_file
+from runtime import UserError, first_line, ignore_signals, write_file
 
 SAMPLES_PER_FRAME = 2 * HOP_LENGTH  # an encoder frame is two mel frames: 20 ms
 RESPONSE_UNIT = 16  # a response is a multiple of this many tokens long
@@ -253,8 +253,7 @@ CANNOT_BE_USED = (UserError, OSError, ValueError, RuntimeError)  # a line or a c
 
 def unusable(id, where, error):
     """What skipped.jsonl says of an example."""
-    why = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return {"id": id, "where": where, "why": why}
+    return {"id": id, "where": where, "why": first_line(error)}
 
 
 def record_skipped(group, out, skipped, seen):

@@ -33,6 +33,11 @@ class UserError(Exception):
     """Something the user can put right: shown as one line, exit status 2."""
 
 
+def first_line(error):
+    """The first line of a library's error, or its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class Parser(argparse.ArgumentParser):
     """Reports a wrong command line as every other wrong input: one line, exit status 2."""
 
@@ -58,7 +63,7 @@ def pick_device(name=None):
         device = torch.device(name or found)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ValueError) as e:
-        raise UserError(f"device {name!r} cannot be used: {str(e).splitlines()[0]}") from None
+        raise UserError(f"device {name!r} cannot be used: {first_line(e)}") from None
     return device
 
 
@@ -80,7 +85,7 @@ def write_file(path, write):
         os.replace(temporary, path)
         sync(folder or ".")  # the new name itself
     except (OSError, SafetensorError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
-        why = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        why = getattr(e, "strerror", None) or first_line(e)
         raise UserError(f"{folder or '.'}: cannot be written ({why})") from None
     finally:
         if os.path.exists(temporary):

@@ -43,7 +43,7 @@ from tokenizers import Tokenizer
 from whisper.model import sinusoids
 
 from model import DIFFA2, PRESETS, SPECIAL_TOKENS, Config, Int8Linear, quantise
-from runtime import Parser, UserError, exit_status, pick_device, write_file
+from runtime import Parser, UserError, exit_status, first_line, pick_device, write_file
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ASSETS = {"tiny": os.path.join(HERE, "assets", "tiny")}  # presets whose weights come with the code
@@ -285,7 +285,7 @@ def read_state(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        raise UserError(f"{path}: not a checkpoint of a running stage ({str(e).splitlines()[0]})") from None
+        raise UserError(f"{path}: not a checkpoint of a running stage ({first_line(e)})") from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -304,10 +304,10 @@ def open_pickle(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as e:
-        why = str(e).splitlines()[0]
-        raise UserError(f"{path}: holds code or objects beside tensors, and is not opened ({why})") from None
+        what = "holds code or objects beside tensors, and is not opened"
+        raise UserError(f"{path}: {what} ({first_line(e)})") from None
     except (RuntimeError, OSError, EOFError, ValueError) as e:
-        raise UserError(f"{path}: cut short or not a file of weights ({str(e).splitlines()[0]})") from None
+        raise UserError(f"{path}: cut short or not a file of weights ({first_line(e)})") from None
 
 
 def load_strictly(model, weights, path, device, dtype=None, expected=None):
@@ -722,9 +722,8 @@ def fetch(name, stage=None, llada=None, whisper=None, diffa=None, adapters=True)
         try:
             found[part] = snapshot_download(release[part][0], allow_patterns=patterns[part])
         except Exception as e:  # the hub's errors, the network's, the disk's: all of them end here
-            why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-            what = release[part][0]
-            raise UserError(f"{what} cannot be downloaded ({why}); give --{part} instead") from None
+            what = f"{release[part][0]} cannot be downloaded ({first_line(e)})"
+            raise UserError(f"{what}; give --{part} instead") from None
     if adapters and os.path.isdir(found["diffa"]):
         found["diffa"] = os.path.join(found["diffa"], patterns["diffa"][0])
     return found["llada"], found["whisper"], found.get("diffa")

@@ -331,8 +331,8 @@ def need_gradio():
 
 def run(args):
     need_gradio()
-    files = (args.llada, args.whisper, args.diffa)
-    model, tokenizer = load(args.model, None, None, None, *files, int8=args.int8)
+    files = {"llada": args.llada, "whisper": args.whisper, "diffa": args.diffa}
+    model, tokenizer = load(args.model, **files, int8=args.int8)
     merge_lora(model)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the temporary folder goes then, too
     with serving(model, tokenizer, args.port, args.share) as address:

@@ -17,7 +17,7 @@ import whisper
 from tqdm import tqdm
 
 from data import load_audio, read_manifest
-from runtime import Parser, UserError, exit_status
+from runtime import Parser, UserError, exit_status, first_line
 from tools.benchmarks import TRANSCRIPTS, normalise, word_errors
 from tools.corpora import DIGITS
 
@@ -28,7 +28,7 @@ def spelled(text):
 
 
 def transcribe(model, path, offset=0.0, duration=None):
-    """A clip's transcript and the number of tokens, each of which took one call of the decoder."""
+    """A clip's transcript, and how often the decoder was called: once a token."""
     samples, _ = load_audio(path, offset, duration)
     mel = whisper.log_mel_spectrogram(whisper.pad_or_trim(samples), model.dims.n_mels)
     options = whisper.DecodingOptions(language="en", without_timestamps=True, fp16=False)
@@ -54,8 +54,7 @@ def main(argv=None):
         try:
             model = whisper.load_model(args.whisper, "cpu")
         except Exception as e:  # the hub's errors, unpickling's, a missing key: whatever the file brings
-            why = str(e).splitlines()[0]
-            raise UserError(f"{args.whisper}: no model of openai-whisper's ({why})") from None
+            raise UserError(f"{args.whisper}: no model of openai-whisper's ({first_line(e)})") from None
         for corpus, examples in sorted(groups.items()):
             answers, calls, started = [], 0, time.perf_counter()
             for example in tqdm(examples, desc=corpus or "-", unit=" clips", leave=False):

@@ -184,7 +184,8 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
     def singles(share, r):
         """Single clips, the values of every fact equally often, each with a task that turns on the fact.
 
-        Whether a child is a boy or a girl can hardly be heard: asked of children, it would teach to guess.
+        Whether a child is a boy or a girl can hardly be heard, and would teach to guess: only adults are
+        drawn for it.  A child's clip that is drawn for something else may still be asked.
         """
         for kind, n in BALANCE.items():
             tasks = [t for t, row in TASKS.items() if row.kind == kind]
