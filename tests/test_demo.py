@@ -323,10 +323,12 @@ def press_ask(tab, question):
     tab.click("#ask button, button#ask")
 
 
-def answer_on(tab, how):
-    """The answer, once the table of costs has a row for it, which comes when it is whole."""
+def wait_for_answer(tab, how, text):
+    """Until the table of costs has a row `how` and the answer is `text`: the page draws its parts one by one."""
     tab.wait_for_function("how => document.querySelector('#cost').innerText.includes(how)", arg=how)
-    return tab.locator("#text textarea").input_value()
+    shown = "text => document.querySelector('#text textarea').value === text"
+    tab.wait_for_function(shown, arg=text)
+    tab.wait_for_function("() => !document.querySelector('#tokens .masked')")
 
 
 def by_ask(clip, question, **fields):
@@ -347,7 +349,7 @@ def test_the_page_in_a_browser(browser, tmp_path, request):
         tab.get_by_text("Advanced").click()
         tab.get_by_label("steps", exact=True).check()
         press_ask(tab, "What is said?")
-        assert answer_on(tab, "steps 32\t32\t") == by_ask("digits.wav", "What is said?", steps=32)
+        wait_for_answer(tab, "steps 32\t32\t", by_ask("digits.wav", "What is said?", steps=32))
         seen = tab.evaluate("window.seen")
         masks = [text.count("?") for text in seen]
         assert len({n for n in masks if 0 < n < 32}) >= 2 and masks[-1] == 0
@@ -365,8 +367,8 @@ def test_the_page_in_a_browser(browser, tmp_path, request):
         tab.get_by_label("Compare with fixed steps").check()
         press_ask(tab, "What is said?")
         press_ask(other, "What do you hear?")
-        assert answer_on(other, "factor 1\t") == by_ask("clock.wav", "What do you hear?")
-        assert answer_on(tab, "32 fixed steps\t32\t") == by_ask("digits.wav", "What is said?")
+        wait_for_answer(other, "factor 1\t", by_ask("clock.wav", "What do you hear?"))
+        wait_for_answer(tab, "32 fixed steps\t32\t", by_ask("digits.wav", "What is said?"))
         if request.config.getoption("--screenshot"):
             tab.fill("#replay input[type=range]", "1")
             tab.wait_for_function("document.querySelector('#tokens').innerText.includes('Network call 1')")
