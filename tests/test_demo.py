@@ -324,7 +324,7 @@ def press_ask(tab, question):
 
 
 def wait_for_answer(tab, how, text):
-    """Until the table of costs has a row `how` and the answer is `text`: the page draws its parts one by one."""
+    """Until the costs have a row `how` and the answer is `text`: the page draws its parts one by one."""
     tab.wait_for_function("how => document.querySelector('#cost').innerText.includes(how)", arg=how)
     shown = "text => document.querySelector('#text textarea').value === text"
     tab.wait_for_function(shown, arg=text)

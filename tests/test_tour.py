@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import pathlib
-import re
 import shutil
 
 import pytest
@@ -173,22 +172,10 @@ def test_stage_0_is_text_alone(toured, tmp_path, corpora):
     assert all(e.facts == {"words": e.answer} for e in read)
 
 
-def test_strings_and_lists_in_text(toured):
-    """A string is its own answer; a list's answer gives each thing said, in order, behind its letter."""
-    examples = read_manifest(f"{toured}/stage0.jsonl", 0)
-    strings = [e for e in examples if e.dataset == "strings_in_text"]
-    lists = [e for e in examples if e.dataset == "lists_in_text"]
-    assert len(strings) == len(lists) > 0
-    assert all(e.answer == e.facts["words"] and 1 <= len(e.answer.split()) <= 8 for e in strings)
-    letters = set()
-    for e in lists:
-        options = dict(re.findall(r"^([A-J])\. (.*)$", e.question, re.M))
-        found = re.findall(r"([A-J])\. (.*?)\.(?: |$)", e.answer)
-        assert 1 <= len(found) <= 4 and len(set(found)) == len(found)
-        assert all(options[letter] == text for letter, text in found)
-        assert " ".join(text.lower() for _, text in found) == e.facts["words"].lower()
-        letters |= {letter for letter, _ in found}
-    assert len(letters) > 3
+def test_strings_in_text(toured):
+    """A string of words is its own answer."""
+    strings = [e for e in read_manifest(f"{toured}/stage0.jsonl", 0) if e.dataset == "strings_in_text"]
+    assert strings and all(e.answer == e.facts["words"] and 1 <= len(e.answer.split()) <= 8 for e in strings)
 
 
 def test_an_imitated_clip_holds_its_facts(tokenizer, config):

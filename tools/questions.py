@@ -479,12 +479,12 @@ def choice_line(clip, rng, out, pools):
     style, n = rng.choice(CHOICE_STYLES), rng.choice(CHOICE_COUNTS)
     question, choices, right = multiple_choice(task, fact, pools[task], 4 if style == "mmsu" else n, rng)
     letter, text, listed = LETTERS[right] + ".", choices[right] + ".", format_choices(choices)
-    # letter and text where the question leaves it open: a masked-diffusion model can fill in the text
-    # first and its letter after it
+    # a letter where the benchmark reads one, and the text with it: a masked-diffusion model can fill in the
+    # text first and its letter after it.  MMAU compares texts, so the text alone is the safer answer.
     if style == "mmsu":
         question, answer = mmsu_prompt(question, choices), f"{letter} {text}"
     elif style == "mmau":
-        question, answer = mmau_prompt(question, choices), f"{letter} {text}"
+        question, answer = mmau_prompt(question, choices), text
     elif style == "letter":
         question, answer = f"{question}\n{listed}\nAnswer with the letter.", letter
     elif style == "both":

@@ -31,7 +31,7 @@ from model import SPECIAL_TOKENS
 from runtime import UserError
 from tools.compose import mix, strings
 from tools.corpora import DIGITS, plain, read_corpus
-from tools.prompts import LETTERS, capital, format_choices, mmau_prompt, mmsu_prompt
+from tools.prompts import LETTERS, mmau_prompt, mmsu_prompt
 from tools.questions import (
     CHOICE_TASKS,
     TASKS,
@@ -133,15 +133,6 @@ def string_in_text(words, rng):
     return spoken_line("strings_in_text", rng.choice(TASKS["asr"].questions), string, string)
 
 
-def list_in_text(labels, rng):
-    """Spoken labels to be found in a lettered list: up to four letters a line, multiple choice has one."""
-    options = rng.sample(labels, rng.randint(2, min(8, len(labels))))
-    said = rng.sample(options, rng.randint(1, min(4, len(options))))
-    question = "Which of these are said?\n" + format_choices([capital(option) for option in options])
-    answer = " ".join(f"{LETTERS[options.index(label)]}. {capital(label)}." for label in said)
-    return spoken_line("lists_in_text", question, " ".join(said), answer)
-
-
 def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
     """Writes the manifests of the small model's run, the tokenizer and two benchmarks.
 
@@ -226,13 +217,11 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
                 yield without_audio(line)
         books = sentences_of(text) if text else []
         words = sorted({word for sentence in books for word in sentence.split()} | labels.get("word", set()))
-        every_label = sorted(set().union(*labels.values()))
         for sentence in r.sample(books, min(len(books), int(8_000 * scale))):
             question = r.choice((ASR_QUESTION, r.choice(TASKS["asr"].questions)))
             yield spoken_line("books", question, sentence, sentence)
-        for _ in range(int(10_000 * scale) if len(every_label) > 1 else 0):
+        for _ in range(int(10_000 * scale)):
             yield string_in_text(words, r)
-            yield list_in_text(every_label, r)
 
     stages = {
         1: transcripts,
