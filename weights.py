@@ -4,7 +4,8 @@
     load("out/tiny/stage4")            a folder that `save` wrote
     load("diffa2", whisper=FILE)       the released model; what is not given comes from the hub
 
-    python weights.py --whisper FILE --out assets/whisper-tiny.en       how the shipped encoder was made
+    python weights.py                                                 what the small model's files hold
+    python weights.py --whisper FILE --out assets/whisper-tiny.en     how the shipped encoder was made
 
 What is read, always as data, never as code:
 
@@ -15,7 +16,8 @@ What is read, always as data, never as code:
     DIFFA, DIFFA-2 the authors' pytorch_model.bin
 
 Loading is strict: each tensor of a file has a place and each place gets a tensor of its shape, or the
-message names the one that is wrong.  Each format's names turn into ours in one table and one function.
+message names the one that is wrong.  A network with one random matrix still runs and still answers, only
+badly, and nobody would look for the reason here.  Each format's names turn into ours in one function.
 A model is built on the meta device and filled from mapped files, so no second copy of 8 B parameters
 exists at any time; `from_pretrained` of transformers does the same for one library's own format.
 A checkpoint leaves out what was never trained and lies elsewhere: the small model's holds no Whisper, the
@@ -52,14 +54,18 @@ TINY_FINGERPRINT = "c7311073ee9e7c16"  # its `fingerprint`
 
 
 # ---------------------------------------------------------------------------------------------
-# our checkpoints
+# our checkpoints.  Safetensors and not a pickle: a pickle is a program that runs when it is opened.  A
+# safetensors file is a length (8 bytes), a header in JSON (names, types, shapes, places, and strings of
+# one's own: here Config and stage) and the bare numbers, which can be mapped instead of read.
 
 
 def save(model, tokenizer, folder, dtype=torch.bfloat16):
     """Writes folder/model.safetensors (Config and stage in its header) and folder/tokenizer.json.
 
-    Of a model with frozen parts from other files only the rest is written, and what those are:
-    the small model without its encoder, a released one as 200 MB instead of 20 GB.
+    Of a model with frozen parts from other files only the rest is written, and what those are: the small
+    model without its encoder, a released one as the 99 million parameters of Table B.3 (200 MB in bf16)
+    instead of 8.75 billion.  bf16 halves a file to be given away; a stage that another one goes on from is
+    saved in fp32, or its last small steps would be rounded off.
     """
     if any(isinstance(module, Int8Linear) for module in model.modules()):
         raise UserError(f"{folder}: a model in int8 is not written, its LoRA is merged; load it without int8")
@@ -68,12 +74,17 @@ def save(model, tokenizer, folder, dtype=torch.bfloat16):
         header["base"] = json.dumps(model.base)
     state = model.state_dict()
     weights = {k: state[k].detach().to("cpu", dtype).contiguous() for k in saved_part(model)}
+    # the weights last: whoever looks for model.safetensors finds a folder that is complete
     write_file(os.path.join(folder, "tokenizer.json"), tokenizer.save)
     write_file(os.path.join(folder, "model.safetensors"), lambda path: save_sorted(weights, path, header))
 
 
 def save_sorted(weights, path, metadata):
-    """safetensors' save_file, which writes the metadata in an order of chance: equal models, equal bytes."""
+    """safetensors' save_file, but equal models give equal bytes, so that a SHA-256 can stand on a card.
+
+    The library keeps metadata in a hash map and writes it in another order in each process.  The sorted
+    header has the same length, and spaces may follow it: it takes the place of the one that was written.
+    """
     save_file(weights, path, metadata=metadata)
     with open(path, "r+b") as f:
         size = int.from_bytes(f.read(8), "little")
@@ -86,6 +97,7 @@ def save_sorted(weights, path, metadata):
 
 
 def load_tokenizer(folder):
+    """The tokenizer that a model was trained with: the same ids mean other words under another one."""
     path = os.path.join(folder, "tokenizer.json")
     if not os.path.exists(path):
         raise UserError(f"{folder}: no tokenizer.json beside the weights")
@@ -113,65 +125,74 @@ def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=
         model, tokenizer = load(name_or_path, "cpu", dtype, stage, llada, whisper, diffa)
         return quantise(model, device).to(device), tokenizer
     if name_or_path in RELEASES:
-        paths = fetch(name_or_path, stage, llada, whisper, diffa)
+        # bf16 on a CPU too: in fp32 LLaDA alone would take 32 GB
+        files = fetch(name_or_path, stage, llada, whisper, diffa)
         dtype = dtype or torch.bfloat16
-        return assemble(PRESETS[name_or_path], *paths, device, dtype, stage or 4, name_or_path)
-    folder = ASSETS.get(name_or_path, name_or_path)
+        return assemble(PRESETS[name_or_path], *files, device, dtype, stage or 4, name_or_path)
+    return load_checkpoint(name_or_path, device, dtype, {"llada": llada, "whisper": whisper, "diffa": diffa})
+
+
+def load_checkpoint(name, device, dtype, given):
+    """`load` of a folder that `save` wrote.  given: {part: path or None}, frozen parts from elsewhere."""
+    folder = ASSETS.get(name, name)
     path = os.path.join(folder, "model.safetensors")
     if not os.path.exists(path):
         known = ", ".join(PRESETS)
-        raise UserError(
-            f"no model {name_or_path!r}: give one of {known}, or a folder that holds model.safetensors"
-        )
+        raise UserError(f"no model {name!r}: give one of {known}, or a folder that holds model.safetensors")
     tokenizer = load_tokenizer(folder)
     with open_safetensors(path) as f:
         header = f.metadata() or {}
-        weights = {k: f.get_tensor(k) for k in f.keys()}
-    if "config" not in header or "stage" not in header:
-        raise UserError(f"{path}: has no Config in its header; it was not written by this code")
-    fields = json.loads(header["config"])
-    config = Config(**{**fields, "taps": tuple(fields["taps"])})
-    base = json.loads(header.get("base", "{}"))  # what the frozen parts are
-    has_lora = any("lora_" in key for key in weights)
-    for part, given in (("llada", llada), ("whisper", whisper), ("diffa", diffa)):
-        if given and part not in base:
+        weights = {key: f.get_tensor(key) for key in f.keys()}
+    try:
+        fields = json.loads(header["config"])
+        config = Config(**{**fields, "taps": tuple(fields["taps"])})  # JSON has no tuples
+        stage, base = int(header["stage"]), json.loads(header.get("base", "{}"))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: has no Config in its header; it was not written by this code") from None
+    # on "meta" a tensor has a shape and no memory: only what is loaded into it takes any
+    with torch.device("meta"):
+        model = DIFFA2(config, lora=any("lora_" in key for key in weights))
+    model.stage = stage
+
+    # ---- the frozen parts: each from the command line, else from beside the checkpoint, else from where it
+    # is published.  base says which they were when this checkpoint was trained.
+    files = {}
+    for part, where in given.items():
+        if where and part not in base:
             raise UserError(
-                f"--{part}: {name_or_path} brings this part itself; --llada, --whisper and --diffa "
+                f"--{part}: {name} brings this part itself; --llada, --whisper and --diffa "
                 "go with --model diffa1 or diffa2, --whisper with a model that shares Whisper's encoder too"
             )
+        beside = os.path.join(folder, part)
+        files[part] = where or (beside if os.path.exists(beside) else None)
     if "llada" in base:
-        dtype = dtype or torch.bfloat16
-        files = llada or beside(folder, "llada"), whisper or beside(folder, "whisper")
-        if None in files:
-            files = fetch(base["name"], None, *files, adapters=False)[:2]
-        model, _ = assemble(config, *files, None, device, dtype, int(header["stage"]), base["name"], has_lora)
-        for part, where in (("llada", files[0]), ("whisper", files[1])):
-            check_fingerprint(name_or_path, part, where, model.base[part], base[part])
-        dtype = torch.float32  # that of everything trained
+        if files["llada"] is None or files["whisper"] is None:
+            found = fetch(base["name"], None, files["llada"], files["whisper"], adapters=False)
+            files["llada"], files["whisper"], _ = found
+        frozen_dtype = dtype or torch.bfloat16
+        load_frozen(model, files["llada"], files["whisper"], device, frozen_dtype, base["name"])
+        dtype = torch.float32  # of all that was trained: see LoRALinear
     else:
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        with torch.device("meta"):
-            model = DIFFA2(config, lora=has_lora)
         if base:
-            whisper = whisper or beside(folder, "whisper")
-            load_tiny_encoder(model, whisper, device, dtype)
-            check_fingerprint(name_or_path, "whisper", whisper, model.base["whisper"], base["whisper"])
-    model.stage = int(header["stage"])
-    load_strictly(model, weights, path, device, dtype, expected=saved_part(model))
+            load_tiny_encoder(model, files["whisper"], device, dtype)
+    for part, wanted in base.items():
+        # beside another backbone of the same shapes the adapters would load, and the answers be nonsense
+        if part != "name" and model.base[part] != wanted:
+            where = files[part] or "the shipped encoder"
+            which = f"({part} {model.base[part]}, wanted {wanted})"
+            raise UserError(f"{where}: not the weights that {name} was trained on {which}")
+
+    load_strictly(model, weights, path, device, dtype, saved_part(model))
     fix_positions(model)
     return model.eval(), tokenizer
-
-
-def beside(folder, part):
-    """A frozen part that lies beside a checkpoint, under its own name; None where none does."""
-    path = os.path.join(folder, part)
-    return path if os.path.exists(path) else None
 
 
 def load_tiny_encoder(model, whisper=None, device=None, dtype=None):
     """Gives a model of preset tiny the shipped encoder of Whisper tiny.en, or that of another file.
 
-    model.base then says which it is, and `save` leaves it out.
+    model.base then says which it is, and `save` leaves it out: it would be the same 30 MB in the
+    checkpoint of every stage.  The shipped one goes by its name, any other by its fingerprint.
     """
     weight = model.encoder.conv1.weight
     shipped = os.path.join(HERE, "assets", TINY_ENCODER)
@@ -181,25 +202,19 @@ def load_tiny_encoder(model, whisper=None, device=None, dtype=None):
 
 
 def fingerprint(module):
-    """What tells one set of frozen weights from another: a hash of the first numbers of each tensor, in bf16.
+    """What tells one set of frozen weights from another: 16 hexadecimal digits.
 
-    The same for every file format and precision that the weights were read from.
+    A hash of the first 256 numbers of each tensor: 16 GB would take long to read, and no training leaves the
+    beginning of every tensor as it was.  In bf16, so that it is the same for every file format and
+    precision that the weights were read from.
     """
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
-        if "lora_" not in name:
+        if "lora_" not in name:  # trained, and so no part of what it was trained beside
             digest.update(name.encode())
+            # as 16-bit integers: numpy has no bf16
             digest.update(value.flatten()[:256].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def check_fingerprint(checkpoint, part, where, found, wanted):
-    """Raises UserError when a frozen part is not the one that a checkpoint was trained on."""
-    if found != wanted:
-        raise UserError(
-            f"{where or 'the shipped encoder'}: not the weights that {checkpoint} was trained on "
-            f"({part} {found}, wanted {wanted})"
-        )
 
 
 def saved_part(model):
@@ -208,26 +223,32 @@ def saved_part(model):
         return list(model.state_dict())
     if "llada" in model.base:
         return trained_part(model)
+    # the small model's backbone is frozen from stage 1 on, but it was made here and lies nowhere else
     return [k for k in model.state_dict() if not k.startswith("encoder.")]
 
 
 def trained_part(model):
-    """Names of what the authors' files and our compact checkpoints hold: adapters, soft prompts, LoRA."""
+    """Names of what the authors' files and our compact checkpoints hold: adapters, soft prompts, LoRA.
+
+    It is what the paper trains (Section 3.3; 1.1 % of the whole, Table B.3).
+    """
     trained = ("semantic.", "acoustic.", "soft_prompts")
     return [k for k in model.state_dict() if k.startswith(trained) or "lora_" in k]
 
 
 # ---------------------------------------------------------------------------------------------
-# checkpoints of a stage that is running: what trains, the optimizers, random states
+# checkpoints of a stage that is running: what trains, the optimizers, random states.  These are for
+# --resume alone and go when the stage is done.  They are torch's own format, for an optimizer's state is
+# no flat list of tensors; read back with weights_only=True they are data all the same.
 
-KEEP = 2  # the last ones
+KEEP = 2  # the last ones: should a disk lose the newest, the one before goes on from a little earlier
 
 
 def write_state(state, out, step):
     """Writes out/state-STEP.pt and drops all but the last KEEP.
 
-    Whatever moment the process dies at, a whole checkpoint is there.  Raises UserError when the disk
-    is full; the older checkpoints stay.
+    Whatever moment the process dies at, a whole checkpoint is there: the old ones go only after the new
+    one has its name.  Raises UserError when the disk is full; the older checkpoints stay.
     """
 
     def write(path):
@@ -235,6 +256,7 @@ def write_state(state, out, step):
             torch.save(state, f)
 
     try:
+        # seven digits, so that the order of names is the order of steps
         write_file(os.path.join(out, f"state-{step:07}.pt"), write)
     except UserError as e:
         raise UserError(f"{e}; older checkpoints are kept") from None
@@ -243,7 +265,10 @@ def write_state(state, out, step):
 
 
 def in_memory(thing):
-    """A copy, on the CPU, of the tensors in dicts and lists: training goes on changing the originals."""
+    """A copy, on the CPU, of the tensors in dicts and lists: training goes on changing the originals.
+
+    Without it the file would hold some tensors of this step and some of the next ones.
+    """
     if torch.is_tensor(thing):
         return thing.detach().to("cpu", copy=True)
     if isinstance(thing, dict):
@@ -254,7 +279,11 @@ def in_memory(thing):
 
 
 class StateWriter:
-    """write_state in a thread: training waits for a copy in memory, not for the disk."""
+    """write_state in a thread: training waits for a copy in memory, not for the disk.
+
+    In stage 3 of diffa2 it is 1.2 GB (99 million parameters in fp32, and AdamW's two moments of each).  One
+    thread and one checkpoint at a time: a slow disk holds training up sooner than it fills the memory.
+    """
 
     def __init__(self, out):
         self.out, self.thread, self.last = out, ThreadPoolExecutor(1), None
@@ -277,19 +306,22 @@ class StateWriter:
 
 def list_states(out):
     """Checkpoints in `out`, oldest first."""
-    names = [n for n in os.listdir(out) if re.fullmatch(r"state-\d{7}\.pt", n)] if os.path.isdir(out) else []
-    return [os.path.join(out, n) for n in sorted(names)]
+    names = sorted(os.listdir(out)) if os.path.isdir(out) else []
+    return [os.path.join(out, name) for name in names if re.fullmatch(r"state-\d{7}\.pt", name)]
 
 
 def read_state(path):
+    """What write_state wrote, its tensors on the CPU: the run may go on on another GPU."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
+    except Exception as e:  # a damaged file fails in as many ways as it has bytes
         raise UserError(f"{path}: not a checkpoint of a running stage ({first_line(e)})") from None
 
 
 # ---------------------------------------------------------------------------------------------
-# opening files, and filling a model
+# opening files, and filling a model.  Both kinds are mapped: the operating system reads a page when a
+# number in it is looked at, and may drop it again.  What goes to a GPU then never fills the computer's own
+# memory, and what stays on the CPU in the type of the file takes none beside the disk's cache.
 
 
 def open_safetensors(path):
@@ -300,7 +332,10 @@ def open_safetensors(path):
 
 
 def open_pickle(path):
-    """A .bin or .pt of tensors, mapped; anything in it that is not data is refused."""
+    """A .bin or .pt of tensors, mapped; anything in it that is not data is refused (weights_only).
+
+    These files come from strangers, and an ordinary unpickler calls whatever function they name.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as e:
@@ -310,39 +345,56 @@ def open_pickle(path):
         raise UserError(f"{path}: cut short or not a file of weights ({first_line(e)})") from None
 
 
-def load_strictly(model, weights, path, device, dtype=None, expected=None):
-    """Gives a model, or the part of it named by `expected`, its weights; each key and shape is checked first.
+def read_json(folder, name):
+    """The object in a JSON file that LLaDA's folder must have."""
+    try:
+        with open(os.path.join(folder, name), encoding="utf-8") as f:
+            found = json.load(f)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{folder}: no {name}, or not JSON ({first_line(e)})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{folder}: {name} holds no object")
+    return found
+
+
+def load_strictly(model, weights, path, device, dtype, expected):
+    """Gives the places named by `expected` their weights; each key and shape is checked before any moves.
 
     Tensors already of the right type and device are taken as they are: what safetensors has mapped
     from the disk stays there, and no second copy exists at any time.
     """
     state = model.state_dict()
-    expected = state.keys() if expected is None else expected
     for key in expected:
         if key not in weights:
             raise UserError(f"{path}: {key} is missing")
-        if weights[key].shape != state[key].shape:
-            found, wanted = tuple(weights[key].shape), tuple(state[key].shape)
+        found, wanted = tuple(weights[key].shape), tuple(state[key].shape)
+        if found != wanted:
             raise UserError(f"{path}: {key} has shape {found}, not {wanted}")
-    places = set(expected)
-    for key in weights:
-        if key not in places:
-            raise UserError(f"{path}: {key} has no place in this model")
+    unknown = weights.keys() - set(expected)
+    if unknown:
+        raise UserError(f"{path}: {min(unknown)} has no place in this model")
     moved = {k: v.to(device, dtype) for k, v in weights.items()}
-    model.load_state_dict(moved, strict=len(places) == len(state), assign=True)
+    # assign: the tensors themselves take the places, also those on "meta", which have no memory to copy to.
+    # strict=False: the rest of the model comes from other files; what this one owes was checked above.
+    model.load_state_dict(moved, strict=False, assign=True)
 
 
 def fix_positions(model):
-    """The encoder's sinusoids are computed, not loaded: a shorter window takes the first of Whisper's."""
+    """The encoder's sinusoids are computed, not loaded: a shorter window takes the first of Whisper's.
+
+    They are no part of any file of ours, so a model that was built on the meta device has none until now.
+    """
     c, weight = model.config, model.encoder.conv1.weight
     model.encoder.positional_embedding = sinusoids(c.n_frames, c.audio_width).to(weight.device, weight.dtype)
 
 
 # ---------------------------------------------------------------------------------------------
-# Whisper's encoder
+# Whisper's encoder.  Three projects publish the same tensors under three sets of names, and a reader may have
+# any of them on the disk already; large-v3 is 3 GB.  The decoder, more than half of every size, is not read:
+# LLaDA takes its place (Section 3.1).
 
 
-WHISPER_NAMES = {  # transformers' -> openai-whisper's
+WHISPER_NAMES = {  # a module of a layer: transformers' name -> openai-whisper's
     "self_attn.q_proj": "attn.query",
     "self_attn.k_proj": "attn.key",
     "self_attn.v_proj": "attn.value",
@@ -351,127 +403,119 @@ WHISPER_NAMES = {  # transformers' -> openai-whisper's
     "fc1": "mlp.0",
     "fc2": "mlp.2",
     "final_layer_norm": "mlp_ln",
+    # CTranslate2's, its slashes turned into dots; one matrix there holds q, k and v
+    "self_attention.layer_norm": "attn_ln",
+    "self_attention.linear_0": "attn.qkv",
+    "self_attention.linear_1": "attn.out",
+    "ffn.layer_norm": "mlp_ln",
+    "ffn.linear_0": "mlp.0",
+    "ffn.linear_1": "mlp.2",
 }
 
 
 def whisper_name(key):
-    """transformers' name of an encoder tensor -> ours; None for the positions, which are computed."""
+    """transformers' name of an encoder tensor -> ours; None for the positions, which are computed.
+
+    Ours are openai-whisper's and pass unchanged.  So does a name that nobody knows: the strict loading
+    that follows says that it has no place.
+    """
     if key.startswith("embed_positions"):
         return None
-    if key.startswith("layers."):
-        _, n, rest = key.split(".", 2)
-        module, leaf = rest.rsplit(".", 1)
+    found = re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", key)
+    if found:
+        n, module, leaf = found.groups()
         return f"encoder.blocks.{n}.{WHISPER_NAMES.get(module, module)}.{leaf}"
     return "encoder." + key.replace("layer_norm", "ln_post")
 
 
-CTRANSLATE2_NAMES = {  # CTranslate2's -> openai-whisper's; q, k and v are one matrix there
-    "self_attention/layer_norm": "attn_ln",
-    "self_attention/linear_0": "attn.qkv",
-    "self_attention/linear_1": "attn.out",
-    "ffn/layer_norm": "mlp_ln",
-    "ffn/linear_0": "mlp.0",
-    "ffn/linear_1": "mlp.2",
-    "gamma": "weight",
-    "beta": "bias",
-}
-
-
 def ctranslate2_name(name):
-    """CTranslate2's name of an encoder tensor -> ours."""
-    module, _, leaf = name.removeprefix("encoder/").rpartition("/")
-    leaf = CTRANSLATE2_NAMES.get(leaf, leaf)
-    if module.startswith("layer_") and "/" in module:
-        block, module = module.removeprefix("layer_").split("/", 1)
-        return f"encoder.blocks.{block}.{CTRANSLATE2_NAMES.get(module, module)}.{leaf}"
-    return f"encoder.{module.replace('layer_norm', 'ln_post')}.{leaf}"
+    """CTranslate2's name of an encoder tensor -> ours.
 
-
-CTRANSLATE2_TYPES = {0: torch.float32, 1: torch.int8, 2: torch.int16, 3: torch.int32, 4: torch.float16}
+    encoder/layer_0/ffn/layer_norm/gamma is a path in a tree of modules, as transformers' names are, so it is
+    written as one of those first.
+    """
+    key = name.removeprefix("encoder/").replace("/", ".")
+    key = re.sub(r"^layer_(\d+)", r"layers.\1", key)
+    return whisper_name(key.replace(".gamma", ".weight").replace(".beta", ".bias"))
 
 
 def read_ctranslate2(path):
-    """The encoder in CTranslate2's model.bin of a Whisper -> {openai-whisper's name: tensor}.
-
-    The file is little-endian: version, name and revision of the model's kind, number of variables; each
-    variable's name, rank, sizes, type, bytes, data; then aliases, other names for the same data.  Nothing
-    follows.  Of the decoder only the headers are read.
-    """
+    """The encoder in CTranslate2's model.bin of a Whisper -> {openai-whisper's name: tensor}."""
     try:
         with open(path, "rb") as f:
-            return parse_ctranslate2(f, os.path.getsize(path), path)
+            return parse_ctranslate2(f, path)
+    except struct.error:
+        raise UserError(f"{path}: cut short, or not a file of CTranslate2's") from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
 
 
-def parse_ctranslate2(f, size, path):
-    """read_ctranslate2 of an open file of `size` bytes."""
+def parse_ctranslate2(f, path):
+    """read_ctranslate2 of an open file, by hand: CTranslate2 is an engine, and gives no tensors out.
 
-    def check(n):
-        if n > size - f.tell():
-            raise UserError(f"{path}: cut short, or not a file of CTranslate2's")
+    The file is little-endian: version, name and revision of the model's kind, number of variables; each
+    variable's name, rank, sizes, type, bytes, data; then aliases, other names for the same data.  Nothing
+    follows.  Of the decoder only the headers are read.  struct.error: it ends too early.
+    """
 
-    def number(code):
-        n = struct.calcsize("<" + code)
-        check(n)
-        return struct.unpack("<" + code, f.read(n))[0]
+    def read(code):
+        layout = struct.Struct("<" + code)
+        return layout.unpack(f.read(layout.size))[0]
 
-    def string():
-        n = number("H")
-        check(n)
-        return f.read(n).rstrip(b"\0").decode(errors="replace")
+    def read_string():
+        return read(f"{read('H')}s").rstrip(b"\0").decode(errors="replace")
 
-    weights = {}
-    version = number("I")
+    version = read("I")
     if version != 6:
         raise UserError(f"{path}: version {version} of CTranslate2's format, or another one; 6 is read")
-    kind = string()
+    kind = read_string()
     if kind != "WhisperSpec":
         raise UserError(f"{path}: holds a {kind[:40]!r}, not a WhisperSpec")
-    number("I")  # revision
-    for _ in range(number("I")):
-        name = string()
-        shape = [number("I") for _ in range(number("B"))]
-        dtype, n = number("B"), number("I")
-        check(n)
+    read("I")  # revision
+    weights = {}
+    for _ in range(read("I")):
+        name = read_string()
+        shape = [read("I") for _ in range(read("B"))]
+        dtype, n = read("B"), read("I")  # n bytes of data
         is_scalar = not shape  # settings, such as the number of heads
         if is_scalar or not name.startswith("encoder/") or name == "encoder/position_encodings/encodings":
             f.seek(n, os.SEEK_CUR)
             continue
-        if dtype not in CTRANSLATE2_TYPES:
-            raise UserError(f"{path}: {name} is of type {dtype}, which is unknown")
-        dtype = CTRANSLATE2_TYPES[dtype]
-        if not dtype.is_floating_point:
-            raise UserError(f"{path}: {name} is quantised; convert the model with --quantization float16")
-        if n == 0 or n != math.prod(shape) * dtype.itemsize:
+        # other types are integers, whose scales lie in variables of their own
+        dtypes = {0: torch.float32, 4: torch.float16}
+        if dtype not in dtypes:
+            how = "convert the model with --quantization float16"
+            raise UserError(f"{path}: {name} is of type {dtype}, quantised or unknown; {how}")
+        if n == 0 or n != math.prod(shape) * dtypes[dtype].itemsize:
             raise UserError(f"{path}: {name} has {n} bytes for the shape {tuple(shape)}")
-        weights[ctranslate2_name(name)] = torch.frombuffer(bytearray(f.read(n)), dtype=dtype).view(shape)
-    for _ in range(number("I")):
-        string()
-        string()
-    if f.tell() != size:
-        raise UserError(f"{path}: {size - f.tell()} bytes follow the last alias")
-    for name in [k for k in weights if ".attn.qkv." in k]:
-        stacked = weights.pop(name)
+        data = bytearray(read(f"{n}s"))  # a tensor wants memory that may be written to
+        weights[ctranslate2_name(name)] = torch.frombuffer(data, dtype=dtypes[dtype]).view(shape)
+    for _ in range(2 * read("I")):
+        read_string()
+    n_more = len(f.read())
+    if n_more:
+        raise UserError(f"{path}: {n_more} bytes follow the last alias")
+    for name in [key for key in weights if ".attn.qkv." in key]:
+        stacked = weights.pop(name)  # (3 * width, width), or a bias (3 * width,)
         if len(stacked) % 3:
             raise UserError(f"{path}: {name} has {len(stacked)} rows, which are not q, k and v")
         for part, value in zip(("query", "key", "value"), stacked.chunk(3), strict=True):
             weights[name.replace("qkv", part)] = value.clone()
+        # Whisper's keys have no bias (it would add the same to all scores of a query, and softmax takes that
+        # out again): the stack holds zeros in its place
         if name.endswith(".bias") and weights.pop(name.replace("qkv", "key")).any():
             raise UserError(f"{path}: {name} has a bias for the keys, which Whisper has not")
     return weights
 
 
 def whisper_file(path):
-    """The file itself, or the one of these names in a folder."""
-    if os.path.isdir(path):
-        known = ("model.safetensors", "encoder.safetensors", "model.bin")
-        found = [name for name in known if os.path.isfile(os.path.join(path, name))]
-        if not found:
-            raise UserError(f"{path}: a folder without {', '.join(known[:-1])} or {known[-1]}")
-        path = os.path.join(path, found[0])
+    """The file itself, or the first of these in a folder: the hub's name, ours, CTranslate2's."""
+    known = ("model.safetensors", "encoder.safetensors", "model.bin")
+    for name in known:
+        if os.path.isfile(os.path.join(path, name)):
+            return os.path.join(path, name)
     if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file; Whisper's encoder is looked for there")
+        raise UserError(f"{path}: no such file, nor a folder with one of {', '.join(known)}")
     return path
 
 
@@ -479,17 +523,17 @@ def load_whisper(model, path, device, dtype):
     """The encoder from a file of any of four kinds, or from a folder that holds one.
 
     openai-whisper's .pt; transformers' .safetensors, of the whole model or the encoder; CTranslate2's
-    model.bin; our own encoder.safetensors, whose names are openai-whisper's.
+    model.bin; our own encoder.safetensors, whose names are openai-whisper's.  The ending tells which.
     """
     path = whisper_file(path)
     if path.endswith(".safetensors"):
+        # a tensor at a time, by name: the decoder's stay on the disk
         weights = {}
         with open_safetensors(path) as f:
             for key in f.keys():
-                if "decoder." in key or key == "proj_out.weight":
-                    continue
                 name = whisper_name(key.removeprefix("model.").removeprefix("encoder."))
-                if name is not None:
+                is_decoder = "decoder." in key or key == "proj_out.weight"
+                if name is not None and not is_decoder:
                     weights[name] = f.get_tensor(key)
     elif path.endswith(".bin"):
         weights = read_ctranslate2(path)
@@ -498,16 +542,17 @@ def load_whisper(model, path, device, dtype):
         if not isinstance(found, dict) or "model_state_dict" not in found:
             raise UserError(f"{path}: not one of openai-whisper's files")
         weights = {k: v for k, v in found["model_state_dict"].items() if k.startswith("encoder.")}
-        weights.pop("encoder.positional_embedding", None)
+        weights.pop("encoder.positional_embedding", None)  # sinusoids for 30 s, see fix_positions
     expected = [k for k in model.state_dict() if k.startswith("encoder.")]
-    load_strictly(model, weights, path, device, dtype, expected=expected)
+    load_strictly(model, weights, path, device, dtype, expected)
     fix_positions(model)
 
 
 def export_encoder(whisper, folder):
-    """Writes folder/encoder.safetensors: the encoder of preset tiny in fp16.
+    """Writes folder/encoder.safetensors: the encoder of preset tiny in fp16, the type that it was found in.
 
-    The header names the source; the same source gives the same bytes.  Returns both files' SHA-256.
+    The header names the source; the same source gives the same bytes.  Returns both files' SHA-256, for
+    the card: a reader can check where the shipped encoder is from.
     """
     whisper = whisper_file(whisper)
     with torch.device("meta"):
@@ -522,38 +567,28 @@ def export_encoder(whisper, folder):
 
 def sha256(path):
     with open(path, "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------
-# LLaDA's shards
-
-
-def check_llada(folder):
-    path = os.path.join(folder, "config.json")
-    if not os.path.isfile(path):
-        raise UserError(f"{folder}: no config.json: not a folder of LLaDA's weights")
-    try:
-        with open(path, encoding="utf-8") as f:
-            found = json.load(f)
-    except ValueError:
-        raise UserError(f"{path}: not JSON") from None
-    if found.get("model_type") != "llada":
-        kind = found.get("model_type")
-        raise UserError(f"{folder}: holds a model of type {kind!r}; this code runs LLaDA-8B")
+# LLaDA's shards.  Our backbone has LLaDA's names, so there is no table: a prefix goes, another comes.
 
 
 def load_llada(model, folder, device, dtype):
-    """LLaDA's shards into model.backbone, a tensor at a time."""
-    index = os.path.join(folder, "model.safetensors.index.json")
-    try:
-        with open(index, encoding="utf-8") as f:
-            shards = sorted(set(json.load(f)["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as e:
-        raise UserError(f"{index}: missing or not an index of shards ({type(e).__name__})") from None
-    state = model.state_dict()
-    expected = {k for k in model.backbone.state_dict() if "lora_" not in k}
-    for shard in shards:
+    """LLaDA's shards into model.backbone: 291 tensors in 6 files for LLaDA-8B-Instruct.
+
+    The tensors alone are read.  The folder's own modelling code would run with the user's rights
+    (trust_remote_code), and needs an older transformers.
+    """
+    # other models' folders have the same file names: say so at once, not by the first shape that differs
+    kind = read_json(folder, "config.json").get("model_type")
+    if kind != "llada":
+        raise UserError(f"{folder}: holds a model of type {kind!r}; this code runs LLaDA-8B")
+    shard_of = read_json(folder, "model.safetensors.index.json").get("weight_map")
+    if not isinstance(shard_of, dict):
+        raise UserError(f"{folder}: model.safetensors.index.json is not an index of shards")
+    weights = {}
+    for shard in sorted(set(shard_of.values())):
         path = os.path.join(folder, shard)
         if not os.path.isfile(path):
             raise UserError(f"{folder}: the index names {shard}, which is not there")
@@ -563,29 +598,31 @@ def load_llada(model, folder, device, dtype):
             if not key.startswith("model.transformer."):
                 raise UserError(f"{path}: {key} is not one of LLaDA's names")
             name = "backbone." + key.removeprefix("model.transformer.")
-            # mapped one by one: who lets one go (model.quantise) gives its memory back
+            # a mapping for each tensor: who lets one go (model.quantise) gives its memory back
             with open_safetensors(path) as f:
-                weights = {name: f.get_tensor(key)}
-            expected -= {key.removeprefix("model.transformer.")}
-            load_strictly(model, weights, path, device, dtype, expected={name} & state.keys())
-    if expected:
-        total = len(model.backbone.state_dict())
-        missing = f"({len(expected)} of {total} tensors missing)"
-        raise UserError(f"{folder}: the shards hold no {min(expected)} {missing}")
+                weights[name] = f.get_tensor(key)
+    expected = [k for k in model.state_dict() if k.startswith("backbone.") and "lora_" not in k]
+    missing = set(expected) - weights.keys()
+    if missing:
+        how_many = f"({len(missing)} of {len(expected)} tensors missing)"
+        raise UserError(f"{folder}: the shards hold no {min(missing).removeprefix('backbone.')} {how_many}")
+    load_strictly(model, weights, folder, device, dtype, expected)
 
 
 # ---------------------------------------------------------------------------------------------
-# the authors' adapters, soft prompts and LoRA
+# the authors' adapters, soft prompts and LoRA.  Their file holds what they trained and nothing else:
+# 396 MB in fp32 for the 99 million parameters of Table B.3.
 
 
-SEMANTIC_NAMES = {
+SEMANTIC_NAMES = {  # numbers are places in an nn.Sequential, ReLU and GELU stand between them
     "conv.0": "conv1",
     "conv.2": "conv2",
     "linear_connector.0": "fc1",
     "linear_connector.2": "fc2",
     "layernorm": "norm",
 }
-QFORMER_NAMES = {  # transformers' BertLayer -> ours
+ACOUSTIC_NAMES = {"proj.0": "norm", "proj.1": "proj"}
+QFORMER_NAMES = {  # transformers' BertLayer, which the authors' Q-Former is made of -> ours
     **{f"attention.self.{n}": f"self_attention.{n}" for n in ("query", "key", "value")},
     **{f"crossattention.self.{n}": f"cross_attention.{n}" for n in ("query", "key", "value")},
     "attention.output.dense": "self_attention.out",
@@ -599,32 +636,35 @@ QFORMER_NAMES = {  # transformers' BertLayer -> ours
 
 
 def released_name(key):
-    """One of the authors' names -> ours, or None for what has no counterpart in the paper's model."""
-    module, _, leaf = key.rpartition(".")
+    """One of the authors' names -> ours, or None for what has no counterpart in the paper's model.
+
+    Theirs begin with the part of Section 3.1 that they belong to: semantic_connector is the semantic
+    adapter, acoustic_connector the acoustic one, llm_model the backbone with its LoRA.
+    """
+    part, _, rest = key.partition(".")
+    module, _, leaf = rest.rpartition(".")
     if key == "trainable_prompts.weight":
         return "soft_prompts"
-    if key.startswith("whisper_model."):
-        return whisper_name(key.removeprefix("whisper_model.").removeprefix("encoder."))
-    if key.startswith("semantic_connector."):
-        name = SEMANTIC_NAMES.get(module.removeprefix("semantic_connector."))
-        return name and f"semantic.{name}.{leaf}"
-    if key.startswith("acoustic_connector."):
-        rest = key.removeprefix("acoustic_connector.")
+    if part == "semantic_connector" and module in SEMANTIC_NAMES:
+        return f"semantic.{SEMANTIC_NAMES[module]}.{leaf}"
+    if part == "acoustic_connector":
         if rest == "layer_weights":
             return "acoustic.tap_logits"
-        if rest.startswith("layer_prompts."):
-            # one a tap; stacked by the caller
-            return "acoustic.queries." + rest.removeprefix("layer_prompts.")
-        if rest.startswith("proj."):
-            name = {"proj.0": "norm", "proj.1": "proj"}.get(rest[:6])
-            return name and f"acoustic.{name}.{leaf}"
-        _, _, n, part = (module.removeprefix("acoustic_connector.").split(".", 3) + [""] * 4)[:4]
-        return f"acoustic.layers.{n}.{QFORMER_NAMES[part]}.{leaf}" if part in QFORMER_NAMES else None
-    if key.startswith("llm_model."):
-        rest = key.removeprefix("llm_model.").removeprefix("base_model.model.")
-        rest = rest.removeprefix("model.transformer.")
+        if module == "layer_prompts" and leaf.isdecimal():
+            return f"acoustic.queries.{leaf}"  # one a tap; stacked by the caller
+        if module in ACOUSTIC_NAMES:
+            return f"acoustic.{ACOUSTIC_NAMES[module]}.{leaf}"
+        found = re.fullmatch(r"qformer\.layer\.(\d+)\.(.+)", module)
+        if found and found[2] in QFORMER_NAMES:
+            return f"acoustic.layers.{found[1]}.{QFORMER_NAMES[found[2]]}.{leaf}"
+    if part == "llm_model":
+        # peft wraps the model in base_model.model, a matrix in base_layer, and calls its one LoRA "default":
+        # base_model.model.model.transformer.blocks.0.q_proj.lora_A.default.weight
+        rest = rest.removeprefix("base_model.model.").removeprefix("model.transformer.")
         rest = rest.replace(".base_layer.", ".").replace(".default", "")
         return "backbone." + (rest.removesuffix(".weight") if "lora_" in rest else rest)
+    if part == "whisper_model":  # only where a whole training state was saved
+        return whisper_name(rest.removeprefix("encoder."))
     return None
 
 
@@ -633,7 +673,8 @@ def load_released(model, path, device=None):
 
     Accepts the names with and without peft's wrapping, and a full training state dict that holds
     the frozen parts too.  A stage-1 file may lack the Q-Former, which that stage does not use, or
-    hold a random one; a file of a later stage may lack the soft prompts.
+    hold a random one; a file of a later stage may lack the soft prompts, which stage 1 alone uses.
+    All of them end in the same model; whatever else such a file holds is an error.
     """
     found = open_pickle(path)
     is_state_dict = isinstance(found, dict) and all(isinstance(v, torch.Tensor) for v in found.values())
@@ -642,35 +683,37 @@ def load_released(model, path, device=None):
     device = device or model.backbone.wte.weight.device
     weights, queries = {}, {}
     for key, value in found.items():
-        name = released_name(key)
-        if name is None and "embed_positions" in key:
+        if "embed_positions" in key:  # Whisper's sinusoids, see fix_positions
             continue
+        name = released_name(key)
         if name is None:
             raise UserError(f"{path}: {key} is not one of DIFFA's names")
         if name.startswith("acoustic.queries."):
-            queries[int(name.rsplit(".", 1)[1])] = value
+            queries[int(name.rsplit(".", 1)[1])] = value  # (1, n_queries, d)
         else:
             weights[name] = value
     if queries:
-        weights["acoustic.queries"] = torch.cat([queries[i] for i in sorted(queries)])
-    expected, optional = trained_part(model), ("acoustic.",) if model.stage == 1 else ("soft_prompts",)
+        # by number, not by name: 10 comes after 9
+        weights["acoustic.queries"] = torch.cat([queries[tap] for tap in sorted(queries)])
     state = model.state_dict()
+    expected, optional = trained_part(model), ("acoustic.",) if model.stage == 1 else ("soft_prompts",)
     for key in expected:
         if key.startswith(optional) and key not in weights:
             # nobody reads these in this stage; they only must not be left without memory
             weights[key] = torch.zeros(state[key].shape)
-    part = set(expected) | (weights.keys() & state.keys())
+    frozen = (weights.keys() & state.keys()) - set(expected)
     for key, value in weights.items():
-        is_frozen = key in state and key not in expected
-        weights[key] = value.to(state[key].dtype if is_frozen else torch.float32)
-    load_strictly(model, weights, path, device, expected=part)
+        # frozen parts in the type that they were loaded in; all that was trained in fp32, see LoRALinear
+        weights[key] = value.to(state[key].dtype if key in frozen else torch.float32)
+    load_strictly(model, weights, path, device, None, [*expected, *frozen])
 
 
 # ---------------------------------------------------------------------------------------------
 # the released models: where their parts are published, and how they are put together
 
 
-RELEASES = {  # preset -> where its three parts lie, and what they weigh in GB
+# sizes are the table's and not the hub's, so that they can be told without a network
+RELEASES = {  # preset -> where its three parts lie and what they weigh in GB; memory that asking takes, in GB
     "diffa2": {
         "llada": ("GSAI-ML/LLaDA-8B-Instruct", 16.0),
         "whisper": ("openai/whisper-large-v3", 3.1),
@@ -684,7 +727,7 @@ RELEASES = {  # preset -> where its three parts lie, and what they weigh in GB
         "memory": 17,
     },
 }
-PATTERNS = {  # files of each repository that are needed; stage 1 of DIFFA-2 has a folder of its own
+PATTERNS = {  # files of each repository that are needed: the hub has the same weights in other formats too
     "llada": ["*.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json"],
     "whisper": ["model.safetensors"],
     "diffa": ["pytorch_model.bin"],
@@ -695,12 +738,14 @@ def fetch(name, stage=None, llada=None, whisper=None, diffa=None, adapters=True)
     """Paths of LLaDA's folder, Whisper's file or folder, DIFFA's file: those given, else the hub's.
 
     adapters=False: LLaDA and Whisper alone, for training from the start; the third path is None.
-    Says what it will download and what the model needs before it starts.
+    Says what it will download and what the model needs before it starts: not every disk has room for
+    19.5 GB.  What lies in the hub's cache already is found without a network.
     """
     release, found = RELEASES[name], {}
     given = {"llada": llada, "whisper": whisper} | ({"diffa": diffa} if adapters else {})
     if stage == 1 and name == "diffa1":
         raise UserError("DIFFA-1 was released after its last stage only")
+    # DIFFA-2's root is the model after stage 4; that after stage 1 has a folder of its own
     patterns = PATTERNS | ({"diffa": ["stage1/pytorch_model.bin"]} if stage == 1 else {})
     for part, path in given.items():
         if path is not None:
@@ -710,6 +755,7 @@ def fetch(name, stage=None, llada=None, whisper=None, diffa=None, adapters=True)
             continue
         try:
             folder = snapshot_download(release[part][0], allow_patterns=patterns[part], local_files_only=True)
+            # the cache holds a folder from its first file on, or with another stage's files alone
             if all(glob.glob(os.path.join(folder, p)) for p in patterns[part]):
                 found[part] = folder
         except (OSError, ValueError):  # not in the cache
@@ -729,29 +775,41 @@ def fetch(name, stage=None, llada=None, whisper=None, diffa=None, adapters=True)
     return found["llada"], found["whisper"], found.get("diffa")
 
 
-def assemble(config, llada, whisper, diffa, device, dtype, stage, name=None, has_lora=None):
+def load_frozen(model, llada, whisper, device, dtype, name):
+    """LLaDA and Whisper's encoder, which no stage of the paper changes; model.base says what they are.
+
+    dtype: LLaDA's, which is published in bf16.  Whisper stays in fp32, as in the authors' inference; beside
+    16 GB of LLaDA its 2.5 GB are few.
+    """
+    load_llada(model, llada, device, dtype)
+    load_whisper(model, whisper, device, torch.float32)
+    model.base = {"name": name, "llada": fingerprint(model.backbone), "whisper": fingerprint(model.encoder)}
+
+
+def assemble(config, llada, whisper, diffa, device, dtype, stage, name=None):
     """LLaDA's folder + Whisper's file + DIFFA's pytorch_model.bin -> model, tokenizer.
 
     The module tree is built on the meta device; each tensor goes from its mapped file straight to
-    its place.  stage: what the file was trained for (1: soft prompts, no LoRA).  diffa=None leaves
-    adapters and LoRA empty (on no device) for the caller to fill.
+    its place.  stage: what the file was trained for (1: soft prompts; LoRA from stage 3 on, Section 3.3).
+    diffa=None leaves adapters and LoRA empty (on no device) for the caller to fill.
     """
-    check_llada(llada)
     tokenizer = load_tokenizer(llada)
     for field, token in SPECIAL_TOKENS.items():
-        if tokenizer.token_to_id(token) != getattr(config, field):
-            found, wanted = tokenizer.token_to_id(token), getattr(config, field)
+        # another [MASK] would load, and be read as some word
+        found, wanted = tokenizer.token_to_id(token), getattr(config, field)
+        if found != wanted:
             raise UserError(f"{llada}: the tokenizer has {token} at {found}, not {wanted}")
     with torch.device("meta"):
-        model = DIFFA2(config, lora=stage >= 3 if has_lora is None else has_lora)
+        model = DIFFA2(config, lora=stage >= 3)
     model.stage = stage
-    load_llada(model, llada, device, dtype)
-    load_whisper(model, whisper, device, torch.float32)
-    prints = {"llada": fingerprint(model.backbone), "whisper": fingerprint(model.encoder)}
-    model.base = {"name": name} | prints
+    load_frozen(model, llada, whisper, device, dtype, name)
     if diffa is not None:
         load_released(model, diffa, device)
     return model.eval(), tokenizer
+
+
+# ---------------------------------------------------------------------------------------------
+# the command line
 
 
 def main(argv=None):
@@ -772,24 +830,22 @@ def tutorial():
     path = os.path.join(ASSETS["tiny"], "model.safetensors")
     with open_safetensors(path) as f:
         header = f.metadata()
-        shapes = {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}
-    print(f"{os.path.relpath(path, HERE)}: {len(shapes)} tensors, trained up to stage {header['stage']}\n")
+        sizes = {key: math.prod(f.get_slice(key).get_shape()) for key in f.keys()}
+    print(f"{os.path.relpath(path, HERE)}: {len(sizes)} tensors, trained up to stage {header['stage']}\n")
     print(f"{'part':12}{'tensors':>9}{'parameters':>13}   the largest")
-    for part in sorted({key.split(".")[0] for key in shapes}):
-        mine = {key: shape for key, shape in shapes.items() if key.split(".")[0] == part}
-        largest = max(mine, key=lambda key: math.prod(mine[key]))
-        total = sum(math.prod(shape) for shape in mine.values())
-        print(f"{part:12}{len(mine):>9}{total:>13,}   {largest} {mine[largest]}")
-    if "base" in header:
-        print(f"\nnot in it, because it was never trained here: {header['base']}")
-    model, tokenizer = load("tiny", "cpu")
+    for part in sorted({key.split(".")[0] for key in sizes}):
+        mine = {key: n for key, n in sizes.items() if key.split(".")[0] == part}
+        print(f"{part:12}{len(mine):>9}{sum(mine.values()):>13,}   {max(mine, key=mine.get)}")
+    print(f"\nnot in it, because it was never trained here: {header['base']}")
+    _, tokenizer = load("tiny", "cpu")
     print(f"\nload('tiny'): every tensor in its place; {tokenizer.get_vocab_size()} kinds of tokens")
     print("Names of other formats that `load` turns into ours, one of each:")
-    print("  transformers' Whisper   layers.0.fc1.weight         ->", whisper_name("layers.0.fc1.weight"))
-    name = "encoder/layer_0/ffn/linear_0/weight"
-    print(f"  CTranslate2's Whisper   {name[8:]:27} ->", ctranslate2_name(name))
-    name = "acoustic_connector.proj.1.weight"
-    print(f"  the authors' adapters   {name[9:]:27} ->", released_name(name))
+    for format, rename, key in (
+        ("transformers' Whisper", whisper_name, "layers.0.fc1.weight"),
+        ("CTranslate2's Whisper", ctranslate2_name, "encoder/layer_0/ffn/linear_0/weight"),
+        ("the authors' adapters", released_name, "acoustic_connector.proj.1.weight"),
+    ):
+        print(f"  {format:24}{key:38}-> {rename(key)}")
     return 0
 
 
