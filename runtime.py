@@ -23,10 +23,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------
-# programs
+# programs.  A traceback tells the author of a program where it broke; its user wants to know which file or
+# option is wrong.  So what the user can put right is one line, and all else stays a traceback: a mistake of
+# ours must not look like one of theirs.
 
 
 class UserError(Exception):
@@ -34,7 +37,10 @@ class UserError(Exception):
 
 
 def first_line(error):
-    """The first line of a library's error, or its type where it says nothing."""
+    """The first line of a library's error, or its type where it says nothing.
+
+    Some of torch's errors bring a stack of C++ calls along, which would bury the line that matters.
+    """
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -61,7 +67,7 @@ def pick_device(name=None):
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name or found)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device)  # a name may be well formed and its device not there: "cuda:9"
     except (RuntimeError, AssertionError, ValueError) as e:
         raise UserError(f"device {name!r} cannot be used: {first_line(e)}") from None
     return device
@@ -74,6 +80,11 @@ def pick_device(name=None):
 def write_file(path, write):
     """write(temporary name), then syncs and renames: a reader finds the old file or the new, no half one.
 
+    The order matters.  A rename is atomic, but a file system may do it before the data are on the disk: after
+    a power cut the name would stand on an empty file.  Hence the sync before it.  The temporary name lies in
+    the same folder, for nothing can be renamed from one disk to another, and begins with a dot, so that no
+    pattern for finished files finds it after a kill.
+
     Raises UserError when it cannot be written, with what was there before still there.
     """
     folder, name = os.path.split(path)
@@ -83,7 +94,7 @@ def write_file(path, write):
         write(temporary)
         sync(temporary)
         os.replace(temporary, path)
-        sync(folder or ".")  # the new name itself
+        sync(folder or ".")  # the new name itself, which is an entry of the folder
     except (OSError, SafetensorError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
         why = getattr(e, "strerror", None) or first_line(e)
         raise UserError(f"{folder or '.'}: cannot be written ({why})") from None
@@ -102,9 +113,11 @@ def sync(path):
 
 
 # ---------------------------------------------------------------------------------------------
-# processes.  torchrun starts one a GPU and tells each its rank in the environment.  All of them hold
-# the whole model (the trained 1 % makes gradients small: 400 MB in fp32 for diffa2), read their own
-# share of every global batch, and take the same optimizer step on the same summed gradient.
+# processes.  torchrun starts one a GPU and tells each its rank in the environment (RANK, LOCAL_RANK,
+# WORLD_SIZE).  All of them hold the whole model (the trained 1 % makes gradients small: 400 MB in fp32 for
+# diffa2), read their own share of every global batch, and take the same optimizer step on the same summed
+# gradient.  Each of the calls below is made by all processes or by none: one that came alone would wait for
+# ever.
 
 
 @dataclass(frozen=True)
@@ -121,7 +134,7 @@ class ProcessGroup:
             print(text)
 
     def sum(self, values):
-        """Sums a list of numbers over the processes, in fp64."""
+        """Sums a list of numbers over the processes, in fp64: counts stay whole numbers, however large."""
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -137,7 +150,10 @@ class ProcessGroup:
         return things
 
     def first_only(self, work):
-        """work() on rank 0, its result on every rank.  A UserError there is raised on every rank."""
+        """work() on rank 0, its result on every rank.  A UserError there is raised on every rank.
+
+        Were it raised on rank 0 alone, the others would wait in their next all-reduce until its time is up.
+        """
         result, error = None, None
         if self.rank == 0:
             try:
@@ -158,10 +174,11 @@ class ProcessGroup:
         """
         if self.size == 1:
             return
-        flat = torch.cat([p.grad.flatten() for p in parameters])
+        gradients = [p.grad for p in parameters]
+        # one large vector: hundreds of small messages would each wait for the network
+        flat = parameters_to_vector(gradients)
         dist.all_reduce(flat)
-        for p, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad.copy_(total.view_as(p))
+        vector_to_parameters(flat, gradients)
 
 
 @contextlib.contextmanager
@@ -173,17 +190,18 @@ def process_group(device=None):
         device = f"cuda:{local}"
     device = pick_device(device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # NCCL takes the current one, and that is GPU 0 in every process
     if size == 1:
         yield ProcessGroup(0, 1, device)
         return
-    is_ours = not dist.is_initialized()
+    is_ours = not dist.is_initialized()  # whoever has joined already leaves by itself
     if is_ours:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     group = ProcessGroup(dist.get_rank(), size, device)
     try:
         yield group
-        # rank 0 leaves last: a process that goes while another still waits for it takes that one down
+        # rank 0 leaves last: a process that goes while another still waits for it takes that one down.  A
+        # barrier would not do: some come out of it while others are still inside.
         goodbye = torch.zeros(1, device=device)
         if group.rank:
             dist.send(goodbye, 0)
@@ -198,10 +216,12 @@ def process_group(device=None):
 def exit_process(code):
     """sys.exit; a process of torchrun's goes at once, without the interpreter's winding up.
 
-    A thread of gloo that then asks for Python once more aborts the process: status 134 after all is written.
+    A thread of gloo that then asks for Python once more aborts the process: status 134 after all is written,
+    and torchrun would take a finished run for a failed one.
     """
     if "WORLD_SIZE" not in os.environ:
         sys.exit(code)
+    # os._exit drops what Python has buffered
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code or 0)
@@ -210,6 +230,8 @@ def exit_process(code):
 class StopSignal:
     """Remembers SIGTERM and Ctrl-C until the step is done; a second Ctrl-C is not waited for.
 
+    A handler that saved at once could be called in the middle of an optimizer step, with half of the weights
+    from before it and half from after.  So it only takes a note, and the loop asks for it between steps.
     torchrun killed outright can send no signal to its workers: they find that their parent is another.
     """
 
@@ -237,8 +259,10 @@ class StopSignal:
 def locked(out, wait):
     """The folder belongs to one run: a lock that dies with its holder, however that dies.  Rank 0 takes it.
 
-    Between machines it holds where the shared disk has flock (NFS from version 4 on).  wait: until the other
-    run is gone; else a UserError names it.
+    Two runs in one folder would go on from each other's checkpoints.  A file that merely exists would be left
+    behind by SIGKILL and keep everybody out; the kernel gives flock back with the process.  Between machines
+    it holds where the shared disk has flock (NFS from version 4 on).  wait: until the other run is gone; else
+    a UserError names it.
     """
     path = os.path.join(out, ".lock")
     if int(os.environ.get("RANK", 0)):
@@ -260,6 +284,7 @@ def locked(out, wait):
             break
         os.close(handle)  # it was removed while we waited: a lock that nobody else will find
     try:
+        # for whoever is refused: which process of which machine to look for
         os.truncate(handle, 0)
         os.write(handle, f"process {os.getpid()} of {platform.node()}".encode())
         yield
@@ -272,7 +297,10 @@ def locked(out, wait):
 
 
 def ignore_signals():
-    """Loader workers leave the answer to SIGTERM and Ctrl-C to the process they work for."""
+    """Loader workers leave the answer to SIGTERM and Ctrl-C to the process they work for.
+
+    Ctrl-C reaches every process of a terminal: workers that died of it would leave the step unfinished.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -284,7 +312,8 @@ def ignore_signals():
 class Log:
     """What is seen of a run: out/log.jsonl, a line a step, a progress bar, TensorBoard if wanted.
 
-    A run that goes on at `step` cuts the file back to it.  Only rank 0 shows and writes anything.
+    A run that goes on at `step` cuts the file back to it: steps after the checkpoint were lost and are taken
+    again, and each is to stand there once.  Only rank 0 shows and writes anything.
     """
 
     def __init__(self, out, title, step, steps, tensorboard, rank):
@@ -295,6 +324,7 @@ class Log:
             return
         if os.path.exists(path) and step:
             with open(path, encoding="utf-8") as f:
+                # a line that a kill cut short has no end
                 lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
 
         def write(temporary):
@@ -304,6 +334,7 @@ class Log:
         write_file(path, write)
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         if tensorboard:
+            # here, because the package is optional
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(out)
@@ -311,24 +342,24 @@ class Log:
     def write(self, **entry):
         if self.file:
             self.file.write(json.dumps(entry) + "\n")
-            self.file.flush()
+            self.file.flush()  # to be watched while the run goes on
         if self.board:
             for name, value in entry.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self.board.add_scalar(name, value, entry["step"])
 
     def write_step(self, **entry):
-        """The line of a step; the bar shows the same, the loss as a running mean of some 50 steps."""
+        """The line of a step; the bar shows the same, the loss as a running mean of some 50 steps.
+
+        A single step's loss says more of the t that was drawn than of the model.
+        """
         self.write(**entry)
         loss, norm = entry["loss"], entry["norm"]
-        if loss is not None and norm is not None:
+        if loss is not None and norm is not None:  # else the step was left out
             before = loss if self.smoothed is None else self.smoothed
             self.smoothed = before + (loss - before) / min(entry["step"], 50)
-        shown = {"loss": "-" if self.smoothed is None else f"{self.smoothed:.3f}", "lr": f"{entry['lr']:.1e}"}
-        shown |= {"norm": "-" if norm is None else f"{norm:.2f}", "audio": f"{entry['hours']:.2f}h"}
-        if entry["skipped"]:
-            shown["skipped"] = entry["skipped"]
-        self.bar.set_postfix(shown, refresh=False)
+        shown = {"loss": self.smoothed, "norm": norm, "lr": entry["lr"], "hours": entry["hours"]}
+        self.bar.set_postfix(shown, skipped=entry["skipped"], refresh=False)
         self.bar.update()
 
     def __enter__(self):
