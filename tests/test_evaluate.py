@@ -440,6 +440,15 @@ def test_asr_from_kaldi_and_manifest(toured, small_folder, tmp_path, capsys):
     assert main(["asr", str(kaldi), *argv]) == 2 and "is a pipe" in capsys.readouterr().err
 
 
+def test_threshold_zero_keeps_all_tokens_in_one_call(toured, small_folder, capsys):
+    argv = ["exact", f"{toured}/test.jsonl", "--model", small_folder, "--limit", "4", "--answer-length", "16"]
+    assert main([*argv, "--threshold", "0"]) == 0
+    text = capsys.readouterr().out
+    assert "threshold 0, answer length 16" in text and "1.00 network calls an answer" in text
+    assert main([*argv, "--threshold", "2"]) == 2
+    assert "threshold 2.0 must lie between 0 and 1" in capsys.readouterr().err
+
+
 def test_exact_reports_tasks(toured, small_folder, capsys):
     argv = ["exact", f"{toured}/test.jsonl", "--model", small_folder, "--limit", "30"]
     assert main([*argv, "--answer-length", "16"]) == 0

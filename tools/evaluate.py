@@ -75,7 +75,9 @@ def settings_of(args):
         steps, factor = None, args.factor or 1.0
     else:
         factor = 1.0
-    Options(length, block, steps, factor).check()
+    if args.threshold is not None:
+        steps = None
+    Options(length, block, steps, factor, args.threshold).check()
     file = args.file if os.path.isfile(args.file) else os.path.join(args.file, "wav.scp")
     digest = ""
     if os.path.isfile(file):
@@ -92,6 +94,7 @@ def settings_of(args):
         "factor": None if steps else factor,
         "cache": args.cache,
         "limit": args.limit,
+        **({"threshold": args.threshold} if args.threshold is not None else {}),
         **({"int8": True} if args.int8 else {}),
     }
 
@@ -140,6 +143,7 @@ def answer_all(group, model, tokenizer, questions, journal, settings, batch, all
         block=settings["block"],
         steps=settings["steps"],
         factor=settings["factor"] or 1.0,
+        threshold=settings.get("threshold"),
         cache=settings["cache"],
     )
     loaded, bad = [], 0
@@ -255,6 +259,8 @@ def report_marks(benchmark, questions, lines, score):
 def how_of(settings):
     """The sampling rule in words, and whether the matrices were in int8."""
     rule = f"{settings['steps']} steps" if settings["steps"] else f"factor {settings['factor']:g}"
+    if "threshold" in settings:
+        rule = f"threshold {settings['threshold']:g}"
     return rule + (", int8" if settings.get("int8") else "")
 
 
@@ -600,6 +606,7 @@ def main(argv=None):
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--steps", type=int, help="fixed-step decoding (default: Table B.4; exact: factor 1)")
     how.add_argument("--factor", type=float, help="factor-parallel decoding")
+    how.add_argument("--threshold", type=float, help="keep the tokens that are surer than this")
     parser.add_argument("--cache", choices=("none", "prefix", "dual"), default="none")
     parser.add_argument("--int8", action="store_true", help="as in decode.py")
     parser.add_argument("--batch", type=int)
