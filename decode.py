@@ -14,8 +14,8 @@ How many stay is the whole difference between the samplers:
     --threshold C all whose confidence exceeds C (Fast-dLLM)
 
 Cheaper calls: --cache prefix keeps keys and values of prompt and audio while a block is filled, --cache
-dual those of later blocks too.  Fewer: --answer-length auto fits the response to the clip.  Half the memory:
---int8.
+dual those of later blocks too.  Fewer: --answer-length auto fits a transcript's length to the clip's.  Half
+the memory: --int8.
 
 A clip beyond the window (30 s; 10 s of the small model) is answered piece by piece, see --long.  With
 --block below --answer-length, --stream prints each block as soon as it is final.
@@ -27,6 +27,7 @@ not kept all the same, and an early end leaves no [MASK] in later blocks.
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -53,7 +54,88 @@ from runtime import Parser, UserError, exit_status
 from weights import load, save
 
 # ---------------------------------------------------------------------------------------------
-# how many tokens to keep
+# low-confidence remasking: after a network call the surest tokens stay, the others are masked again
+
+
+def choose(logits, mask_id, temperature=0.0, rows=None, generator=None):
+    """The token that each masked place would take (Eq. 6, 7), and how sure the model is of it.
+
+    logits (N, vocab), one row for each masked place.  Returns token (N,) and confidence (N,), the softmax
+    probability of that token.  temperature > 0 draws the token instead of taking the likeliest one.
+    rows (N,) says which row of the batch a place is in, and `generator` may be a list with one for each
+    row of the batch: what a row draws then does not depend on the other rows.
+    """
+    logits = logits.float()
+    logits[:, mask_id] = float("-inf")  # a "predicted" [MASK] would never be filled
+    if temperature > 0:
+        # argmax(logits + T * Gumbel noise) is a draw from softmax(logits / T).  In float64: coarser numbers
+        # cut off the noise's tails and make the draws too greedy (arXiv 2409.02908, as in LLaDA's code).
+        # On the CPU: some devices have no float64.
+        noise = torch.empty(logits.shape, dtype=torch.float64)
+        for row in rows.unique().tolist():
+            at = (rows == row).cpu()
+            own = generator[row] if isinstance(generator, (list, tuple)) else generator
+            u = torch.rand(int(at.sum()), logits.size(1), dtype=torch.float64, generator=own)
+            noise[at] = -torch.log(-torch.log(u.clamp(min=1e-300)))
+        token = (logits.cpu().double() + temperature * noise).argmax(1).to(logits.device)
+    else:
+        token = logits.argmax(1)
+    # without the noise: how sure the model is, not how lucky the draw was
+    confidence = (logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(1)).exp()
+    return token, confidence
+
+
+def most_confident(confidence, counter):
+    """Which of a block's tokens stay, (B, n) bool.  Ties go to the lower position.
+
+    confidence (B, n): -inf where nothing is masked.  counter: sorted confidences (B, n) -> how many (B,).
+
+    Why by confidence: a call predicts each token without knowing what the other masked places get.  Where
+    the model is unsure, two places may take halves of two answers ("Dog barking", "Baby crying": "Dog
+    crying").  What it is sure of hardly depends on the others; the rest is asked again with that filled in.
+    """
+    ranked, order = confidence.sort(dim=1, descending=True, stable=True)
+    rank = order.argsort(dim=1)  # the inverse permutation: the rank of each place, 0 for the surest
+    return (rank < counter(ranked)[:, None]) & confidence.isfinite()
+
+
+def schedule(masks, steps):
+    """Tokens that each of `steps` steps keeps: floor(masks / steps), the first few one more."""
+    return [masks // steps + (i < masks % steps) for i in range(steps)]
+
+
+# A sampling rule says how many of a block's masked tokens stay after a call, (B,).  It reads their
+# confidences (B, n), sorted in descending order and -inf behind the last one, and its option.  At least one
+# token must stay, or the decoder would ask the same question for ever.
+
+
+def count_by_schedule(confidence, count):
+    """LLaDA's low-confidence remasking (Section 3.6): as many as the schedule says, sure or not."""
+    return torch.full((len(confidence),), count, device=confidence.device)
+
+
+def count_by_threshold(confidence, threshold):
+    """Fast-dLLM: all above a fixed threshold."""
+    return (confidence > threshold).sum(1).clamp(min=1)
+
+
+def count_by_factor(confidence, factor):
+    """Factor-parallel decoding (Eq. 8, Appendix B.4): the largest n with (n + 1)(1 - c_n) < factor.
+
+    Factor 1 is the bound of Fast-dLLM's Theorem 1 (Wu et al. 2025): if n tokens each have a probability
+    above 1 - e and (n + 1) e <= 1, then the likeliest tokens one by one are also the likeliest together, so
+    keeping n at once loses nothing against greedy decoding.  A larger factor keeps more than that proves.
+    """
+    n = torch.arange(1, confidence.size(1) + 1, device=confidence.device)
+    passes = (n + 1) * (1 - confidence) < factor  # (B, n)
+    # both factors grow with n, so the n that pass are the first ones: their number is the largest of them
+    return passes.sum(1).clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------
+# what can be set
+
+CACHES = ("none", "prefix", "dual")  # what is not computed anew at each call of a block, see BlockReader
 
 
 @dataclass(frozen=True)
@@ -63,9 +145,9 @@ class Options:
     answer_length: int | list | str = 32  # tokens; a list: of each row; "auto": `ask` fits it to the clip
     block: int = 32  # tokens that are filled before the next ones are begun
     steps: int | list | None = None  # network calls in all; a list: tokens to keep in each call of a block
-    factor: float = 1.0  # of Eq. 8
+    factor: float = 1.0  # of Eq. 8; what decides unless steps or threshold are given
     threshold: float | None = None  # keep what is surer
-    cache: str = "none"  # a row of CACHES
+    cache: str = "none"  # one of CACHES, see BlockReader
     refresh: int | None = None  # calls after which the cache is filled anew; None: once a block
     temperature: float = 0.0  # of sampling; 0 is greedy
 
@@ -94,7 +176,7 @@ class Options:
                 raise UserError(f"steps {steps} is not a positive multiple of the {blocks} blocks")
             if steps > length:
                 raise UserError(f"steps {steps} exceeds the answer length {length}: some would keep nothing")
-        if not self.factor > 0:
+        if not self.factor > 0:  # NaN is refused too
             raise UserError(f"factor {self.factor} must be positive")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise UserError(f"threshold {self.threshold} must lie between 0 and 1")
@@ -106,180 +188,105 @@ class Options:
             raise UserError(f"temperature {self.temperature} must be 0 or more")
 
 
-CACHES = ("none", "prefix", "dual")
+def count_to_keep(confidence, options, step):
+    """How many stay, (B,), by the rule that `options` ask for; a new rule gets its two lines here.
 
-
-def schedule(masks, steps):
-    """Tokens that each of `steps` steps keeps: floor(masks / steps), the first few one more."""
-    return [masks // steps + (i < masks % steps) for i in range(steps)]
-
-
-# A sampling rule says how many of a block's candidates stay, (B,).  It takes their confidences (B, n),
-# sorted in descending order, -inf where there is no candidate; its option; the call's number in the block.
-
-
-def count_by_schedule(confidence, counts, step):
-    """LLaDA's low-confidence remasking: as many as the schedule says."""
-    return torch.full((len(confidence),), counts[step], device=confidence.device)
-
-
-def count_by_factor(confidence, factor, step=0):
-    """Eq. 8: the largest n with (n + 1)(1 - c_n) < factor, at least 1."""
-    n = torch.arange(1, confidence.size(1) + 1, device=confidence.device)
-    passes = (n + 1) * (1 - confidence) < factor  # (B, n)
-    return (passes * n).amax(1).clamp(min=1)
-
-
-def count_by_threshold(confidence, threshold, step=0):
-    """Fast-dLLM: all candidates above the threshold, at least 1."""
-    return (confidence > threshold).sum(1).clamp(min=1)
-
-
-def rule_of(options):
-    """The sampling rule that `options` ask for, (confidence, step=) -> (B,); a new one gets its line here."""
+    confidence (B, n): sorted, as the rules read it.  step: the call's number in the block.
+    """
+    if isinstance(options.steps, list):
+        return count_by_schedule(confidence, options.steps[step])
     if options.steps is not None:
-        counts = options.steps
-        if isinstance(counts, int):
-            counts = schedule(options.block, counts * options.block // options.longest)
-        return functools.partial(count_by_schedule, counts=counts)
+        steps_per_block = options.steps * options.block // options.longest
+        return count_by_schedule(confidence, schedule(options.block, steps_per_block)[step])
     if options.threshold is not None:
-        return functools.partial(count_by_threshold, threshold=options.threshold)
-    return functools.partial(count_by_factor, factor=options.factor)
-
-
-def most_confident(confidence, counter):
-    """Which of the block's tokens to keep, (B, n) bool.  Ties go to the lower position.
-
-    confidence (B, n), -inf where nothing is masked; counter: sorted confidences -> how many (B,).
-    """
-    ranked, order = confidence.sort(dim=1, descending=True, stable=True)
-    place = torch.arange(order.size(1), device=order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, place)
-    return (rank < counter(ranked)[:, None]) & confidence.isfinite()
-
-
-def choose(logits, mask_id, temperature=0.0, rows=None, generator=None):
-    """The token each position would take and its probability.
-
-    logits (N, vocab).  temperature > 0 adds Gumbel noise in float64 (lower precision skews the
-    draw, LLaDA); rows (N,) and `generator`, a list with one per row, keep a row's draws its own.
-    Returns token (N,), confidence (N,) = softmax probability of that token, without noise.
-    """
-    logits = logits.float()
-    logits[:, mask_id] = float("-inf")  # [MASK] is no answer
-    if temperature > 0:
-        noise = torch.empty(logits.shape, dtype=torch.float64)
-        for row in rows.unique().tolist():
-            at = (rows == row).cpu()
-            own = generator[row] if isinstance(generator, (list, tuple)) else generator
-            u = torch.rand(int(at.sum()), logits.size(1), dtype=torch.float64, generator=own)
-            noise[at] = -torch.log(-torch.log(u.clamp(min=1e-300)))
-        # on the CPU, where the noise is: some devices have no float64
-        token = (logits.cpu().double() + temperature * noise).argmax(1).to(logits.device)
-    else:
-        token = logits.argmax(1)
-    confidence = (logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(1)).exp()
-    return token, confidence
-
-
-def close_after_end(response, mask_id, eos_id):
-    """Once an end mark stands with no [MASK] before it, all that follows is end marks.  (B, L), in place."""
-    is_open = (response == mask_id).cumsum(1) > 0
-    ended = ((response == eos_id) & ~is_open).cumsum(1) > 0
-    response[ended] = eos_id
+        return count_by_threshold(confidence, options.threshold)
+    return count_by_factor(confidence, options.factor)
 
 
 # ---------------------------------------------------------------------------------------------
-# the sampler
-
-
-def length_for(seconds, most=128):
-    """Answer length for transcribing `seconds` of speech: six tokens a second and four to spare, in eights.
-
-    Fast speech has four words a second; the paper's fixed 128 is for 30 s (Table B.4).
-    """
-    return min(most, -(-int(6 * seconds + 4) // 8) * 8)
-
-
-@dataclass
-class Batch:
-    """What the network reads: prompts and responses, in rows."""
-
-    ids: torch.Tensor  # (B, P + L); responses are the last L columns
-    valid: torch.Tensor | None  # (B, P + L): where there is no padding; None: everywhere
-    audio: torch.Tensor | None  # (B, A, D)
-    is_audio: torch.Tensor | None  # (B, A)
-    audio_at: torch.Tensor | None  # (B,): the text column that the audio stands in front of
-
-    @property
-    def n_audio(self):
-        return 0 if self.audio is None else self.audio.size(1)
-
-    def take(self, rows):
-        """These rows (n,) alone."""
-        if len(rows) == len(self.ids):
-            return self
-        parts = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return Batch(*(None if x is None else x[rows] for x in parts))
-
-
-def lay_out(prompts, lengths, mark, audio, is_audio, audio_at, config, device):
-    """A Batch of prompts and responses full of `mark`.
-
-    Prompts are padded on the left, so that all responses begin in one column, shorter responses on the
-    right.  Without any padding `valid` is None: attention needs no mask.
-    """
-    P, L = max(map(len, prompts)), max(lengths)
-    ids, valid, at = [], [], None
-    for prompt, length in zip(prompts, lengths, strict=True):
-        before, after = P - len(prompt), L - length
-        ids.append([config.eos_id] * before + list(prompt) + [mark] * length + [config.eos_id] * after)
-        valid.append([False] * before + [True] * (len(prompt) + length) + [False] * after)
-    if audio_at is not None:
-        at = torch.tensor([P - len(p) + a for p, a in zip(prompts, audio_at, strict=True)], device=device)
-    ids, valid = torch.tensor(ids, device=device), torch.tensor(valid, device=device)
-    if valid.all() and (audio is None or is_audio.all()):
-        valid = None
-    return Batch(ids, valid, audio, is_audio, at)
+# caches
 
 
 class BlockReader:
-    """Calls the network for one block, with what a cache saves (Fast-dLLM, Wu et al. 2025).
+    """The network calls that fill one block, with what a cache saves of them (Fast-dLLM, Wu et al. 2025).
 
-    A full pass fills the cache.  Calls after it recompute the block alone (dual) or the block and what
-    stands behind it (prefix); keys and values of all other columns stay as they were in that pass.  They
-    are approximate: every token sees every token, and those of the block have changed since.
+    The block's first call runs the whole row and fills the cache.  The calls after it recompute the block
+    alone ("dual"), or the block and all behind it ("prefix"), and take the keys and values of the other
+    columns from the cache: most of the work, with 32 answer tokens behind some 480 of prompt and audio.
+
+    A causal model's cache is exact: no token sees what comes after it.  Here every token sees every token,
+    so from the second layer on even the audio's keys and values change a little with each token that is
+    filled in.  The cache leaves them as they were in the last full pass, hence `refresh`.  The first call of
+    a block is exact in every case.
     """
 
-    def __init__(self, model, batch, first, options):
-        """first: the block's first column in batch.ids."""
-        self.model, self.batch, self.first, self.options = model, batch, first, options
-        self.columns = slice(first, first + options.block if options.cache == "dual" else None)
-        self.cache, self.held = None, None  # held: the rows that the cache holds
+    def __init__(self, model, inputs, first, options):
+        """inputs: of `lay_out`.  first: the block's first column in inputs["ids"]."""
+        self.model, self.inputs, self.first, self.options = model, inputs, first, options
+        self.live = slice(first, first + options.block if options.cache == "dual" else None)
+        # the network counts columns with the audio among them, and the audio stands before every response
+        self.start = first if inputs["audio"] is None else first + inputs["audio"].size(1)
+        self.cache = self.cached_rows = None  # cached_rows: rows of the batch whose keys and values it holds
 
-    def logits(self, rows, where, step):
+    def logits(self, rows, row, column, step):
         """Logits (N, vocab) of the block's N masked tokens.
 
-        rows (n,): those that are not finished, on the CPU.  where: (row (N,), column (N,)) of each token,
-        counted among these rows and from the block's first column.  step: the call's number in the block.
+        rows (n,): rows of the batch that still have masked tokens in this block, ascending.  row, column
+        (N,): where the tokens are, counted among these rows and from the block's first column.  step: the
+        call's number in the block.
         """
-        start = self.batch.n_audio + self.first  # the audio stands before every response
-        now = rows.to(where[0].device, non_blocking=True)
-        is_cached = self.options.cache != "none"
-        refresh = self.options.refresh
-        is_full = not is_cached or step == 0 or (refresh is not None and step % refresh == 0)
-        if is_full:
+        is_cached, refresh = self.options.cache != "none", self.options.refresh
+        if not is_cached or step == 0 or (refresh is not None and step % refresh == 0):
             self.cache = Cache() if is_cached else None
-            self.held = rows
-            row, column = where
-            b = self.batch.take(now)
-            inputs = (b.ids, b.valid, (row, self.first + column), b.audio, b.is_audio, b.audio_at)
-            return self.model(*inputs, cache=self.cache, read_from=start)
-        if len(self.held) > len(rows):
-            self.cache.keep(torch.searchsorted(self.held, rows))
-            self.held = rows
-        ids = self.batch.ids[now][:, self.columns]
-        return self.model(ids, None, where, cache=self.cache, start=start)
+            self.cached_rows = rows
+            inputs = {name: None if x is None else x[rows] for name, x in self.inputs.items()}
+            where = (row, self.first + column)
+            # read_from: the last layer computes nothing before the block, since nobody reads it
+            return self.model(**inputs, where=where, cache=self.cache, read_from=self.start)
+        if len(rows) < len(self.cached_rows):  # some rows have finished: the cache lets them go as well
+            self.cache.keep(torch.searchsorted(self.cached_rows, rows))
+            self.cached_rows = rows
+        ids = self.inputs["ids"][rows][:, self.live]
+        return self.model(ids, None, (row, column), cache=self.cache, start=self.start)
+
+
+# ---------------------------------------------------------------------------------------------
+# blocks, from left to right
+
+
+def lay_out(prompts, lengths, fill, eos_id, audio, is_audio, audio_at, device):
+    """What DIFFA2.forward reads, by its names of it: prompts, each before a response full of `fill`.
+
+    ids, valid (B, P + L): text, and where it is no padding.  audio (B, A, D), is_audio (B, A).  audio_at
+    (B,): the text column that the audio stands in front of.
+
+    Prompts are padded on the left, so that all responses begin in column P, shorter responses on the right.
+    Without any padding `valid` is None: attention without a mask takes a faster kernel.
+    """
+    P, L = max(map(len, prompts)), max(lengths)
+    ids, valid = [], []
+    for prompt, length in zip(prompts, lengths, strict=True):
+        before, after = P - len(prompt), L - length
+        ids.append([eos_id] * before + list(prompt) + [fill] * length + [eos_id] * after)
+        valid.append([False] * before + [True] * (len(prompt) + length) + [False] * after)
+    ids, valid = torch.tensor(ids, device=device), torch.tensor(valid, device=device)
+    if valid.all() and (audio is None or is_audio.all()):
+        valid = None
+    if audio_at is not None:
+        audio_at = [P - len(prompt) + at for prompt, at in zip(prompts, audio_at, strict=True)]
+        audio_at = torch.tensor(audio_at, device=device)
+    return {"ids": ids, "valid": valid, "audio": audio, "is_audio": is_audio, "audio_at": audio_at}
+
+
+def close_after_end(response, mask_id, eos_id):
+    """Once an end mark stands with no [MASK] before it, all that follows is end marks.  (B, L), in place.
+
+    Nothing behind it can be part of the answer, so no call is spent on it.  With a [MASK] before it the end
+    mark may be wrong about where it stands: tokens are not kept from left to right.
+    """
+    is_open = (response == mask_id).cumsum(1) > 0
+    ended = ((response == eos_id) & ~is_open).cumsum(1) > 0
+    response[ended] = eos_id
 
 
 @torch.no_grad()
@@ -295,7 +302,7 @@ def generate(
     on_block=None,
     **fields,
 ):
-    """Answers a batch of prompts (paper 3.6, B.4).  Each row gets what it would get alone.
+    """Answers a batch of prompts (Section 3.6, Appendix B.4).  Each row gets what it would get alone.
 
     prompts: B lists of token ids.  audio (B, A, D), is_audio (B, A), audio_at (list of B): as
     model.adapt and data.build_prompt give them; audio=None is text alone.
@@ -313,52 +320,43 @@ def generate(
     lengths = options.answer_length if isinstance(options.answer_length, list) else [L] * B
     if min(lengths) < L and (options.steps is not None or block < L):
         raise UserError("answers of different lengths go with factor or threshold and a single block")
-    rule = rule_of(options)
-    batch = lay_out(prompts, lengths, c.mask_id, audio, is_audio, audio_at, c, device)
-    response = batch.ids[:, P:]  # a view: writing to it writes batch.ids
+    inputs = lay_out(prompts, lengths, c.mask_id, c.eos_id, audio, is_audio, audio_at, device)
+    response = inputs["ids"][:, P:]  # a view: what is written here is what the next call reads
     confidence = torch.zeros(B, L, device=device)
-    calls = torch.zeros(B, dtype=torch.long)
+    calls = torch.zeros(B, dtype=torch.long, device=device)
+    # LLaDA's semi-autoregressive decoding: a block is filled in any order, and before the next is begun.  A
+    # model trained on responses padded with end marks is surest of those, and would keep many of them before
+    # a word of a long answer is there.
     for first in range(0, L, block):
-        span = slice(first, first + block)
-        reader = BlockReader(model, batch, P + first, options)
-        step = 0
-        while True:
-            # the one place of a step that waits for the device (full passes over padded rows aside)
-            masked = (response[:, span] == c.mask_id).cpu()  # (B, block)
-            if not masked.any():
+        reader = BlockReader(model, inputs, P + first, options)
+        for step in itertools.count():
+            masked = response[:, first : first + block] == c.mask_id  # (B, block)
+            rows = masked.any(1).nonzero()[:, 0]  # (n,): rows that are done cost nothing more
+            if not len(rows):
                 break
-            rows = masked.any(1).nonzero()[:, 0]  # (n,): the others have left the batch
-            where = masked[rows].nonzero(as_tuple=True)
-            row, column = (x.to(device, non_blocking=True) for x in where)
-            now = rows.to(device, non_blocking=True)
-            logits = reader.logits(rows, (row, column), step)
-            token, sure = choose(logits, c.mask_id, options.temperature, now[row], generator)
-            shape = (len(rows), block)
-            predicted = torch.full(shape, c.mask_id, device=device).index_put((row, column), token)
-            candidates = torch.full(shape, float("-inf"), device=device).index_put((row, column), sure)
-            keep = most_confident(candidates, functools.partial(rule, step=step))
-            response[now, span] = torch.where(keep, predicted, response[now, span])
-            confidence[now, span] = torch.where(keep, candidates, confidence[now, span])
+            # Eq. 6: predict all masked tokens of the block at once
+            row, column = masked[rows].nonzero(as_tuple=True)  # (N,) each: the masked tokens
+            logits = reader.logits(rows, row, column, step)
+            token, sure = choose(logits, c.mask_id, options.temperature, rows[row], generator)
+            # keep the surest of each row; "masking again" needs no work: the others are never written
+            candidates = torch.full((len(rows), block), float("-inf"), device=device)
+            candidates[row, column] = sure
+            counter = functools.partial(count_to_keep, options=options, step=step)
+            keep = most_confident(candidates, counter)[row, column]  # (N,)
+            place = (rows[row][keep], first + column[keep])
+            response[place], confidence[place] = token[keep], sure[keep]
             close_after_end(response, c.mask_id, c.eos_id)
             calls[rows] += 1
-            step += 1
             if on_step is not None:
                 on_step(response, confidence, int(calls.max()))
         if on_block is not None:
             on_block(response, first + block)
-    return response.clone(), calls.to(device)
+    return response.clone(), calls
 
 
 @torch.no_grad()
 def generate_ar(
-    model,
-    prompts,
-    audio=None,
-    is_audio=None,
-    audio_at=None,
-    answer_length=32,
-    temperature=0.0,
-    generator=None,
+    model, prompts, audio=None, is_audio=None, audio_at=None, answer_length=32, temperature=0, generator=None
 ):
     """The autoregressive baseline (Config.causal): one token a call, left to right, with a K/V cache.
 
@@ -369,29 +367,30 @@ def generate_ar(
     if not c.causal:
         raise UserError("this model looks both ways: it decodes by masked diffusion")
     B, P = len(prompts), max(map(len, prompts))
-    b = lay_out(prompts, [answer_length] * B, c.eos_id, audio, is_audio, audio_at, c, device)
-    cache, calls = Cache(), torch.zeros(B, dtype=torch.long, device=device)
+    n_audio = 0 if audio is None else audio.size(1)
+    inputs = lay_out(prompts, [answer_length] * B, c.eos_id, c.eos_id, audio, is_audio, audio_at, device)
+    ids, cache = inputs["ids"], Cache()
+    calls = torch.zeros(B, dtype=torch.long, device=device)
     is_open = torch.ones(B, dtype=torch.bool, device=device)
     every, zero = torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device)
-    for i in range(answer_length):
-        last = P + i - 1  # the newest column
-        if i == 0:
+    for column in range(P, P + answer_length):
+        if column == P:  # the logits at the prompt's last column are those of the response's first
             # the response's columns are computed with the prompt, and overwritten before anyone may see them
-            logits = model(b.ids, b.valid, (every, zero + last), b.audio, b.is_audio, b.audio_at, cache=cache)
+            logits = model(**inputs, where=(every, zero + P - 1), cache=cache)
         else:
-            newest = b.ids[:, last : last + 1]
-            logits = model(newest, None, (every, zero), cache=cache, start=b.n_audio + last)
+            newest = ids[:, column - 1 : column]
+            logits = model(newest, None, (every, zero), cache=cache, start=n_audio + column - 1)
         token, _ = choose(logits, c.mask_id, temperature, every, generator)
-        b.ids[:, P + i] = torch.where(is_open, token, c.eos_id)
+        ids[:, column] = torch.where(is_open, token, c.eos_id)
         calls += is_open
         is_open &= token != c.eos_id
         if not is_open.any():
             break
-    return b.ids[:, P:].clone(), calls
+    return ids[:, P:].clone(), calls
 
 
 # ---------------------------------------------------------------------------------------------
-# asking a clip
+# asking about a clip
 
 
 @dataclass
@@ -407,7 +406,7 @@ class Answer:
 
     @property
     def rtf(self):
-        """Real-time factor: seconds of work per second of audio."""
+        """Real-time factor (Table 4): seconds of work per second of audio."""
         return self.seconds / self.audio_seconds
 
 
@@ -441,92 +440,109 @@ def ask(
     questions = [questions] * len(audios) if isinstance(questions, str) else questions
     options, batch = dataclasses.replace(options, **fields), batch or max(16, len(audios))
     window = round(window_seconds(model.config) * SAMPLE_RATE)
-    jobs = []  # (clip's number, start, end, samples, generator)
+    spans = []  # of each clip: [(start, end)] of its pieces, in samples
+    pieces = []  # of all clips: (samples, question, generator)
     for n, audio in enumerate(audios):
         if isinstance(audio, (str, os.PathLike)):
             audio, _ = load_audio(os.fspath(audio))
         audio = np.asarray(audio, dtype=np.float32)
-        spans = split_clip(audio, model.config) if long == "split" else [(0, min(len(audio), window))]
+        spans.append(split_clip(audio, model.config) if long == "split" else [(0, min(len(audio), window))])
         own = generator[n] if isinstance(generator, (list, tuple)) else generator
-        noise = [own] * len(spans)
-        if len(spans) > 1:
+        generators = [own]
+        if len(spans[n]) > 1:
             # a piece draws from a generator of its own, so that its answer does not depend on the others
             seed = int(torch.randint(2**62, (), generator=own))
-            noise = [torch.Generator().manual_seed(seed + k) for k in range(len(spans))]
-        jobs += [(n, *span, audio[slice(*span)], g) for span, g in zip(spans, noise, strict=True)]
-    found = [[] for _ in audios]  # (start, end, answer) of each clip
-    for i in range(0, len(jobs), batch):
-        some = jobs[i : i + batch]
-        asked, own = [questions[n] for n, *_ in some], [g for *_, g in some]
-        samples = [piece for *_, piece, _ in some]
-        answers = ask_pieces(model, tokenizer, samples, asked, stage, options, own, on_step, on_block)
-        for (n, start, end, *_), answer in zip(some, answers, strict=True):
-            found[n].append((start / SAMPLE_RATE, end / SAMPLE_RATE, answer))
-    answers = [join_pieces(*some) for some in zip(found, questions, strict=True)]
-    return answers[0] if is_one else answers
+            generators = [torch.Generator().manual_seed(seed + k) for k in range(len(spans[n]))]
+        for (start, end), piece_generator in zip(spans[n], generators, strict=True):
+            pieces.append((audio[start:end], questions[n], piece_generator))
+    # pieces of long clips and whole short ones pass the network side by side
+    answers = []
+    for i in range(0, len(pieces), batch):
+        answers += ask_pieces(model, tokenizer, pieces[i : i + batch], stage, options, on_step, on_block)
+    remaining = iter(answers)
+    joined = []
+    for clip_spans, question in zip(spans, questions, strict=True):
+        joined.append(join_pieces([next(remaining) for _ in clip_spans], clip_spans, question))
+    return joined[0] if is_one else joined
 
 
-def join_pieces(pieces, question):
-    """The Answers of a clip's pieces, (start, end, answer) in order, as one."""
-    if len(pieces) == 1:
-        return pieces[0][2]
-    if is_transcription(question):
-        text = " ".join(answer.text for *_, answer in pieces if answer.text)
-    else:
-        text = "\n".join(f"{clock(start, end)} {answer.text}" for start, end, answer in pieces)
-    return Answer(
-        text=text,
-        calls=sum(answer.calls for *_, answer in pieces),
-        seconds=sum(answer.seconds for *_, answer in pieces),
-        audio_seconds=sum(answer.audio_seconds for *_, answer in pieces),
-        confidence=[c for *_, answer in pieces for c in answer.confidence],
-        pieces=[(start, end, answer.text) for start, end, answer in pieces],
-    )
+def length_for(seconds, most=128):
+    """Answer length for transcribing `seconds` of speech: six tokens a second and four to spare, in eights.
 
-
-def clock(start, end):
-    """[minutes:seconds - minutes:seconds]."""
-    minutes = [f"{int(t) // 60}:{int(t) % 60:02}" for t in (start, end)]
-    return f"[{minutes[0]} - {minutes[1]}]"
+    Fast speech has four words a second; the paper's fixed 128 is for 30 s (Table B.4).
+    """
+    return min(most, -(-int(6 * seconds + 4) // 8) * 8)
 
 
 @torch.no_grad()
-def ask_pieces(model, tokenizer, audios, questions, stage, options, generator, on_step, on_block):
-    """`ask` of arrays that fit the window, as one batch."""
+def ask_pieces(model, tokenizer, pieces, stage, options, on_step, on_block):
+    """Answers pieces that fit the window, (samples, question, generator) each, as one batch.
+
+    The whole way of a recording: log-mel, Whisper's encoder, the adapters (Section 3.1), decoding, text.
+    """
     c, began, weight = model.config, time.perf_counter(), next(model.parameters())
-    mels, n_frames = zip(*(log_mel(a, c) for a in audios), strict=True)
-    prompts, audio_at = zip(*(build_prompt(tokenizer, q) for q in questions), strict=True)
+    audios, questions, generator = zip(*pieces, strict=True)
+    mels, n_frames = zip(*(log_mel(samples, c) for samples in audios), strict=True)
+    prompts, audio_at = zip(*(build_prompt(tokenizer, question) for question in questions), strict=True)
     n_frames = torch.tensor(n_frames, device=weight.device)
     taps, final = model.encode(torch.stack(mels).to(weight.device, weight.dtype), n_frames)
     audio, is_audio = model.adapt(taps, final, n_frames, stage or model.stage)
     if options.answer_length == "auto":
-        lengths = [length_for(len(a) / SAMPLE_RATE) for a in audios]
+        lengths = [length_for(len(samples) / SAMPLE_RATE) for samples in audios]
         options = dataclasses.replace(options, answer_length=lengths, block=max(lengths))
     total = max(map(len, prompts)) + audio.size(1) + options.longest
     if total > c.context:
         needs = f"question, audio and answer need {total} positions; the model has {c.context}"
         raise UserError(f"{needs}: shorten the question")
-    inputs, sure = (prompts, audio, is_audio, audio_at), None
+    inputs, last_confidence = (prompts, audio, is_audio, audio_at), None
+
+    def watch(response, confidence, call):
+        nonlocal last_confidence
+        last_confidence = confidence
+        if on_step is not None:
+            on_step(response, confidence, call)
+
     if c.causal:
         ids, calls = generate_ar(model, *inputs, options.longest, options.temperature, generator)
     else:
-
-        def note(response, confidence, call):
-            nonlocal sure
-            sure = confidence
-            if on_step is not None:
-                on_step(response, confidence, call)
-
-        ids, calls = generate(model, *inputs, options, generator, note, on_block)
+        ids, calls = generate(model, *inputs, options, generator, watch, on_block)
     seconds = (time.perf_counter() - began) / len(audios)
     answers = []
     for row, samples in enumerate(audios):
         tokens = ids[row].tolist()
-        n = next((i for i, token in enumerate(tokens, 1) if token in (c.eot_id, c.eos_id)), len(tokens))
-        confidence = [] if sure is None else sure[row, :n].tolist()
         text = answer_text(tokenizer, tokens, c)
+        ends = [i for i, token in enumerate(tokens) if token in (c.eot_id, c.eos_id)]
+        n = ends[0] + 1 if ends else len(tokens)  # tokens up to the end mark
+        confidence = [] if c.causal else last_confidence[row, :n].tolist()
         answers.append(Answer(text, int(calls[row]), seconds, len(samples) / SAMPLE_RATE, confidence, []))
     return answers
+
+
+def join_pieces(answers, spans, question):
+    """The Answers about a clip's pieces, at spans [(start, end)] in samples, as one."""
+    if len(answers) == 1:
+        return answers[0]
+    pieces = []
+    for (start, end), answer in zip(spans, answers, strict=True):
+        pieces.append((start / SAMPLE_RATE, end / SAMPLE_RATE, answer.text))
+    if is_transcription(question):
+        text = " ".join(said for *_, said in pieces if said)
+    else:
+        # "Sad." and "Happy." do not add up to an answer about the whole clip
+        text = "\n".join(f"{clock(start, end)} {said}" for start, end, said in pieces)
+    return Answer(
+        text=text,
+        calls=sum(answer.calls for answer in answers),
+        seconds=sum(answer.seconds for answer in answers),
+        audio_seconds=sum(answer.audio_seconds for answer in answers),
+        confidence=[c for answer in answers for c in answer.confidence],
+        pieces=pieces,
+    )
+
+
+def clock(start, end):
+    """[minutes:seconds - minutes:seconds]."""
+    return f"[{int(start) // 60}:{int(start) % 60:02} - {int(end) // 60}:{int(end) % 60:02}]"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -534,37 +550,36 @@ def ask_pieces(model, tokenizer, audios, questions, stage, options, generator, o
 
 
 class Screen:
-    """Redraws an answer as it emerges; plain lines when the output is no terminal."""
+    """Redraws an answer as it emerges, coloured by confidence; plain lines when the output is no terminal."""
 
     COLOURS = ((0.9, "32"), (0.5, "33"), (0.0, "31"))  # green above 0.9, yellow above 0.5, red below
 
-    def __init__(self, tokenizer, config, stream):
-        self.tokenizer, self.config, self.stream = tokenizer, config, stream
-        self.is_terminal = stream.isatty()
+    def __init__(self, tokenizer, config, out):
+        self.tokenizer, self.config, self.out = tokenizer, config, out
 
-    def draw(self, response, confidence, call):
+    def show(self, response, confidence, call):
         """response, confidence (1, L), after network call `call`; `generate`'s on_step."""
-        pieces, width = [], 0
-        room = shutil.get_terminal_size().columns - 8 if self.is_terminal else 10**9
+        is_terminal, c = self.out.isatty(), self.config
+        # a line that wraps cannot be drawn over: it ends where the terminal does
+        room = shutil.get_terminal_size().columns - 8 if is_terminal else sys.maxsize
+        line = f"{call:3}  "
         for token, sure in zip(response[0].tolist(), confidence[0].tolist(), strict=True):
-            if token in (self.config.eos_id, self.config.eot_id):
+            if token in (c.eos_id, c.eot_id):
                 continue
-            masked = token == self.config.mask_id
-            text = "_" if masked else self.tokenizer.decode([token]).replace("\n", " ")
-            width += len(text)
-            if width > room:
+            is_mask = token == c.mask_id
+            text = "_" if is_mask else self.tokenizer.decode([token]).replace("\n", " ")
+            room -= len(text)
+            if room < 0:
                 break
-            if self.is_terminal and not masked and "NO_COLOR" not in os.environ:
+            if is_terminal and not is_mask and "NO_COLOR" not in os.environ:
                 colour = next(code for least, code in self.COLOURS if sure >= least)
                 text = f"\033[{colour}m{text}\033[0m"
-            pieces.append(text)
-        line = f"{call:3}  {''.join(pieces)}"
-        self.stream.write(f"\r\033[K{line}" if self.is_terminal else line + "\n")
-        self.stream.flush()
-
-    def finish(self):
-        if self.is_terminal:
-            self.stream.write("\n")
+            line += text
+        if is_terminal:
+            line = f"\r\033[K{line}"  # back to the first column, and what stood there is erased
+        is_drawn_over = is_terminal and (response == c.mask_id).any()  # by the next call
+        self.out.write(line if is_drawn_over else line + "\n")
+        self.out.flush()
 
 
 class Stream:
@@ -578,66 +593,54 @@ class Stream:
 
     def show(self, response, end):
         """response (1, L): final before column `end`; `generate`'s on_block."""
+        is_last = end == response.size(1)
         text = answer_text(self.tokenizer, response[0, :end].tolist(), self.config)
-        if end < response.size(1):
+        if not is_last:
             text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # half of a letter: the rest is in the next block
-        self.out.write(text[len(self.printed) :])
+        self.out.write(text[len(self.printed) :] + "\n" * is_last)
         self.out.flush()
-        self.printed = text
-        if end == response.size(1):  # the answer about the next piece of the clip begins anew
-            self.out.write("\n")
-            self.printed = ""
+        self.printed = "" if is_last else text  # the answer about the next piece of the clip begins anew
 
 
 def length_option(text):
     return text if text == "auto" else int(text)
 
 
-def compile_blocks(model):
-    """torch.compile for every block of the backbone; shapes may change between calls."""
-    for block in model.backbone.blocks:
-        block.compile(dynamic=True)
-
-
 def parse(argv):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="decode.py", description=__doc__, formatter_class=raw)
-    parser.add_argument("words", nargs="*", metavar='CLIP... "QUESTION"')
-    parser.add_argument("--model", help="tiny (default), diffa1, diffa2, or a checkpoint folder")
-    files = {
-        "llada": "folder of LLaDA (which: docs/MODELS.md)",
-        "whisper": "encoder: .pt, .safetensors, model.bin",
-        "diffa": "pytorch_model.bin",
-    }
-    for part, what in files.items():
-        text = f"{what}, instead of the hub's (diffa1, diffa2)"
-        parser.add_argument(f"--{part}", metavar="PATH", help=text)
-    text = "read the audio as this stage does (default: the checkpoint's)"
-    parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), help=text)
-    text = "tokens (default 32); auto: from the clip's seconds, for transcripts"
-    parser.add_argument("--answer-length", type=length_option, default=32, metavar="N", help=text)
-    text = "tokens (default 32, or the answer length if that is less)"
-    parser.add_argument("--block", type=int, metavar="N", help=text)
+    """The command line -> args, with args.options the Options.  Raises UserError for what does not fit."""
+    parser = Parser("decode.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("words", nargs="*", metavar='CLIP... "QUESTION"')
+    # the model
+    add("--model", help="tiny (default), diffa1, diffa2, or a checkpoint folder")
+    instead = "instead of the hub's (diffa1, diffa2)"
+    add("--llada", metavar="PATH", help=f"folder of LLaDA (which: docs/MODELS.md), {instead}")
+    add("--whisper", metavar="PATH", help=f"encoder: .pt, .safetensors, model.bin, {instead}")
+    add("--diffa", metavar="PATH", help=f"pytorch_model.bin, {instead}")
+    add("--stage", type=int, choices=(1, 2, 3, 4), help="read audio as in this stage (default: the model's)")
+    add("--device")
+    add("--int8", action="store_true", help="matrices in int8: half the memory of bf16, about 1 %% off each")
+    add("--compile", action="store_true", help="torch.compile the backbone's blocks")
+    add("--export", metavar="DIR", help="write the model as a compact bf16 checkpoint")
+    # how it decodes: up to --temperature the fields of Options, by the same names
+    add("--answer-length", type=length_option, default=32, metavar="N", help="tokens (default 32), or auto")
+    add("--block", type=int, metavar="N", help="tokens (default 32, or the answer length if that is less)")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--steps", type=int, metavar="N", help="fixed-step remasking in N network calls")
-    how.add_argument("--factor", type=float, metavar="F", help="factor-parallel decoding (default, 1)")
+    how.add_argument("--factor", type=float, default=1.0, metavar="F", help="factor decoding (default, 1)")
     how.add_argument("--threshold", type=float, metavar="C", help="keep what is surer than C")
-    parser.add_argument("--cache", choices=CACHES, default="none")
-    parser.add_argument("--cache-refresh", type=int, metavar="K", help="refresh the cache every K calls")
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device")
-    text = "matrices in int8: half the memory of bf16, about 1 %% off each"
-    parser.add_argument("--int8", action="store_true", help=text)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the backbone's blocks")
-    text = "clips beyond the window: answered piece by piece (default), or cut to their beginning"
-    parser.add_argument("--long", choices=("split", "cut"), default="split", help=text)
+    add("--cache", choices=CACHES, default="none")
+    add("--cache-refresh", dest="refresh", type=int, metavar="K", help="refresh the cache every K calls")
+    add("--temperature", type=float, default=0.0)
+    add("--seed", type=int, default=0)
+    add("--long", choices=("split", "cut"), default="split", help="clips beyond the window: in pieces or cut")
+    # what is printed
     live = parser.add_mutually_exclusive_group()
     live.add_argument("--show", action="store_true", help="watch the answer emerge")
     live.add_argument("--stream", action="store_true", help="print each block as soon as it is final")
-    parser.add_argument("--json", action="store_true", help="one JSON object a clip")
-    parser.add_argument("--export", metavar="DIR", help="write the model as a compact bf16 checkpoint")
+    add("--json", action="store_true", help="one JSON object a clip")
     args = parser.parse_args(argv)
+    # refused now, not after minutes of loading
     if args.export is None or args.words:
         if len(args.words) < 2:
             raise UserError('give a recording and a question: python decode.py clip.wav "What do you hear?"')
@@ -652,43 +655,31 @@ def parse(argv):
     if args.stream and args.json:
         raise UserError("--stream prints text as it becomes final; --json comes after it")
     args.block = args.block or (32 if args.answer_length == "auto" else min(32, args.answer_length))
+    args.options = Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
+    args.options.check()
     return args
 
 
-def options_of(args):
-    """The command line's Options.  Raises UserError when they do not fit together."""
-    options = Options(
-        answer_length=args.answer_length,
-        block=args.block,
-        steps=args.steps,
-        threshold=args.threshold,
-        cache=args.cache,
-        refresh=args.cache_refresh,
-        temperature=args.temperature,
-    )
-    if args.factor is not None:
-        options = dataclasses.replace(options, factor=args.factor)
-    options.check()
-    return options
-
-
 def run(args):
+    """Loads, reads the clips, asks, prints.  Notes go to stderr: a file or a pipe gets the answers alone."""
+
+    def note(text):
+        print(f"decode.py: {text}", file=sys.stderr)
+
     if args.model is None:
-        args.model = "tiny"
-        note = "this is the shipped small model; --model diffa2 runs the released one"
-        print(f"decode.py: {note}", file=sys.stderr)
-    options = options_of(args)
+        note("this is the shipped small model; --model diffa2 runs the released one")
     *paths, question = args.words or [""]
     for path in paths:
         load_audio(path, limit=0.1)  # a wrong name is told before the weights are loaded
     files = (args.llada, args.whisper, args.diffa)
-    model, tokenizer = load(args.model, args.device, None, args.stage, *files, args.int8)
+    model, tokenizer = load(args.model or "tiny", args.device, None, args.stage, *files, args.int8)
     if args.export is not None:
         save(model, tokenizer, args.export)
-        print(f"{args.export}: written", file=sys.stderr)
-    merge_lora(model)
+        note(f"{args.export}: written")
+    merge_lora(model)  # after the export, which keeps LoRA apart: one matrix is read instead of three
     if args.compile:
-        compile_blocks(model)
+        for block in model.backbone.blocks:
+            block.compile(dynamic=True)  # the number of tokens changes between calls
     clips, limit = [], window_seconds(model.config)
     for path in paths:
         audio, notes = load_audio(path, limit=limit if args.long == "cut" else None)
@@ -696,32 +687,23 @@ def run(args):
         seconds = len(audio) / SAMPLE_RATE
         if seconds > limit:
             notes.append(f"{path}: {seconds:.1f} s long; answered in pieces of at most {limit:g} s")
-        for note in notes:
-            print(f"decode.py: {note}", file=sys.stderr)
+        for text in notes:
+            note(text)
     is_streamed = args.stream and not model.config.causal  # that one has no blocks
-    size = 1 if args.show or is_streamed else 16
+    size = 1 if args.show or is_streamed else 16  # what is watched is watched one by one
+    settings = {"stage": args.stage, "options": args.options, "long": args.long, "batch": size}
+    if args.show:
+        settings["on_step"] = Screen(tokenizer, model.config, sys.stderr if args.json else sys.stdout).show
+    if is_streamed:
+        settings["on_block"] = Stream(tokenizer, model.config, sys.stdout).show
+    # a batch at a time: the first answers are printed before the last clips are asked
     for i in range(0, len(clips), size):
         batch = clips[i : i + size]
-        generator = [torch.Generator().manual_seed(args.seed) for _ in batch]
-        screen = Screen(tokenizer, model.config, sys.stderr if args.json else sys.stdout)
-        stream = Stream(tokenizer, model.config, sys.stdout)
+        # a generator for each clip: an answer does not depend on which clips are asked beside it
+        generators = [torch.Generator().manual_seed(args.seed) for _ in batch]
         if is_streamed and len(paths) > 1:
             print(f"{paths[i]}: ", end="")
-        answers = ask(
-            model,
-            tokenizer,
-            batch,
-            [question] * len(batch),
-            args.stage,
-            options,
-            generator,
-            on_step=screen.draw if args.show else None,
-            on_block=stream.show if is_streamed else None,
-            long=args.long,
-            batch=size,
-        )
-        if args.show:
-            screen.finish()
+        answers = ask(model, tokenizer, batch, question, generator=generators, **settings)
         for path, answer in zip(paths[i : i + size], answers, strict=True):
             if args.json:
                 line = {"audio": path, "question": question, "answer": answer.text, "calls": answer.calls}
@@ -729,12 +711,8 @@ def run(args):
                 if answer.pieces:
                     line["pieces"] = [{"start": a, "end": b, "answer": text} for a, b, text in answer.pieces]
                 print(json.dumps(line))
-            elif is_streamed:
-                continue  # it stands there already
-            elif len(paths) > 1:
-                print(f"{path}: {answer.text}")
-            else:
-                print(answer.text)
+            elif not is_streamed:  # else it stands there already
+                print(f"{path}: {answer.text}" if len(paths) > 1 else answer.text)
 
 
 def main(argv=None):
@@ -754,7 +732,7 @@ def tutorial():
         "--threshold 0.9": Options(6, 6, threshold=0.9),
     }
     for name, options in rules.items():
-        print(f"  {name:30} keeps {int(rule_of(options)(confidence, step=0))}")
+        print(f"  {name:30} keeps {int(count_to_keep(confidence, options, step=0))}")
     clip = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "demo", "digits.wav")
     print(f"\nThe small model, {os.path.basename(clip)}, call by call (_ is a [MASK]):\n")
     return main([clip, "What is said?", "--model", "tiny", "--show"])
