@@ -6,7 +6,9 @@ rate, depth and channel count, resampled by soxr to 16 kHz mono.  The log-mel is
 computed clip by clip: on a batch it would take its maximum over all clips, and one loud clip
 would change another.
 
-The batch that leaves `collate` is clean.  Noise is added in the training step (diffusion.py).
+The batch that leaves `collate` is clean.  Noise is added in the training step (diffusion.py).  The
+last third of this file is what a run of days needs beyond that: manifests that do not fit in memory,
+and an order that can be taken up in the middle.
 
 `python data.py CLIP [QUESTION]` shows what the model is given for a clip.
 """
@@ -19,25 +21,29 @@ import hashlib
 import itertools
 import json
 import math
+import mmap
 import os
 import random
 import re
+import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import soundfile
 import soxr
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram
 
 from model import SPECIAL_TOKENS
-from runtime import UserError, first_line, ignore_signals, write_file
+from runtime import UserError, exit_status, first_line, ignore_signals, write_file
 
 SAMPLES_PER_FRAME = 2 * HOP_LENGTH  # an encoder frame is two mel frames: 20 ms
 RESPONSE_UNIT = 16  # a response is a multiple of this many tokens long
-MAX_TEXT = 2048  # tokens of prompt and answer in training
-ASR_QUESTION = "Please transcribe the audio to text."
+MAX_TEXT = 2048  # tokens of prompt and answer in training, as in the authors' code
+ASR_QUESTION = "Please transcribe the audio to text."  # the first of the paper's 25 (Figure A.1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -46,33 +52,34 @@ ASR_QUESTION = "Please transcribe the audio to text."
 
 @dataclass(frozen=True)
 class Example:
-    """One question about one clip.  `where` is file:line, for messages; `id` seeds its noise."""
+    """One question about one clip."""
 
-    id: int
+    id: int  # its place in the data; seeds its noise, so that this depends on no batch and no process
     audio: str | None  # path
     question: str
     answer: str
-    rejected: str | None = None  # stage 4
+    rejected: str | None = None  # stage 4: the worse answer
     # what is known of the clip, by kind ("words", "emotion", ...): stage 0 reads it in the audio's place
     facts: dict = field(default_factory=dict)
     dataset: str = ""
     task: str = ""
     offset: float = 0.0  # seconds into the file
     duration: float | None = None  # seconds; None: to the end
-    where: str = ""
+    where: str = ""  # file:line, for messages
 
 
 def read_manifest(path, stage=None, check=True):
-    """Reads a whole manifest of any of four kinds into a list of Examples.
+    """Reads a whole manifest, in any of three formats, into a list of Examples.
 
-      * JSONL, one {"messages": [user, assistant], "audios": [path]} a line (ms-swift, LLaMA-Factory),
-        plus "rejected_response" in stage 4 and our own "facts" (an object), "task" and "dataset"
-      * JSONL, NeMo's {"audio_filepath", "text", "duration", "offset"}: speech recognition
-      * a JSON list (or JSONL) of the authors' {"audio_id", "audio_filepath", "input", "target", ...};
-        in stage 1 the answer is "transcription", in stage 4 the worse answer is "rejected"
+      * {"messages": [user, assistant], "audios": [path]} (ms-swift, LLaMA-Factory), plus
+        "rejected_response" in stage 4 and our own "facts" (an object), "task" and "dataset"
+      * NeMo's {"audio_filepath", "text", "duration", "offset"}: speech recognition
+      * the authors' {"audio_id", "audio_filepath", "input", "target", ...}; in stage 1 the answer is
+        "transcription", in stage 4 the worse answer is "rejected"
 
-    Paths are relative to the manifest.  check: every audio file must exist.
-    Raises UserError naming file and line.  For training, see Manifest.
+    Each is JSONL, an object a line, or one JSON list, as the authors' files are.  Paths are relative to
+    the manifest.  check: every audio file must exist.  Raises UserError naming file and line.
+    Training opens manifests without reading them, see Manifest.
     """
     entries = list(read_entries(path))
     if not entries:
@@ -82,99 +89,664 @@ def read_manifest(path, stage=None, check=True):
 
 
 def read_entries(path):
-    """The entries of a manifest -> (where, dict), one by one: memory does not grow with it."""
+    """The entries of a manifest -> (where, decoded JSON), one by one: memory does not grow with it."""
     with open_manifest(path) as f:
         is_list = starts_a_list(f)
         for _, number, raw in scan(f, path):
-            yield where_in(path, number, is_list), decode_entry(raw, path, number, is_list)
+            where = where_in(path, number, is_list)
+            yield where, decode_entry(raw, where)
 
 
 def open_manifest(path):
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such manifest")
-    return open(path, "rb")
+    return open(path, "rb")  # bytes: the index counts in them, and text cannot be entered at any of them
 
 
 def starts_a_list(f):
-    """Whether an open manifest is a JSON list; JSONL otherwise."""
-    first = b""
-    while not first:
-        piece = f.read(64)
-        first = piece.removeprefix(b"\xef\xbb\xbf").lstrip()
-        if not piece:
-            break
+    """Whether an open manifest is one JSON list; else it is JSONL."""
+    start = f.read(4096).removeprefix(b"\xef\xbb\xbf")  # the mark that some Windows editors write in front
     f.seek(0)
-    return first.startswith(b"[")
+    return start.lstrip().startswith(b"[")
 
 
 def where_in(path, number, is_list):
+    """How messages name an entry.  In a list, lines say nothing: all of it may be one."""
     return f"{path}: entry {number}" if is_list else f"{path}:{number}"
 
 
-def decode_entry(raw, path, number, is_list):
+def decode_entry(raw, where):
     """The bytes of an entry -> what they say.  Raises UserError."""
     try:
         return json.loads(raw)
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file") from None
+        raise UserError(f"{where}: not a text file") from None
     except json.JSONDecodeError as e:
-        raise UserError(f"{where_in(path, number, is_list)}: not JSON ({e.msg})") from None
+        raise UserError(f"{where}: not JSON ({e.msg})") from None
 
 
-def scan(f, path, chunk=1 << 20):
-    """Where the entries of an open manifest lie: (first byte, number of the line or entry, bytes)."""
-    if not starts_a_list(f):
-        start = 0
-        for number, line in enumerate(f, 1):
-            if line.strip():
-                yield start, number, line
-            start += len(line)
+def scan(f, path, chunk=1 << 16):
+    """Where the entries of an open manifest lie: (first byte, number of the line or entry, bytes).
+
+    Lines are cut and not decoded: one broken line must not end the reading of a million good ones.
+    """
+    if starts_a_list(f):
+        yield from scan_list(f, path, chunk)
         return
-    # a list may be larger than memory: entries are cut out of it a megabyte at a time.  As latin-1 a
-    # character is a byte, and what JSON is made of is ASCII.
-    decoder, text, base, at, number = json.JSONDecoder(), f.read(chunk).decode("latin-1"), 0, 0, 1
-    at = text.index("[") + 1
-    while True:
-        at = GAP.match(text, at).end()
-        if text[at : at + 1] == "]":
-            if (text[at + 1 :] + f.read(chunk).decode("latin-1")).strip():
-                raise UserError(f"{path}: something follows the list")
-            return
-        try:
-            _, end = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as e:
-            more = f.read(chunk).decode("latin-1")
-            if not more:
-                raise UserError(f"{path}: entry {number}: not JSON ({e.msg})") from None
-            text, base, at = text[at:] + more, base + at, 0
-            continue
-        yield base + at, number, text[at:end].encode("latin-1")
-        at, number = end, number + 1
+    start = 0
+    for number, line in enumerate(f, 1):
+        if line.strip():
+            yield start, number, line
+        start += len(line)
 
 
-GAP = re.compile(r"[ \t\r\n,]*")  # between the entries of a list
+def scan_list(f, path, chunk):
+    """`scan` of a JSON list, which may be larger than memory: json.load would hold all of it.
+
+    From each entry on, a piece of the mapped file is decoded, long enough for most.  As latin-1, since a
+    character is then a byte, and what JSON is made of is ASCII in any case.
+    """
+    decoder = json.JSONDecoder()
+    gap = re.compile(rb"[ \t\r\n,]*")  # between entries
+    with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+        at = whole.find(b"[") + 1
+        for number in itertools.count(1):
+            at = gap.match(whole, at).end()
+            if whole[at : at + 1] == b"]":
+                break
+            size = chunk
+            while True:
+                try:
+                    _, length = decoder.raw_decode(whole[at : at + size].decode("latin-1"))
+                    break
+                except json.JSONDecodeError as e:  # broken, or longer than the piece
+                    if at + size >= len(whole):
+                        raise UserError(f"{path}: entry {number}: not JSON ({e.msg})") from None
+                    size *= 2
+            yield at, number, whole[at : at + length]
+            at += length
+        if whole[at + 1 :].strip():
+            raise UserError(f"{path}: something follows the list")
+
+
+def parse_example(entry, id, where, folder, stage=None, check=True):
+    """One manifest entry -> Example.  All is checked here, where file and line are known (UserError)."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: not a JSON object")
+    if "messages" in entry:
+        audio, question, answer, rejected = parse_messages(entry, where)
+    elif "audio_filepath" not in entry:
+        raise UserError(f"{where}: has neither 'messages' nor 'audio_filepath'")
+    elif "text" in entry:
+        audio, answer = need(entry, "audio_filepath", where), need(entry, "text", where)
+        question, rejected = ASR_QUESTION, None
+    else:
+        audio, question, answer, rejected = parse_authors(entry, where, stage)
+    if stage == 4 and rejected is None:
+        raise UserError(f"{where}: stage 4 needs a rejected_response")
+    if not isinstance(rejected, str | None):
+        raise UserError(f"{where}: rejected_response must be text")
+    if not question.strip():
+        raise UserError(f"{where}: the question is empty")
+    for text in (question, answer, rejected or ""):
+        refuse_special_tokens(text, where)
+    facts = need(entry, "facts", where, dict) if "facts" in entry else {}
+    if not all(isinstance(value, str) for value in facts.values()):
+        raise UserError(f"{where}: facts must be text")
+    if audio is not None:
+        audio = os.path.join(folder, audio)
+        if check and not os.path.isfile(audio):
+            raise UserError(f"{where}: no such audio file: {audio}")
+    dataset, task = str(entry.get("dataset", "")), str(entry.get("task", ""))
+    offset = seconds_in(entry, "offset", where, 0.0)
+    duration = seconds_in(entry, "duration", where, None)
+    return Example(id, audio, question, answer, rejected, facts, dataset, task, offset, duration, where)
+
+
+def parse_messages(entry, where):
+    """ms-swift's and LLaMA-Factory's format -> audio, question, answer, rejected answer."""
+    match entry["messages"]:
+        case [{"role": "user", "content": str(question)}, {"role": "assistant", "content": str(answer)}]:
+            pass
+        case _:
+            how = "one of role user and one of role assistant, in this order, with text as content"
+            raise UserError(f"{where}: messages must be {how}")
+    audios = entry.get("audios") or []
+    if not isinstance(audios, list) or not all(isinstance(audio, str) for audio in audios):
+        raise UserError(f"{where}: audios must be a list of paths")
+    if len(audios) > 1 or question.count("<audio>") > 1:
+        raise UserError(f"{where}: more than one audio in an example")
+    question = question.replace("<audio>", "").strip()  # THE prompt has the audio in front of the question
+    return audios[0] if audios else None, question, answer, entry.get("rejected_response")
+
+
+def parse_authors(entry, where, stage):
+    """The authors' format -> the same.  One file of theirs serves several stages, by other fields."""
+    need(entry, "audio_id", where, (str, int))
+    question = entry.get("input")
+    if not isinstance(question, str) or not question.strip():
+        question = ASR_QUESTION  # their transcripts come without one
+    answer = need(entry, "transcription" if stage == 1 else "target", where)
+    rejected = need(entry, "rejected", where) if stage == 4 else None
+    return need(entry, "audio_filepath", where), question, answer, rejected
+
+
+def need(entry, field, where, kind=str):
+    """entry[field], which must be there and of this kind; True is no number, though Python says so."""
+    value = entry.get(field)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UserError(f"{where}: field {field!r} is missing or not of the right type")
+    return value
+
+
+def seconds_in(entry, field, where, default):
+    """A length of time in a manifest, or the default where there is none.  Python's JSON allows NaN."""
+    if entry.get(field) is None:
+        return default
+    value = need(entry, field, where, (int, float))
+    if not (math.isfinite(value) and value >= 0):
+        raise UserError(f"{where}: {field} is {value}")
+    return value
+
+
+def refuse_special_tokens(text, where):
+    """A question or answer that spells a control token would be read as one: it could end its own turn."""
+    for token in SPECIAL_TOKENS.values():
+        if token in text:
+            raise UserError(f"{where}: the text contains the control token {token}")
+
+
+# ---------------------------------------------------------------------------------------------
+# audio
+
+
+def load_audio(path, offset=0.0, duration=None, limit=None):
+    """Reads a clip as 16 kHz mono float32.
+
+    offset, duration: seconds, to read a part; GigaSpeech's clips are parts of recordings of hours, so the
+    place is sought and not read up to.  limit: at most this many seconds are returned.
+    Returns samples (n,) and a list of notes for the user (clip was cut, clip is silent).
+    Raises UserError for what is no usable recording.
+    """
+    if os.path.isdir(path):
+        raise UserError(f"{path}: is a folder, not a recording")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file")
+    if os.path.getsize(path) == 0:
+        raise UserError(f"{path}: the file is empty")
+    try:
+        with soundfile.SoundFile(path) as f:
+            if f.format in ("WAV", "WAVEX") and is_cut_wav(path):
+                raise UserError(f"{path}: the file is cut short")
+            rate = f.samplerate
+            start = round(offset * rate)
+            available = f.frames - start  # samples of each channel, as are all counts here
+            if available < 0:
+                raise UserError(f"{path}: offset {offset} s lies behind the end of the clip")
+            if duration is not None:
+                available = min(available, round(duration * rate))
+            wanted = available if limit is None else min(available, math.ceil(limit * rate))
+            f.seek(start)
+            audio = f.read(wanted, dtype="float32", always_2d=True)  # (samples, channels)
+    except (soundfile.LibsndfileError, OSError) as e:
+        raise UserError(f"{path}: cannot be read as audio ({getattr(e, 'error_string', e)})") from None
+    if len(audio) < wanted:
+        raise UserError(f"{path}: the file is cut short ({len(audio)} of {wanted} samples)")
+    if not np.isfinite(audio).all():  # one NaN makes the whole log-mel NaN, through its maximum
+        raise UserError(f"{path}: holds samples that are NaN or infinite")
+    audio = audio.mean(1)
+    if rate != SAMPLE_RATE:
+        audio = soxr.resample(audio, rate, SAMPLE_RATE)
+    if limit is not None:
+        audio = audio[: round(limit * SAMPLE_RATE)]
+    if len(audio) == 0:  # none in the file, or too few to make one at 16 kHz
+        raise UserError(f"{path}: holds no samples at 16 kHz")
+    notes = []
+    if wanted < available:
+        notes.append(f"{path}: {available / rate:.1f} s long; the first {limit:g} s are used")
+    if np.abs(audio).max() < 1e-4:  # -80 dB: below any recording, above the rounding of 16 bits
+        notes.append(f"{path}: the clip is silent")
+    return audio, notes
+
+
+def is_cut_wav(path):
+    """Whether a RIFF file says that it holds more bytes than it does.
+
+    libsndfile reads what is left of it and says nothing: a broken download would pass for a short clip.
+    Sizes of 0 and 2^31 and more are what a program writes that streams to a pipe: no claim.
+    """
+    with open(path, "rb") as f:
+        data = f.read(1 << 16)
+    at = data.find(b"data", 12)  # the header of the samples: four letters, then their size in bytes
+    size = int.from_bytes(data[at + 4 : at + 8], "little")
+    return at > 0 and 0 < size < 1 << 31 and at + 8 + size > os.path.getsize(path)
+
+
+def window_samples(config):
+    """Samples that the encoder takes in at once: 30 s with Whisper's own window, 10 s in the small model."""
+    return config.n_frames * SAMPLES_PER_FRAME
+
+
+def window_seconds(config):
+    return window_samples(config) / SAMPLE_RATE
+
+
+def split_clip(audio, config, quiet=0.3):
+    """A clip that may be longer than the window -> [(start, end)], samples, cut at its quietest moments.
+
+    Each piece fits the window, none is shorter than a quarter of it but the last, and every sample is in one
+    piece.  A cut lies in the middle of the `quiet` seconds of least energy after that quarter: a pause
+    between sentences is worth more than a piece as long as can be.
+    """
+    window, width = window_samples(config), round(quiet * SAMPLE_RATE)
+    # running sums, so that the energy of any stretch is one difference; fp64, for the sums grow large
+    energy = np.concatenate([[0.0], np.cumsum(np.square(audio, dtype=np.float64))])
+    pieces, start = [], 0
+    while len(audio) - start > window:
+        first, last = start + window // 4, start + window - width  # where the quiet stretch may begin
+        loudness = energy[first + width : last + width + 1] - energy[first : last + 1]
+        cut = first + int(loudness.argmin()) + width // 2
+        pieces.append((start, cut))
+        start = cut
+    return [*pieces, (start, len(audio))]
+
+
+def log_mel(audio, config):
+    """Whisper's log-mel of one clip, padded with silence to the encoder's window.
+
+    audio (n,) 16 kHz.  Returns mel (n_mels, 2 * n_frames) and the number of encoder frames that
+    hold real audio: ceil(n / 160) mel frames, halved by the encoder's stride.  Whisper was trained on
+    padded windows and needs them; the adapters read the real frames alone.
+    """
+    audio = torch.as_tensor(audio, dtype=torch.float32)[: window_samples(config)]
+    n_frames = (math.ceil(len(audio) / HOP_LENGTH) - 1) // 2 + 1
+    padded = torch.nn.functional.pad(audio, (0, window_samples(config) - len(audio)))
+    return log_mel_spectrogram(padded, n_mels=config.n_mels), n_frames
+
+
+# ---------------------------------------------------------------------------------------------
+# the prompt
+
+SYSTEM = "You are a helpful voice assistant."
+BEFORE_AUDIO = "This is the audio:"
+
+
+def prompt_text(question):
+    """LLaDA's chat format, byte for byte, up to where the answer begins.
+
+    The literal <audio> stays beside the audio itself: the released model was trained with it.
+    """
+    return (
+        f"<|startoftext|><|start_header_id|>system<|end_header_id|>\n\n{SYSTEM}<|eot_id|>"
+        f"<|start_header_id|>user<|end_header_id|>\n\n{BEFORE_AUDIO} <audio>. {question}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+
+
+def build_prompt(tokenizer, question):
+    """-> token ids (list), audio_at: the audio tokens go in front of the token that begins " <audio>".
+
+    How many tokens stand before it is the tokenizer's choice, so the place is found by characters; in the
+    prompt without a question, for that may contain <audio> too.
+    """
+    refuse_special_tokens(question, "question")
+    # the text has its special tokens: some tokenizers would add a second <|startoftext|>
+    encoding = tokenizer.encode(prompt_text(question), add_special_tokens=False)
+    at = prompt_text("").index(" <audio>")
+    audio_at = next(i for i, (_, end) in enumerate(encoding.offsets) if end > at)
+    return encoding.ids, audio_at
+
+
+def is_transcription(question):
+    """Whether a question asks for the words alone: answers about the pieces of a clip can then be joined."""
+    words_alone = r"\W*(please )?(transcribe|write down what is said|what is said)\b.{0,40}$"
+    return re.match(words_alone, question, re.IGNORECASE) is not None
+
+
+def answer_ids(tokenizer, answer, config):
+    """The response and its end of turn; what follows in the response is end marks."""
+    return tokenizer.encode(answer, add_special_tokens=False).ids + [config.eot_id]
+
+
+def answer_text(tokenizer, ids, config):
+    """What is printed: everything before the first end of turn or end mark, specials removed."""
+    ends = (config.eot_id, config.eos_id)
+    ids = list(itertools.takewhile(lambda token: token not in ends, ids))
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+# ---------------------------------------------------------------------------------------------
+# examples -> texts -> a batch
+
+
+def response_length(n, extra):
+    """The next multiple of RESPONSE_UNIT after n tokens, `extra` more of them: an end mark always follows.
+
+    The end mark <|endoftext|> is also the padding, and the model must learn to predict it (Section 3.4):
+    an answer that filled its response exactly would show it none.
+    """
+    return (n // RESPONSE_UNIT + 1 + extra) * RESPONSE_UNIT
+
+
+def encode_text(example, tokenizer, config, generator=None):
+    """Prompt, answer and end marks of one example -> {"ids", "is_answer", "audio_at"}.
+
+    The length of the response depends on the example and `generator` alone, never on the batch's longest.
+    It varies, since decoding fixes one that is mostly too long (Table B.4), and the rest must become end
+    marks.  Raises UserError when too long.
+    """
+    ids, audio_at = build_prompt(tokenizer, example.question)
+    reply = answer_ids(tokenizer, example.answer, config)
+    n_text = len(ids) + len(reply)
+    if n_text > MAX_TEXT:
+        raise UserError(f"{example.where}: {n_text} tokens of text; at most {MAX_TEXT} in training")
+    length = response_length(len(reply), int(torch.randint(3, (1,), generator=generator)))
+    # the clip's own length is not known here: there must be room for the audio of a whole window
+    if len(ids) + config.n_queries + config.n_frames // 4 + length > config.context:
+        raise UserError(f"{example.where}: text and audio do not fit the model's {config.context} positions")
+    return join(ids, audio_at, reply + [config.eos_id] * (length - len(reply)))
+
+
+def encode_closely(example, answer, tokenizer, config):
+    """Prompt, answer, first end mark, no more: what VRPO scores (Eq. 3) and a causal model learns."""
+    ids, audio_at = build_prompt(tokenizer, example.question)
+    return join(ids, audio_at, answer_ids(tokenizer, answer, config) + [config.eos_id])
+
+
+def join(ids, audio_at, response):
+    """Ids of a prompt and of its response as one item for `collate`."""
+    is_answer = [False] * len(ids) + [True] * len(response)
+    return {"ids": ids + response, "is_answer": is_answer, "audio_at": audio_at}
+
+
+def encode_question(example, tokenizer, config, generator):
+    """The texts of an example in stages 0 to 3, by name."""
+    if config.causal:  # it stops at the first end mark and needs no more of them
+        return {"text": encode_closely(example, example.answer, tokenizer, config)}
+    return {"text": encode_text(example, tokenizer, config, generator)}
+
+
+def encode_pair(example, tokenizer, config, generator):
+    """The texts of an example in stage 4, by name."""
+    return {
+        "chosen": encode_closely(example, example.answer, tokenizer, config),
+        "rejected": encode_closely(example, example.rejected, tokenizer, config),
+    }
+
+
+def pad_rows(rows, fill=0):
+    """Rows of different lengths -> one tensor (B, longest, ...), filled up on the right."""
+    return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_value=fill)
+
+
+def collate(items, config):
+    """Clean batch from items of encode_text: a dict of tensors.
+
+    ids (B, T), valid (B, T) (False on padding: never read it off the ids, the end mark is also the
+    padding id), is_answer (B, T), audio_at (B,).
+    """
+    return {
+        "ids": pad_rows([item["ids"] for item in items], config.eos_id),
+        "valid": pad_rows([[True] * len(item["ids"]) for item in items]),
+        "is_answer": pad_rows([item["is_answer"] for item in items]),
+        "audio_at": torch.tensor([item["audio_at"] for item in items]),
+    }
+
+
+def pad_imitations(items):
+    """Items of imitate_audio as one batch: ids, weights (B, A, 2), noise (B, A, width), valid (B, A)."""
+    batch = {name: pad_rows([item[name] for item in items]) for name in ("ids", "weights", "noise")}
+    return batch | {"valid": pad_rows([[True] * len(item["ids"]) for item in items])}
+
+
+def with_prefix(name, tensors):
+    """Tensors under names of their own: a batch is one flat dict, which a line moves to a GPU."""
+    return {f"{name}.{k}": v for k, v in tensors.items()}
+
+
+def part_of(batch, name="text"):
+    """The inverse: the tensors of one text of a batch, or of "imitated", by name."""
+    return {k.removeprefix(name + "."): v for k, v in batch.items() if k.startswith(name + ".")}
+
+
+# ---------------------------------------------------------------------------------------------
+# training's variations of a clip, and the clip in words that stage 0 reads
+
+SPOKEN = ("words", "speaker", "caption")  # facts that no acoustic token stands for
+
+
+def generator_for(seed, epoch, example_id, stream=0):
+    """An example's randomness, the same in any batch and process.  stream: 0 the loader's, 1 the loss's."""
+    g = torch.Generator()
+    # digits of one number.  Beyond a million examples two may share their draws, but in different epochs
+    g.manual_seed((((seed * 2 + stream) * 1_000_003 + epoch) * 1_000_003 + example_id) % (1 << 63))
+    return g
+
+
+def augment(audio, config, generator, facts):
+    """Another speed, level, a moment of silence in front, a little noise: for few recordings."""
+    use_speed, speed, level, pause, use_noise, noise = torch.rand(6, generator=generator).tolist()
+    if use_speed < 0.5:
+        # a voice's sex and feeling are in its pitch, which the speed changes; a sound alone bears more
+        spread = 0.25 if facts.keys() & {"sound", "instrument"} else 0.1
+        rate = SAMPLE_RATE * (1 + spread * (2 * speed - 1))
+        audio = soxr.resample(audio, SAMPLE_RATE, rate, quality="QQ")  # soxr's quickest
+    audio = audio * 10 ** ((level - 0.5) * 0.8)  # 8 dB up or down
+    if pause < 0.5:
+        audio = np.pad(audio, (int(pause * 0.6 * SAMPLE_RATE), 0))  # up to 0.3 s
+    if use_noise < 0.5:
+        hiss = 10 ** (-4 + 2 * noise) * torch.randn(len(audio), generator=generator).numpy()
+        audio = audio + hiss * max(np.abs(audio).max(), 1e-3)  # 80 to 40 dB below the peak
+    return audio[: window_samples(config)].astype(np.float32)
+
+
+def mask_mel(mel, generator):
+    """Another microphone: treble up or down by 6 dB, bass the other way; then SpecAugment.
+
+    That blanks out bands of time and of frequency with the mean (Park et al., 2019), so that an answer
+    cannot rest on one moment or one pitch.
+    """
+    tilt = 0.15 * (2 * torch.rand((), generator=generator) - 1)  # Whisper's log-mel has four decades in 1
+    mel = mel + tilt * torch.linspace(-1, 1, len(mel))[:, None]
+    mean = mel.mean()
+    # two bands below 25 mel frames of 10 ms, then two below 8 of frequency's bins
+    for axis, widest in ((1, 25), (1, 25), (0, 8), (0, 8)):
+        width = int(torch.randint(widest, (1,), generator=generator))
+        start = int(torch.randint(mel.size(axis) - width, (1,), generator=generator))
+        mel.narrow(axis, start, width).fill_(mean)
+    return mel
+
+
+def imitate_audio(facts, tokenizer, config, generator, is_transcript=False):
+    """Imitates the audio tokens of a clip by word embeddings: the facts known of it.
+
+    LLaDA-8B can answer questions about a description before it hears anything, and the adapters only
+    have to learn to describe.  A small backbone learns this from text alone (stage 0) if the description
+    looks as adapters write: mixtures of facts for acoustic tokens, pieces of the transcript for semantic
+    ones, all of them louder or softer than words, under noise.
+
+    Returns ids (A, 2), weights (A, 2), both mixed as weights @ embeddings, and noise (A, width) in
+    units of the embeddings' root mean square.  is_transcript: the answer is the words alone, so now and
+    then the other facts are hidden.
+    """
+    # seeded by torch's generator, for it can shuffle and choose
+    rng = random.Random(int(torch.randint(1 << 62, (1,), generator=generator)))
+    pieces = tokenizer.encode(facts.get("words", ""), add_special_tokens=False).ids
+    known = []
+    for kind, value in facts.items():
+        if kind not in SPOKEN:
+            known += tokenizer.encode(" " + value, add_special_tokens=False).ids
+    tokens = imitate_acoustic(known, config, rng, is_transcript)
+    tokens += [(piece, piece, 1.0) for piece in imitate_semantic(pieces, config, rng)]
+    tokens = tokens[: config.n_queries + config.n_frames // 4]  # as many as a clip can have
+    loudness = torch.tensor([rng.uniform(0.4, 1.4) for _ in tokens])
+    noise = rng.uniform(0.0, 0.8) * torch.randn(len(tokens), config.width, generator=generator)
+    first, second, share = map(torch.tensor, zip(*tokens, strict=True))
+    weights = torch.stack([share, 1 - share], 1) * loudness[:, None]
+    return {"ids": torch.stack([first, second], 1), "weights": weights, "noise": noise}
+
+
+def imitate_acoustic(known, config, rng, is_transcript):
+    """-> (id, another id, share of the first) for each acoustic token; known: ids of what the facts say.
+
+    In no order, for which query of a Q-Former says what is not known before it is trained.  From facts in a
+    fixed order the adapters learned nothing acoustic (docs/LOG.md).
+    """
+    blank = config.eos_id
+    rng.shuffle(known)
+    if is_transcript and rng.random() < 0.25:
+        tokens = [(blank, blank, 1.0)] * config.n_soft_prompts  # stage 1 shows soft prompts and no facts
+    else:
+        tokens = []
+        for place in range(config.n_queries):
+            first = known[place % len(known)] if known else blank  # in turn: none is left out
+            tokens.append((first, rng.choice(known) if known else blank, rng.uniform(0.5, 1.0)))
+    rng.shuffle(tokens)
+    return tokens
+
+
+def imitate_semantic(pieces, config, rng):
+    """-> an id for each semantic token: the transcript's pieces between blanks, as CTC aligns them.
+
+    There are 12.5 tokens a second, more than pieces are spoken, so most are blanks and a piece may stand
+    twice; equal pieces are parted by a blank.  The blank is the end mark, as in train.py's CTC loss.
+    """
+    blank = config.eos_id
+    gap = rng.choice((1, 2, 3, 4))  # slow speech has more blanks
+    ids = [blank] * rng.randint(0, 4)
+    for piece in pieces:
+        ids += [blank] * rng.randint(int(ids[-1:] == [piece]), gap)
+        ids += [piece] * rng.choice((1, 1, 1, 1, 2))
+    ids += [blank] * rng.randint(0, 4)
+    if not pieces:  # a sound makes the semantic adapter write anything
+        is_talkative = rng.random() < 0.5
+        for _ in range(rng.randint(4, 40)):
+            is_piece = is_talkative and rng.random() < 0.3
+            ids.append(rng.randrange(config.vocab) if is_piece else blank)
+    return ids
+
+
+# ---------------------------------------------------------------------------------------------
+# examples -> micro-batches
+
+CANNOT_BE_USED = (UserError, OSError, ValueError, RuntimeError)  # a line or a clip that raises one is skipped
+
+
+def unusable(id, where, error):
+    """What skipped.jsonl says of an example."""
+    return {"id": id, "where": where, "why": first_line(error)}
+
+
+@dataclass(frozen=True)
+class BatchBuilder:
+    """Examples -> a clean micro-batch.  An example that cannot be used is left out and told of."""
+
+    tokenizer: object
+    config: object
+    encode: Callable  # encode_question or encode_pair
+    seed: int
+    is_imitated: bool = False  # clips are imitated (imitate_audio) instead of read
+    is_augmented: bool = False  # `augment` and `mask_mel` on each clip
+
+    def item(self, example, epoch):
+        """One example -> {"texts", "seconds"} and "imitated", or "mel", "n_frames" and "transcript"."""
+        c, generator = self.config, generator_for(self.seed, epoch, example.id)
+        item = {"texts": self.encode(example, self.tokenizer, c, generator)}
+        if self.is_imitated:
+            is_transcript = example.answer == example.facts.get("words")
+            imitated = imitate_audio(example.facts, self.tokenizer, c, generator, is_transcript)
+            return item | {"imitated": imitated, "seconds": 0.0}
+        if example.audio is None:
+            raise UserError("has no audio")
+        audio, _ = load_audio(example.audio, example.offset, example.duration, window_seconds(c))
+        if self.is_augmented:
+            audio = augment(audio, c, generator, example.facts)
+        mel, n_frames = log_mel(audio, c)
+        if self.is_augmented:
+            mel = mask_mel(mel, generator)
+        pieces = self.tokenizer.encode(example.facts.get("words", ""), add_special_tokens=False).ids
+        item |= {"transcript": torch.tensor(pieces, dtype=torch.long)}  # for CTC
+        return item | {"mel": mel, "n_frames": n_frames, "seconds": len(audio) / SAMPLE_RATE}
+
+    def batch_of(self, items):
+        """Items -> one flat dict of tensors."""
+        if self.is_imitated:
+            batch = with_prefix("imitated", pad_imitations([item["imitated"] for item in items]))
+        else:
+            batch = {
+                "mel": torch.stack([item["mel"] for item in items]),
+                "n_frames": torch.tensor([item["n_frames"] for item in items]),
+                "transcript": torch.cat([item["transcript"] for item in items]),  # end to end: CTC's form
+                "transcript_length": torch.tensor([len(item["transcript"]) for item in items]),
+            }
+        for name in items[0]["texts"]:
+            batch |= with_prefix(name, collate([item["texts"][name] for item in items], self.config))
+        return batch
+
+    def __call__(self, examples, epoch):
+        """-> {"batch", "ids", "epoch", "skipped", "seconds"}; batch is None when no example is left."""
+        items, ids, skipped = [], [], []
+        for example in examples:
+            try:
+                items.append(self.item(example, epoch))
+                ids.append(example.id)
+            except CANNOT_BE_USED as e:
+                skipped.append(unusable(example.id, example.where, e))
+        batch = self.batch_of(items) if items else None
+        seconds = sum(item["seconds"] for item in items)
+        return {"ids": ids, "epoch": epoch, "skipped": skipped, "seconds": seconds, "batch": batch}
+
+
+def size_of(example):
+    """Characters of an example's text, an answer's twice for its end marks; seconds of its clip or -1."""
+    n_characters = len(example.question) + 2 * len(example.answer) + 2 * len(example.rejected or "")
+    return n_characters, -1.0 if example.duration is None else example.duration
+
+
+def cost_of(size, config):
+    """About how many positions an example takes, from what a manifest says: nothing is tokenized or read.
+
+    size: size_of the example.  Four characters are about a token, a second of audio is 12.5 semantic
+    tokens (Section 3.1), and 55 stand for the fixed words of the prompt and the end marks.
+    """
+    n_characters, seconds = size
+    if not 0 <= seconds <= window_seconds(config):  # unknown counts as the longest: memory must suffice
+        seconds = window_seconds(config)
+    return 55 + n_characters // 4 + config.n_queries + round(12.5 * seconds)
+
+
+def bucket(ids, costs, budget):
+    """ids in batches of similar cost, each at most `budget` with its padding, or one example.
+
+    costs[i]: about how many positions example i takes.  Examples of like cost need little padding.
+    An empty list gives one empty batch: a process without examples has to end the step, too.
+    """
+    batches = []
+    for i in sorted(ids, key=lambda i: (costs[i], i)):
+        if batches and costs[i] * (len(batches[-1]) + 1) <= budget:  # costs ascend: i is the widest
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches or [[]]
+
+
+# ---------------------------------------------------------------------------------------------
+# manifests of any length.  The paper's stage 1 (Section 3.2) reads some 8.5 million utterances: as Python
+# objects they would take gigabytes in each process that trains, and again in each of its loaders.
 
 # Where an entry lies, and what its cost is made of; 24 bytes an entry
-INDEX = np.dtype(
-    [("start", "<i8"), ("size", "<i4"), ("number", "<i4"), ("letters", "<i4"), ("seconds", "<f4")]
-)
+INDEX = np.dtype([("start", "i8"), ("size", "i4"), ("number", "i4"), ("characters", "i4"), ("seconds", "f4")])
 
 
 class Manifest:
-    """A manifest of any length, opened and not read: manifest[i] is the Example, parsed when asked for.
-
-    What is in memory is the mapped index (PATH.index.npy, or in the temporary folder where that cannot be
-    written), built once by one process while the others wait, and again when the manifest has changed.
-    manifest[i] raises UserError for a line that cannot be used.
-    """
+    """A manifest opened and not read: manifest[i] is the Example, parsed when asked for (UserError)."""
 
     def __init__(self, path, stage=None):
-        self.path, self.stage, self.folder = path, stage, os.path.dirname(os.path.abspath(path))
+        self.path, self.stage = path, stage
+        self.folder = os.path.dirname(os.path.abspath(path))
         with open_manifest(path) as f:
             self.is_list = starts_a_list(f)
-        self.index = open_index(path)
-        if not len(self.index):
-            raise UserError(f"{path}: holds no example")
+            self.index = open_index(f, path)  # all that is in memory, shared by a machine's processes
 
     def __len__(self):
         return len(self.index)
@@ -182,20 +754,73 @@ class Manifest:
     def where(self, i):
         return where_in(self.path, int(self.index["number"][i]), self.is_list)
 
+    def size(self, i):
+        """size_of example i, read off the index: no line is parsed."""
+        return int(self.index["characters"][i]), float(self.index["seconds"][i])
+
     def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        _, size, number, *_ = self.index[i]
-        with open_manifest(self.path) as f:
-            f.seek(int(self.index["start"][i]))
-            entry = decode_entry(f.read(int(size)), self.path, number, self.is_list)
+        row = self.index[i]  # raises IndexError beyond the end, which ends a loop over the examples
+        with open_manifest(self.path) as f:  # anew: loader processes must not share a position in the file
+            f.seek(int(row["start"]))
+            entry = decode_entry(f.read(int(row["size"])), self.where(i))
         return parse_example(entry, int(i), self.where(i), self.folder, self.stage, check=False)
+
+
+def open_index(f, path):
+    """The index of an open manifest (n,): mapped, or built and saved for the next time.
+
+    It lies beside the manifest or, where that cannot be written, in the temporary folder.  It has the
+    manifest's time of change: with any other, even an earlier one, the manifest has been replaced.
+    """
+    name = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16]
+    places = [f"{path}.index.npy", os.path.join(tempfile.gettempdir(), f"{name}.index.npy")]
+    # one process builds it, the others wait and find it built; where a disk cannot lock, several may build it
+    with contextlib.suppress(OSError):
+        fcntl.flock(f, fcntl.LOCK_EX)
+    changed = os.fstat(f.fileno()).st_mtime_ns
+    for place in places:
+        with contextlib.suppress(OSError, ValueError, EOFError):  # there is none, or half of one
+            index = np.load(place, mmap_mode="r")
+            if index.dtype == INDEX and os.stat(place).st_mtime_ns == changed:
+                return index
+    index = build_index(f, path)
+    if not len(index):
+        raise UserError(f"{path}: holds no example")
+
+    def write(temporary):
+        with open(temporary, "wb") as out:
+            np.save(out, index)
+        os.utime(temporary, ns=(changed, changed))
+
+    for place in places:
+        with contextlib.suppress(UserError):  # cannot be written
+            write_file(place, write)
+            break
+    return index
+
+
+def build_index(f, path):
+    """The index of an open manifest, in one pass over its lines."""
+    rows = ((start, len(raw), number, *largest_size(raw)) for start, number, raw in scan(f, path))
+    return np.fromiter(rows, dtype=INDEX)
+
+
+def largest_size(raw):
+    """size_of an entry, in the stage where that is largest: one index serves all stages."""
+    n_characters, seconds = 0, -1.0  # of what cannot be used, too: it is told of when it is asked for
+    stages = (None, 1, 4) if b'"audio_id"' in raw else (None,)  # they differ in the authors' format alone
+    for stage in stages:
+        with contextlib.suppress(*CANNOT_BE_USED):
+            example = parse_example(json.loads(raw), 0, "", "", stage, check=False)
+            n, seconds = size_of(example)
+            n_characters = max(n_characters, n)
+    return n_characters, seconds
 
 
 def path_and_share(source):
     """ "FILE" or "FILE:SHARE" -> path, share.  A file whose name looks like the latter is a file."""
-    if not os.path.exists(source) and (match := re.fullmatch(r"(.+):([0-9.]+)", source)):
-        return match[1], float(match[2] if match[2].strip(".") else 0)
+    if not os.path.exists(source) and (match := re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", source)):
+        return match[1], float(match[2])
     return source, 1.0
 
 
@@ -203,7 +828,8 @@ class Mixture:
     """Several manifests as one: mixture[i] is an Example of one of them, its id i.
 
     sources: "FILE" or "FILE:SHARE".  A share of 0.05 is a twentieth of the manifest in each epoch, another
-    one each time; 2 is all of it twice.  `shares` are what `schedule_of` draws the epochs by.
+    one each time; 2 is all of it twice.  The paper's stages 2 and 3 have a part of stage 1's data among
+    theirs (Section 3.2).  `shares` are what `schedule_of` draws the epochs by.
     """
 
     def __init__(self, sources, stage=None):
@@ -228,14 +854,13 @@ class Mixture:
         manifest, j = self.place(i)
         return manifest.where(j)
 
+    def size(self, i):
+        manifest, j = self.place(i)
+        return manifest.size(j)
+
     def __getitem__(self, i):
         manifest, j = self.place(i)
         return dataclasses.replace(manifest[j], id=i)
-
-    def size(self, i):
-        """size_of example i, read off the index: no line is parsed."""
-        manifest, j = self.place(i)
-        return int(manifest.index["letters"][j]), float(manifest.index["seconds"][j])
 
     def read(self, ids):
         """These examples, and what is to be told (`unusable`) of those whose lines cannot be used."""
@@ -248,20 +873,13 @@ class Mixture:
         return examples, skipped
 
 
-CANNOT_BE_USED = (UserError, OSError, ValueError, RuntimeError)  # a line or a clip that raises one is skipped
-
-
-def unusable(id, where, error):
-    """What skipped.jsonl says of an example."""
-    return {"id": id, "where": where, "why": first_line(error)}
-
-
 def record_skipped(group, out, skipped, seen):
     """Appends what all processes skipped, and was not seen before, to out/skipped.jsonl.
 
-    seen: ids, kept by rank 0.  Returns how many different examples there are by now.
+    seen: ids, kept by rank 0.  Returns how many different examples there are by now: a broken clip is met
+    again in every epoch, and must not count as many.
     """
-    everything = [entry for some in group.gather(skipped) for entry in some]
+    everything = itertools.chain.from_iterable(group.gather(skipped))
 
     def write():
         with open(os.path.join(out, "skipped.jsonl"), "a", encoding="utf-8") as f:
@@ -274,615 +892,9 @@ def record_skipped(group, out, skipped, seen):
     return group.first_only(write)
 
 
-def open_index(path):
-    """The index of a manifest (n,), mapped; built where there is none or the manifest has changed since."""
-    name = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16]
-    places = [path + ".index.npy", os.path.join(tempfile.gettempdir(), f"{name}.index.npy")]
-    with open_manifest(path) as f:
-        # one process builds it, the others find it built; where a disk cannot lock, several may build it
-        with contextlib.suppress(OSError):
-            fcntl.flock(f, fcntl.LOCK_EX)
-        now = os.fstat(f.fileno())
-        for place in places:
-            index = index_at(place, now)
-            if index is not None:
-                return index
-
-        def write(temporary):
-            with open(temporary, "wb") as out:
-                np.save(out, index)
-            os.utime(temporary, ns=(now.st_mtime_ns, now.st_mtime_ns))
-
-        index = build_index(f, path, now.st_size)
-        for place in places:
-            try:
-                write_file(place, write)
-            except UserError:
-                continue
-            found = index_at(place, now)
-            if found is not None:
-                return found
-    return index[1:]
-
-
-def index_at(place, manifest):
-    """The index at `place` if it is whole and of the manifest with this stat, else None."""
-    try:
-        index = np.load(place, mmap_mode="r")
-        is_current = os.stat(place).st_mtime_ns == manifest.st_mtime_ns
-    except (OSError, ValueError, EOFError):
-        return None
-    if not is_current or index.dtype != INDEX or index["start"][0] != manifest.st_size:
-        return None
-    return index[1:]
-
-
-def build_index(f, path, size):
-    """The index of an open manifest; its first row says how long the manifest is."""
-    parts, rows = [], [(size, 0, 0, 0, 0.0)]
-    for start, number, raw in scan(f, path):
-        letters, seconds = 0, -1.0
-        # what cannot be used is found, and told of, when it is asked for; the index serves every stage, so
-        # the longest reading counts where they differ (the authors' format)
-        with contextlib.suppress(UserError, ValueError):
-            entry = json.loads(raw)
-            is_authors = isinstance(entry, dict) and "audio_id" in entry
-            for stage in (None, 1, 4) if is_authors else (None,):
-                with contextlib.suppress(UserError):
-                    example = parse_example(entry, 0, path, "", stage, check=False)
-                    n, seconds = size_of(example)
-                    letters = max(letters, n)
-        rows.append((start, len(raw), number, letters, seconds))
-        if len(rows) == 1 << 16:
-            parts.append(np.array(rows, dtype=INDEX))
-            rows = []
-    return np.concatenate([*parts, np.array(rows, dtype=INDEX)])
-
-
-def need(entry, field, where, kind=str):
-    """entry[field], which must be there and of this kind."""
-    value = entry.get(field)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise UserError(f"{where}: field {field!r} is missing or not of the right type")
-    return value
-
-
-def seconds_in(entry, field, where, default):
-    """A length of time in a manifest, or the default where there is none."""
-    if entry.get(field) is None:
-        return default
-    value = need(entry, field, where, (int, float))
-    if not (math.isfinite(value) and value >= 0):
-        raise UserError(f"{where}: {field} is {value}")
-    return value
-
-
-# One parser a format: (entry, where, stage) -> audio, question, answer, rejected answer.
-
-
-def parse_messages(entry, where, stage):
-    """ms-swift's and LLaMA-Factory's: {"messages": [user, assistant], "audios": [path]}."""
-    roles = UserError(f"{where}: messages must be one of role user and one of role assistant")
-    by_role = {}
-    for message in need(entry, "messages", where, list):
-        if not isinstance(message, dict) or message.get("role") not in ("user", "assistant"):
-            raise roles
-        if message["role"] in by_role:
-            raise roles
-        by_role[message["role"]] = need(message, "content", where)
-    if len(by_role) != 2:
-        raise roles
-    audios = entry.get("audios") or []
-    if not isinstance(audios, list) or not all(isinstance(audio, str) for audio in audios):
-        raise UserError(f"{where}: audios must be a list of paths")
-    question = by_role["user"]
-    if len(audios) > 1 or question.count("<audio>") > 1:
-        raise UserError(f"{where}: more than one audio in an example")
-    question = question.replace("<audio>", "").strip()
-    return audios[0] if audios else None, question, by_role["assistant"], entry.get("rejected_response")
-
-
-def parse_nemo(entry, where, stage):
-    """NeMo's: {"audio_filepath", "text"}: speech recognition."""
-    return need(entry, "audio_filepath", where), ASR_QUESTION, need(entry, "text", where), None
-
-
-def parse_authors(entry, where, stage):
-    """The authors': {"audio_id", "audio_filepath", "input", "target", "transcription", "rejected"}."""
-    need(entry, "audio_id", where, (str, int))
-    question = entry.get("input")
-    if not isinstance(question, str) or not question.strip():
-        question = ASR_QUESTION
-    answer = need(entry, "transcription" if stage == 1 else "target", where)
-    rejected = need(entry, "rejected", where) if stage == 4 else None
-    return need(entry, "audio_filepath", where), question, answer, rejected
-
-
-def parse_example(entry, id, where, folder, stage=None, check=True):
-    """One manifest entry -> Example.  Raises UserError for what cannot be used."""
-    if not isinstance(entry, dict):
-        raise UserError(f"{where}: not a JSON object")
-    if "messages" in entry:
-        parse = parse_messages
-    elif "audio_filepath" in entry:
-        parse = parse_nemo if "text" in entry else parse_authors
-    else:
-        raise UserError(f"{where}: has neither 'messages' nor 'audio_filepath'")
-    audio, question, answer, rejected = parse(entry, where, stage)
-    if stage == 4 and not isinstance(rejected, str):
-        raise UserError(f"{where}: stage 4 needs a rejected_response")
-    if rejected is not None and not isinstance(rejected, str):
-        raise UserError(f"{where}: rejected_response must be text")
-    if not question.strip():
-        raise UserError(f"{where}: the question is empty")
-    for text in (question, answer, rejected or ""):
-        refuse_special_tokens(text, where)
-    facts = need(entry, "facts", where, dict) if "facts" in entry else {}
-    if not all(isinstance(value, str) for value in facts.values()):
-        raise UserError(f"{where}: facts must be text")
-    if audio is not None:
-        audio = os.path.join(folder, audio)
-        if check and not os.path.isfile(audio):
-            raise UserError(f"{where}: no such audio file: {audio}")
-    return Example(
-        id=id,
-        audio=audio,
-        question=question,
-        answer=answer,
-        rejected=rejected,
-        facts=facts,
-        dataset=str(entry.get("dataset", "")),
-        task=str(entry.get("task", "")),
-        offset=seconds_in(entry, "offset", where, 0.0),
-        duration=seconds_in(entry, "duration", where, None),
-        where=where,
-    )
-
-
 # ---------------------------------------------------------------------------------------------
-# audio
-
-
-def load_audio(path, offset=0.0, duration=None, limit=None):
-    """Reads a clip as 16 kHz mono float32.
-
-    offset, duration: seconds, to read a part.  limit: at most this many seconds are returned.
-    Returns samples (n,) and a list of notes for the user (clip was cut, clip is silent).
-    Raises UserError for what is no usable recording.
-    """
-    if os.path.isdir(path):
-        raise UserError(f"{path}: is a folder, not a recording")
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file")
-    if os.path.getsize(path) == 0:
-        raise UserError(f"{path}: the file is empty")
-    notes = []
-    try:
-        with soundfile.SoundFile(path) as f:
-            rate, total = f.samplerate, f.frames
-            # libsndfile would read what is left of a truncated WAV and say nothing
-            if f.format in ("WAV", "WAVEX") and is_cut_wav(path):
-                raise UserError(f"{path}: the file is cut short")
-            start = round(offset * rate)
-            if start > total:
-                raise UserError(f"{path}: offset {offset} s lies behind the end of the clip")
-            f.seek(start)
-            left = total - start if duration is None else min(total - start, round(duration * rate))
-            wanted = left
-            if limit is not None and left > math.ceil(limit * rate):
-                notes.append(f"{path}: {left / rate:.1f} s long; the first {limit:g} s are used")
-                wanted = math.ceil(limit * rate)
-            audio = f.read(wanted, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as e:
-        raise UserError(f"{path}: cannot be read as audio ({getattr(e, 'error_string', e)})") from None
-    if len(audio) < wanted:
-        raise UserError(f"{path}: the file is cut short ({len(audio)} of {wanted} samples)")
-    if len(audio) == 0:
-        raise UserError(f"{path}: holds no samples")
-    if not np.isfinite(audio).all():
-        raise UserError(f"{path}: holds samples that are NaN or infinite")
-    audio = audio.mean(1)
-    if rate != SAMPLE_RATE:
-        audio = soxr.resample(audio, rate, SAMPLE_RATE)
-        if len(audio) == 0:
-            raise UserError(f"{path}: too short: not one sample at 16 kHz")
-    if limit is not None:
-        audio = audio[: round(limit * SAMPLE_RATE)]
-    if np.abs(audio).max() < 1e-4:
-        notes.append(f"{path}: the clip is silent")
-    return audio, notes
-
-
-def is_cut_wav(path):
-    """Whether a RIFF file says that it holds more bytes than it does.
-
-    Sizes of 0 and 2^31 and more are what a program writes that streams to a pipe: no claim.
-    """
-    with open(path, "rb") as f:
-        data = f.read(1 << 16)
-    at = data.find(b"data", 12)
-    size = int.from_bytes(data[at + 4 : at + 8], "little")
-    return at > 0 and 0 < size < 1 << 31 and at + 8 + size > os.path.getsize(path)
-
-
-def split_clip(audio, config, quiet=0.3):
-    """A clip that may be longer than the window -> [(start, end)], samples, cut at its quietest moments.
-
-    Each piece fits the window, none is shorter than a quarter of it but the last, and every sample is in one
-    piece.  A cut lies in the middle of the `quiet` seconds of least energy after that quarter: a pause
-    between sentences is worth more than a piece as long as can be.
-    """
-    window, width = config.n_frames * SAMPLES_PER_FRAME, round(quiet * SAMPLE_RATE)
-    energy = np.concatenate([[0.0], np.cumsum(np.square(audio, dtype=np.float64))])
-    pieces, start = [], 0
-    while len(audio) - start > window:
-        first, last = start + window // 4, start + window - width  # where the quiet stretch may begin
-        loudness = energy[first + width : last + width + 1] - energy[first : last + 1]
-        cut = first + int(loudness.argmin()) + width // 2
-        pieces.append((start, cut))
-        start = cut
-    return [*pieces, (start, len(audio))]
-
-
-def window_seconds(config):
-    return config.n_frames * SAMPLES_PER_FRAME / SAMPLE_RATE
-
-
-def log_mel(audio, config):
-    """Whisper's log-mel of one clip, padded with silence to the encoder's window.
-
-    audio (n,) 16 kHz.  Returns mel (n_mels, 2 * n_frames) and the number of encoder frames that
-    hold real audio: ceil(n / 160) mel frames, halved by the encoder's stride.
-    """
-    window = config.n_frames * SAMPLES_PER_FRAME
-    audio = torch.as_tensor(audio, dtype=torch.float32)[:window]
-    n_frames = (math.ceil(len(audio) / HOP_LENGTH) - 1) // 2 + 1
-    padded = torch.nn.functional.pad(audio, (0, window - len(audio)))
-    return log_mel_spectrogram(padded, n_mels=config.n_mels), n_frames
-
-
-# ---------------------------------------------------------------------------------------------
-# the prompt
-
-SYSTEM = "You are a helpful voice assistant."
-BEFORE_AUDIO = "This is the audio:"
-
-
-def refuse_special_tokens(text, where):
-    """A question or answer that spells a control token would be read as one."""
-    for token in SPECIAL_TOKENS.values():
-        if token in text:
-            raise UserError(f"{where}: the text contains the control token {token}")
-
-
-def prompt_text(question, system=SYSTEM):
-    """LLaDA's chat format, byte for byte; the literal <audio> stays."""
-
-    def header(role):
-        return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
-
-    return (
-        f"<|startoftext|>{header('system')}{system}<|eot_id|>"
-        f"{header('user')}{BEFORE_AUDIO} <audio>. {question}<|eot_id|>{header('assistant')}"
-    )
-
-
-def build_prompt(tokenizer, question, system=SYSTEM):
-    """-> token ids (list), audio_at: the audio tokens go in front of the token that begins " <audio>"."""
-    refuse_special_tokens(question, "question")
-    text = prompt_text(question, system)
-    encoding = tokenizer.encode(text, add_special_tokens=False)
-    at = len(prompt_text("", system).split(" <audio>")[0])  # in characters; not searched for in the question
-    audio_at = next(i for i, (_, end) in enumerate(encoding.offsets) if end > at)
-    return encoding.ids, audio_at
-
-
-TRANSCRIPTION = re.compile(r"\W*(please )?(transcribe|write down what is said|what is said)\b.{0,40}$", re.I)
-
-
-def is_transcription(question):
-    """Whether a question asks for the words alone: answers about the pieces of a clip can then be joined."""
-    return TRANSCRIPTION.match(question) is not None
-
-
-def answer_ids(tokenizer, answer, config):
-    """The response and its end of turn; what follows in the response is end marks."""
-    return tokenizer.encode(answer, add_special_tokens=False).ids + [config.eot_id]
-
-
-def answer_text(tokenizer, ids, config):
-    """What is printed: everything before the first end of turn or end mark, specials removed."""
-    ids = list(ids)
-    for i, token in enumerate(ids):
-        if token in (config.eot_id, config.eos_id):
-            ids = ids[:i]
-            break
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
-# ---------------------------------------------------------------------------------------------
-# a clip in words: what stage 0 reads in the place of audio
-
-SPOKEN = ("words", "speaker", "caption")  # facts that no acoustic token stands for
-
-
-def imitate_audio(facts, tokenizer, config, generator, is_transcript=False):
-    """Imitates the audio tokens of a clip by word embeddings: the facts known of it.
-
-    LLaDA-8B can answer questions about a description before it hears anything, and the adapters only
-    have to learn to describe.  A small backbone learns this from text alone (stage 0) if the description
-    looks as adapters write: a semantic token is a piece of the transcript, with blanks between pieces
-    and now and then a piece twice, as CTC aligns them; an acoustic token is a mixture of facts in no
-    order; all of them louder or softer than words, under noise.
-
-    Returns ids (A, 2), weights (A, 2), both mixed as weights @ embeddings, and noise (A, width) in
-    units of the embeddings' root mean square.  The first tokens are the acoustic ones, or, for a part
-    of the transcripts (is_transcript), as many empty ones as stage 1 has soft prompts.
-    """
-    rng = random.Random(int(torch.randint(1 << 62, (1,), generator=generator)))
-    blank = config.eos_id
-    pieces = tokenizer.encode(facts.get("words", ""), add_special_tokens=False).ids
-    known = []
-    for kind, value in facts.items():
-        if kind not in SPOKEN:
-            known += tokenizer.encode(" " + value, add_special_tokens=False).ids
-    rng.shuffle(known)
-    if is_transcript and rng.random() < 0.25:
-        tokens = [(blank, blank, 1.0)] * config.n_soft_prompts  # as stage 1 shows a clip
-    else:
-        tokens = []
-        for place in range(config.n_queries):
-            first = known[place % len(known)] if known else blank
-            tokens.append((first, rng.choice(known) if known else blank, rng.uniform(0.5, 1.0)))
-    rng.shuffle(tokens)
-    gap = rng.choice((1, 2, 3, 4))  # slow speech has more blanks
-    before = None
-    semantic = [(blank, blank, 1.0)] * rng.randint(0, 4)
-    for piece in pieces:
-        semantic += [(blank, blank, 1.0)] * rng.randint(int(piece == before), gap)
-        semantic += [(piece, piece, 1.0)] * rng.choice((1, 1, 1, 1, 2))
-        before = piece
-    semantic += [(blank, blank, 1.0)] * rng.randint(0, 4)
-    if not pieces:  # a sound makes the semantic adapter write anything
-        any_piece = rng.random() < 0.5
-        for _ in range(rng.randint(4, 40)):
-            piece = rng.randrange(config.vocab) if any_piece and rng.random() < 0.3 else blank
-            semantic.append((piece, piece, 1.0))
-    tokens += semantic or [(blank, blank, 1.0)]
-    tokens = tokens[: config.n_queries + config.n_frames // 4]
-    loudness = torch.tensor([rng.uniform(0.4, 1.4) for _ in tokens])
-    share = torch.tensor([w for _, _, w in tokens])
-    noise = rng.uniform(0.0, 0.8) * torch.randn(len(tokens), config.width, generator=generator)
-    ids = torch.tensor([[a, b] for a, b, _ in tokens])
-    return {"ids": ids, "weights": torch.stack([share, 1 - share], 1) * loudness[:, None], "noise": noise}
-
-
-# ---------------------------------------------------------------------------------------------
-# examples -> text
-
-
-def response_length(n, extra):
-    """The next multiple of RESPONSE_UNIT after n tokens, `extra` more of them: an end mark always follows."""
-    return (n // RESPONSE_UNIT + 1 + extra) * RESPONSE_UNIT
-
-
-def encode_text(example, tokenizer, config, generator=None):
-    """Prompt, answer and end marks of one example -> {"ids", "is_answer", "audio_at"}.
-
-    The length of the response depends on the example and `generator` alone, never on the batch.
-    Raises UserError when too long.
-    """
-    ids, audio_at = build_prompt(tokenizer, example.question)
-    reply = answer_ids(tokenizer, example.answer, config)
-    length = response_length(len(reply), int(torch.randint(3, (1,), generator=generator)))
-    if len(ids) + len(reply) > MAX_TEXT:
-        n = len(ids) + len(reply)
-        raise UserError(f"{example.where}: {n} tokens of text; at most {MAX_TEXT} in training")
-    audio_tokens = config.n_queries + config.n_frames // 4
-    if len(ids) + audio_tokens + length > config.context:
-        raise UserError(f"{example.where}: text and audio do not fit the model's {config.context} positions")
-    is_answer = [False] * len(ids) + [True] * length
-    reply += [config.eos_id] * (length - len(reply))
-    return {"ids": ids + reply, "is_answer": is_answer, "audio_at": audio_at}
-
-
-def encode_closely(example, answer, tokenizer, config):
-    """Prompt, answer and its first end mark, no padding: what VRPO scores and a causal model learns."""
-    ids, audio_at = build_prompt(tokenizer, example.question)
-    reply = answer_ids(tokenizer, answer, config) + [config.eos_id]
-    is_answer = [False] * len(ids) + [True] * len(reply)
-    return {"ids": ids + reply, "is_answer": is_answer, "audio_at": audio_at}
-
-
-def encode_question(example, tokenizer, config, generator):
-    """The texts of an example in stages 0 to 3, by name."""
-    if config.causal:
-        return {"text": encode_closely(example, example.answer, tokenizer, config)}
-    return {"text": encode_text(example, tokenizer, config, generator)}
-
-
-def encode_pair(example, tokenizer, config, generator):
-    """The texts of an example in stage 4, by name."""
-    texts = {"chosen": example.answer, "rejected": example.rejected}
-    return {name: encode_closely(example, text, tokenizer, config) for name, text in texts.items()}
-
-
-# ---------------------------------------------------------------------------------------------
-# examples -> micro-batches
-
-
-def generator_for(seed, epoch, example_id, stream=0):
-    """Randomness of an example: the same whatever batch or process it is in.
-
-    stream: 0 for what the loader draws, 1 for the noise drawn in the training step.
-    """
-    g = torch.Generator()
-    g.manual_seed((((seed * 2 + stream) * 1_000_003 + epoch) * 1_000_003 + example_id) % (1 << 63))
-    return g
-
-
-def augment(audio, config, generator, facts):
-    """Another speed, level, a moment of silence in front, a little noise: for few recordings.
-
-    Speed is 0.9 to 1.1, of a sound alone 0.75 to 1.25.
-    """
-    u = torch.rand(6, generator=generator).tolist()
-    # a voice's sex and feeling are in its pitch
-    spread = 0.25 if facts.keys() & {"sound", "instrument"} else 0.1
-    if u[0] < 0.5:
-        rate = SAMPLE_RATE * (1 + spread * (2 * u[1] - 1))
-        audio = soxr.resample(audio, SAMPLE_RATE, rate, quality="QQ")
-    audio = audio * 10 ** ((u[2] - 0.5) * 0.8)
-    if u[3] < 0.5:
-        audio = np.pad(audio, (int(u[3] * 0.6 * SAMPLE_RATE), 0))
-    if u[4] < 0.5:
-        level = 10 ** (-4 + 2 * u[5]) * torch.randn(len(audio), generator=generator).numpy()
-        audio = audio + level * max(np.abs(audio).max(), 1e-3)
-    return audio[: config.n_frames * SAMPLES_PER_FRAME].astype(np.float32)
-
-
-def mask_mel(mel, generator, n_time=2, n_freq=2, time=25, freq=8):
-    """Another microphone: treble up or down by 6 dB, bass the other way; then SpecAugment.
-
-    That blanks out bands of time and of frequency with the mean (Park et al., 2019).
-    """
-    tilt = 0.15 * (2 * torch.rand((), generator=generator) - 1)  # Whisper's log-mel has four decades in 1
-    mel = mel + tilt * torch.linspace(-1, 1, len(mel))[:, None]
-    mean = mel.mean()
-    for n, most, axis in ((n_time, time, 1), (n_freq, freq, 0)):
-        for _ in range(n):
-            width = int(torch.randint(most, (1,), generator=generator))
-            start = int(torch.randint(mel.size(axis) - width, (1,), generator=generator))
-            mel.narrow(axis, start, width).fill_(mean)
-    return mel
-
-
-def collate(items, config):
-    """Clean batch from items of encode_text: a dict of tensors.
-
-    ids (B, T), valid (B, T) (False on padding: never read it off the ids, the end mark is also the
-    padding id), is_answer (B, T), audio_at (B,).
-    """
-    T = max(len(item["ids"]) for item in items)
-
-    def pad(values, fill):
-        return values + [fill] * (T - len(values))
-
-    return {
-        "ids": torch.tensor([pad(item["ids"], config.eos_id) for item in items]),
-        "valid": torch.tensor([pad([True] * len(item["ids"]), False) for item in items]),
-        "is_answer": torch.tensor([pad(item["is_answer"], False) for item in items]),
-        "audio_at": torch.tensor([item["audio_at"] for item in items]),
-    }
-
-
-def pad_imitations(items):
-    """Items of imitate_audio as one batch: ids, weights (B, A, 2), noise (B, A, width), valid (B, A)."""
-    pad = torch.nn.utils.rnn.pad_sequence
-    batch = {k: pad([item[k] for item in items], batch_first=True) for k in ("ids", "weights", "noise")}
-    is_token = [torch.ones(len(item["ids"]), dtype=torch.bool) for item in items]
-    return batch | {"valid": pad(is_token, batch_first=True)}
-
-
-def part_of(batch, name="text"):
-    """The tensors of one text of a batch, or of "imitated", by name."""
-    return {k.removeprefix(name + "."): v for k, v in batch.items() if k.startswith(name + ".")}
-
-
-class BatchBuilder:
-    """Examples -> a clean micro-batch.  An example that cannot be used is left out and told of.
-
-    encode: encode_question or encode_pair.  is_imitated: clips are imitated (imitate_audio) instead of
-    read.  is_augmented: `augment` and `mask_mel` on each clip.
-    """
-
-    def __init__(self, tokenizer, config, encode, seed, is_imitated=False, is_augmented=False):
-        self.tokenizer, self.config, self.encode, self.seed = tokenizer, config, encode, seed
-        self.is_imitated, self.is_augmented = is_imitated, is_augmented
-
-    def item(self, example, epoch):
-        """One example -> {"texts", "transcript", "seconds"} and "imitated", or "mel" and "n_frames"."""
-        c, generator = self.config, generator_for(self.seed, epoch, example.id)
-        words = self.tokenizer.encode(example.facts.get("words", ""), add_special_tokens=False).ids
-        item = {"texts": self.encode(example, self.tokenizer, c, generator), "transcript": words}
-        if self.is_imitated:
-            is_transcript = example.answer == example.facts.get("words")
-            imitated = imitate_audio(example.facts, self.tokenizer, c, generator, is_transcript)
-            return item | {"imitated": imitated, "seconds": 0.0}
-        if example.audio is None:
-            raise UserError("has no audio")
-        audio, _ = load_audio(example.audio, example.offset, example.duration, window_seconds(c))
-        if self.is_augmented:
-            audio = augment(audio, c, generator, example.facts)
-        mel, n_frames = log_mel(audio, c)
-        if self.is_augmented:
-            mel = mask_mel(mel, generator)
-        return item | {"mel": mel, "n_frames": n_frames, "seconds": len(audio) / SAMPLE_RATE}
-
-    def __call__(self, examples, epoch):
-        """-> {"batch", "ids", "epoch", "skipped", "seconds"}; batch is None when no example is left."""
-        items, ids, skipped = [], [], []
-        for example in examples:
-            try:
-                items.append(self.item(example, epoch))
-                ids.append(example.id)
-            except CANNOT_BE_USED as e:
-                skipped.append(unusable(example.id, example.where, e))
-        seconds = sum(item["seconds"] for item in items)
-        micro = {"ids": ids, "epoch": epoch, "skipped": skipped, "seconds": seconds, "batch": None}
-        if not items:
-            return micro
-        if self.is_imitated:
-            parts = {"imitated": pad_imitations([item["imitated"] for item in items])}
-            batch = {}
-        else:
-            parts = {}
-            batch = {
-                "mel": torch.stack([item["mel"] for item in items]),
-                "n_frames": torch.tensor([item["n_frames"] for item in items]),
-                "transcript": torch.tensor(
-                    [t for item in items for t in item["transcript"]], dtype=torch.long
-                ),
-                "transcript_length": torch.tensor([len(item["transcript"]) for item in items]),
-            }
-        for name in items[0]["texts"]:
-            parts[name] = collate([item["texts"][name] for item in items], self.config)
-        for name, part in parts.items():
-            batch |= {f"{name}.{k}": v for k, v in part.items()}
-        return micro | {"batch": batch}
-
-
-def size_of(example):
-    """Letters of an example's text and seconds of its clip; negative: unknown.
-
-    Letters of an answer count twice, its response has end marks too.
-    """
-    letters = len(example.question) + 2 * len(example.answer) + 2 * len(example.rejected or "")
-    return letters, -1.0 if example.duration is None else example.duration
-
-
-def cost_of(size, config):
-    """About how many positions an example takes: a quarter of its letters, its audio tokens, its response.
-
-    size: size_of the example.  A clip of unknown length counts as the whole window.
-    """
-    (letters, seconds), window = size, window_seconds(config)
-    seconds = window if seconds < 0 else min(seconds, window)
-    return 55 + letters // 4 + config.n_queries + round(12.5 * seconds)
-
-
-def bucket(ids, costs, budget):
-    """ids in batches of similar cost, each at most `budget` with its padding, or one example.
-
-    costs[i]: about how many positions example i takes.  An empty list gives one empty batch.
-    """
-    batches = []
-    for i in sorted(ids, key=lambda i: (costs[i], i)):
-        if batches and costs[i] * (len(batches[-1]) + 1) <= budget:  # costs ascend: i is the widest
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches or [[]]
+# the order of a run.  It follows from the seed and the number of the step alone, so a resumed run needs no
+# record of what was read, and every process knows what the others do without asking.
 
 
 def epoch_length(shares):
@@ -890,38 +902,23 @@ def epoch_length(shares):
     return sum(round(n * share) for n, share in shares)
 
 
-class EpochOrder:
-    """The ids of an epoch, shuffled: order[a:b] is a list of them.
+def epoch_order(shares, seed, epoch):
+    """The ids of an epoch, shuffled (n,): 68 MB for 8.5 million examples.
 
-    Where each manifest is read whole, the permutation is all that is held: 68 MB for 8.5 million examples.
-    Of a share below 1, or of what is left of one above, the ids come from a permutation of that manifest,
-    the next piece of it in each epoch until all were read.
+    A share of 2.25 is the manifest twice and a quarter of it.  The quarters of four epochs make the whole:
+    a walk through the manifest, in an order that is the run's, that each epoch takes up where the one
+    before ended.  Drawn anew each time, some examples would never be read.
     """
-
-    def __init__(self, shares, seed, epoch):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        self.order = torch.randperm(epoch_length(shares), generator=generator)
-        self.parts, first_id = [], 0  # (drawn, examples, first id, those of the share that is no whole)
-        for part, (n, share) in enumerate(shares):
-            drawn = round(n * share)
-            rest = drawn % n
-            some = None
-            if rest:  # a walk through the manifest that no epoch begins anew, in an order that is the run's
-                walk = torch.randperm(n, generator=torch.Generator().manual_seed(seed + part))
-                some = walk[(epoch * rest + torch.arange(rest)) % n]
-            self.parts.append((drawn, n, first_id, some))
-            first_id += n
-
-    def __getitem__(self, places):
-        return [self.id_at(at) for at in self.order[places].tolist()]
-
-    def id_at(self, at):
-        for drawn, n, first_id, some in self.parts:
-            if at < drawn:
-                is_whole = at < drawn - drawn % n
-                return first_id + (at % n if is_whole else int(some[at % n]))
-            at -= drawn
-        raise IndexError(at)
+    ids, first_id = [], 0
+    for part, (n, share) in enumerate(shares):
+        times, rest = divmod(round(n * share), n)
+        ids += [torch.arange(first_id, first_id + n)] * times
+        if rest:
+            walk = torch.randperm(n, generator=torch.Generator().manual_seed(seed + part))
+            ids.append(first_id + walk[(epoch * rest + torch.arange(rest)) % n])
+        first_id += n
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.cat(ids)[torch.randperm(epoch_length(shares), generator=generator)]
 
 
 def schedule_of(shares, batch, seed, start=0):
@@ -931,24 +928,31 @@ def schedule_of(shares, batch, seed, start=0):
     micro-batches sort it: length tells corpora apart, and batches of one corpus each pull the model to
     and fro.
     """
-    per_epoch = -(-epoch_length(shares) // batch)
+    per_epoch = math.ceil(epoch_length(shares) / batch)
     for epoch in itertools.count(start // per_epoch):
-        order = EpochOrder(shares, seed, epoch)
-        for n in range(max(start, epoch * per_epoch), (epoch + 1) * per_epoch):
-            first = (n - epoch * per_epoch) * batch
-            yield n, epoch, order[first : first + batch]
+        order = epoch_order(shares, seed, epoch)
+        for step in range(max(start, epoch * per_epoch), (epoch + 1) * per_epoch):
+            first = (step - epoch * per_epoch) * batch
+            yield step, epoch, order[first : first + batch].tolist()
 
 
+@dataclass(eq=False)
 class MicroBatches(torch.utils.data.IterableDataset):
-    """What rank `rank` of `size` works on, micro-batch by micro-batch: "last" ends a step.
+    """What one process works on, micro-batch by micro-batch: "last" ends a step.
 
-    budget: positions in a micro-batch.  start, stop: the first step, and the one after the last.
+    torch's DistributedSampler shares out examples and begins with an epoch.  Here micro-batches are cut to
+    fit the memory, and a run begins at any step.
     """
 
-    def __init__(self, examples, builder, batch, rank, size, budget, seed, start, stop):
-        self.examples, self.builder, self.batch = examples, builder, batch
-        self.rank, self.size, self.budget, self.seed = rank, size, budget, seed
-        self.start, self.stop = start, stop
+    examples: Mixture
+    builder: BatchBuilder
+    batch: int  # examples in a step, of all processes together
+    rank: int  # of `size` processes
+    size: int
+    budget: int  # positions in a micro-batch
+    seed: int
+    start: int  # the first step
+    stop: int  # the one after the last
 
     def plan(self):
         """(step, epoch, ids, whether the step ends here) of every micro-batch."""
@@ -962,35 +966,37 @@ class MicroBatches(torch.utils.data.IterableDataset):
                 yield step, epoch, part, n == len(parts)
 
     def __iter__(self):
-        worker = torch.utils.data.get_worker_info()
-        if worker:
+        # each loader makes the whole plan, which costs little, and works on its share of it; DataLoader
+        # asks the loaders in turn, so the micro-batches arrive in the order of the plan
+        first, stride = 0, 1
+        if worker := torch.utils.data.get_worker_info():
             ignore_signals()
-        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+            first, stride = worker.id, worker.num_workers
         for step, epoch, ids, last in itertools.islice(self.plan(), first, None, stride):
             examples, skipped = self.examples.read(ids)
             micro = self.builder(examples, epoch)
             yield micro | {"skipped": skipped + micro["skipped"], "step": step, "last": last}
 
 
-if __name__ == "__main__":
-    import sys
-
+def main(argv):
+    """Shows what the model is given for a clip."""
     from weights import load
 
-    if len(sys.argv) < 2:
-        sys.exit("usage: python data.py CLIP [QUESTION]")
+    if not argv:
+        raise UserError("give a clip: python data.py CLIP [QUESTION]")
     model, tokenizer = load("tiny")
     config = model.config
-    audio, notes = load_audio(sys.argv[1], limit=window_seconds(config))
+    audio, notes = load_audio(argv[0], limit=window_seconds(config))
     mel, n_frames = log_mel(audio, config)
-    ids, audio_at = build_prompt(tokenizer, " ".join(sys.argv[2:]) or "What do you hear?")
-    for note in notes:
-        print(note)
-    print(
-        f"{len(audio) / SAMPLE_RATE:.2f} s at 16 kHz -> mel {tuple(mel.shape)} -> {n_frames} encoder frames"
-    )
-    print(
-        f"-> {config.n_queries} acoustic + {max(n_frames // 4, 1)} semantic tokens before token {audio_at}:\n"
-    )
+    ids, audio_at = build_prompt(tokenizer, " ".join(argv[1:]) or "What do you hear?")
+    n_semantic = max(n_frames // 4, 1)
+    seconds = f"{len(audio) / SAMPLE_RATE:.2f} s at 16 kHz"
+    print(*notes, f"{seconds} -> mel {tuple(mel.shape)} -> {n_frames} encoder frames", sep="\n")
+    print(f"-> {config.n_queries} acoustic + {n_semantic} semantic tokens before token {audio_at}:\n")
+    # a byte-level tokenizer writes a space as Ġ and a line feed as Ċ
     tokens = [tokenizer.id_to_token(i).replace("Ġ", "_").replace("Ċ", "\\n") for i in ids]
-    print(" ".join(tokens[:audio_at]), "\n   [ audio ]\n" + " ".join(tokens[audio_at:]))
+    print(" ".join(tokens[:audio_at]), "[ audio ]", " ".join(tokens[audio_at:]), sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status("data.py", lambda: main(sys.argv[1:])))
