@@ -517,10 +517,9 @@ SPOKEN = ("words", "speaker", "caption")  # facts that no acoustic token stands 
 
 def generator_for(seed, epoch, example_id, stream=0):
     """An example's randomness, the same in any batch and process.  stream: 0 the loader's, 1 the loss's."""
-    g = torch.Generator()
     # digits of one number.  Beyond a million examples two may share their draws, but in different epochs
-    g.manual_seed((((seed * 2 + stream) * 1_000_003 + epoch) * 1_000_003 + example_id) % (1 << 63))
-    return g
+    number = ((seed * 2 + stream) * 1_000_003 + epoch) * 1_000_003 + example_id
+    return torch.Generator().manual_seed(number % (1 << 63))
 
 
 def augment(audio, config, generator, facts):
@@ -833,22 +832,23 @@ class Mixture:
     """
 
     def __init__(self, sources, stage=None):
-        self.manifests, self.shares = [], []
+        self.manifests, self.shares, self.first_ids = [], [], [0]
         for source in sources:
             path, share = path_and_share(source)
             if not share > 0:
                 raise UserError(f"{source}: the share must be above 0")
-            self.manifests.append(Manifest(path, stage))
-            self.shares.append((len(self.manifests[-1]), share))
-        self.ends = list(itertools.accumulate(n for n, _ in self.shares))
+            manifest = Manifest(path, stage)
+            self.manifests.append(manifest)
+            self.shares.append((len(manifest), share))
+            self.first_ids.append(self.first_ids[-1] + len(manifest))
 
     def __len__(self):
-        return self.ends[-1]
+        return self.first_ids[-1]
 
     def place(self, i):
         """The manifest that holds example i, and its place there."""
-        part = bisect.bisect_right(self.ends, i)
-        return self.manifests[part], i - (self.ends[part - 1] if part else 0)
+        part = bisect.bisect_right(self.first_ids, i) - 1
+        return self.manifests[part], i - self.first_ids[part]
 
     def where(self, i):
         manifest, j = self.place(i)
@@ -940,8 +940,8 @@ def schedule_of(shares, batch, seed, start=0):
 class MicroBatches(torch.utils.data.IterableDataset):
     """What one process works on, micro-batch by micro-batch: "last" ends a step.
 
-    torch's DistributedSampler shares out examples and begins with an epoch.  Here micro-batches are cut to
-    fit the memory, and a run begins at any step.
+    torch's DistributedSampler shares out single examples and begins at an epoch.  Here micro-batches are
+    cut to fit the memory, and a run begins at any step.
     """
 
     examples: Mixture

@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -591,3 +593,27 @@ def test_which_questions_are_transcriptions():
         assert is_transcription(question)
     for question in ("Answer what is said in the audio.", "Choose: A. a transcript", "Is this speech?"):
         assert not is_transcription(question)
+
+
+@pytest.mark.parametrize("argv, says", [([], "give a clip"), (["none.wav"], "no such file")])
+def test_the_program_refuses_bad_input_in_one_line(argv, says):
+    command = [sys.executable, data_module.__file__, *argv]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_messages_in_another_order_are_refused(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text(json.dumps({"messages": [assistant("Rain."), user("Hm?")]}))
+    with pytest.raises(UserError, match="in this order"):
+        read_manifest(str(path))
+
+
+def test_an_index_of_another_form_is_built_anew(tmp_path):
+    """One that an older version of this code wrote, with the manifest's own time."""
+    path, index = tmp_path / "m.jsonl", tmp_path / "m.jsonl.index.npy"
+    write_entries(path, lines_in("messages"), "messages")
+    np.save(index, np.zeros(9, dtype=[("start", "i8"), ("size", "i4")]))
+    changed = os.stat(path).st_mtime_ns
+    os.utime(index, ns=(changed, changed))
+    assert len(Manifest(str(path))) == 4 and len(np.load(index)) == 4
