@@ -355,11 +355,11 @@ def log_mel(audio, config):
     """Whisper's log-mel of one clip, padded with silence to the encoder's window.
 
     audio (n,) 16 kHz.  Returns mel (n_mels, 2 * n_frames) and the number of encoder frames that
-    hold real audio: ceil(n / 160) mel frames, halved by the encoder's stride.  Whisper was trained on
+    hold real audio: mel frames of 160 samples, halved by the encoder's stride.  Whisper was trained on
     padded windows and needs them; the adapters read the real frames alone.
     """
     audio = torch.as_tensor(audio, dtype=torch.float32)[: window_samples(config)]
-    n_frames = (math.ceil(len(audio) / HOP_LENGTH) - 1) // 2 + 1
+    n_frames = math.ceil(len(audio) / SAMPLES_PER_FRAME)
     padded = torch.nn.functional.pad(audio, (0, window_samples(config) - len(audio)))
     return log_mel_spectrogram(padded, n_mels=config.n_mels), n_frames
 
@@ -730,8 +730,8 @@ def bucket(ids, costs, budget):
 
 
 # ---------------------------------------------------------------------------------------------
-# manifests of any length.  The paper's stage 1 (Section 3.2) reads some 8.5 million utterances: as Python
-# objects they would take gigabytes in each process that trains, and again in each of its loaders.
+# manifests of any length.  The paper's stage 1 reads 11,000 hours (Section 4.1), some 8.5 million utterances:
+# as Python objects they would take gigabytes in each process that trains, and again in each of its loaders.
 
 # Where an entry lies, and what its cost is made of; 24 bytes an entry
 INDEX = np.dtype([("start", "i8"), ("size", "i4"), ("number", "i4"), ("characters", "i4"), ("seconds", "f4")])

@@ -47,6 +47,7 @@ from data import (
     load_audio,
     log_mel,
     split_clip,
+    window_samples,
     window_seconds,
 )
 from model import Cache
@@ -323,35 +324,38 @@ def generate(
     inputs = lay_out(prompts, lengths, c.mask_id, c.eos_id, audio, is_audio, audio_at, device)
     response = inputs["ids"][:, P:]  # a view: what is written here is what the next call reads
     confidence = torch.zeros(B, L, device=device)
-    calls = torch.zeros(B, dtype=torch.long, device=device)
+    calls = torch.zeros(B, dtype=torch.long)
     # LLaDA's semi-autoregressive decoding: a block is filled in any order, and before the next is begun.  A
     # model trained on responses padded with end marks is surest of those, and would keep many of them before
     # a word of a long answer is there.
     for first in range(0, L, block):
         reader = BlockReader(model, inputs, P + first, options)
         for step in itertools.count():
-            masked = response[:, first : first + block] == c.mask_id  # (B, block)
+            # (B, block), on the CPU: the one place of a step that waits for the device
+            masked = (response[:, first : first + block] == c.mask_id).cpu()
             rows = masked.any(1).nonzero()[:, 0]  # (n,): rows that are done cost nothing more
             if not len(rows):
                 break
+            calls[rows] += 1
             # Eq. 6: predict all masked tokens of the block at once
             row, column = masked[rows].nonzero(as_tuple=True)  # (N,) each: the masked tokens
+            rows, row, column = (x.to(device, non_blocking=True) for x in (rows, row, column))
             logits = reader.logits(rows, row, column, step)
             token, sure = choose(logits, c.mask_id, options.temperature, rows[row], generator)
-            # keep the surest of each row; "masking again" needs no work: the others are never written
+            # keep the surest of each row, mask the others again
             candidates = torch.full((len(rows), block), float("-inf"), device=device)
             candidates[row, column] = sure
             counter = functools.partial(count_to_keep, options=options, step=step)
             keep = most_confident(candidates, counter)[row, column]  # (N,)
-            place = (rows[row][keep], first + column[keep])
-            response[place], confidence[place] = token[keep], sure[keep]
+            place = (rows[row], first + column)
+            response[place] = torch.where(keep, token, c.mask_id)
+            confidence[place] = torch.where(keep, sure, 0.0)
             close_after_end(response, c.mask_id, c.eos_id)
-            calls[rows] += 1
             if on_step is not None:
                 on_step(response, confidence, int(calls.max()))
         if on_block is not None:
             on_block(response, first + block)
-    return response.clone(), calls
+    return response.clone(), calls.to(device)
 
 
 @torch.no_grad()
@@ -439,7 +443,7 @@ def ask(
     audios = [audios] if is_one else audios
     questions = [questions] * len(audios) if isinstance(questions, str) else questions
     options, batch = dataclasses.replace(options, **fields), batch or max(16, len(audios))
-    window = round(window_seconds(model.config) * SAMPLE_RATE)
+    window = window_samples(model.config)
     spans = []  # of each clip: [(start, end)] of its pieces, in samples
     pieces = []  # of all clips: (samples, question, generator)
     for n, audio in enumerate(audios):

@@ -481,7 +481,7 @@ def parse_ctranslate2(f, path):
         if is_scalar or not name.startswith("encoder/") or name == "encoder/position_encodings/encodings":
             f.seek(n, os.SEEK_CUR)
             continue
-        # other types are integers, whose scales lie in variables of their own
+        # other types are bf16, and integers whose scales lie in variables of their own
         dtypes = {0: torch.float32, 4: torch.float16}
         if dtype not in dtypes:
             how = "convert the model with --quantization float16"

@@ -71,12 +71,10 @@ def settings_of(args):
     block = args.block or block
     if args.steps:
         steps, factor = args.steps, 1.0
-    elif args.factor is not None or steps is None:
+    elif args.factor is not None or args.threshold is not None or steps is None:
         steps, factor = None, args.factor or 1.0
     else:
         factor = 1.0
-    if args.threshold is not None:
-        steps = None
     Options(length, block, steps, factor, args.threshold).check()
     file = args.file if os.path.isfile(args.file) else os.path.join(args.file, "wav.scp")
     digest = ""
@@ -258,9 +256,12 @@ def report_marks(benchmark, questions, lines, score):
 
 def how_of(settings):
     """The sampling rule in words, and whether the matrices were in int8."""
-    rule = f"{settings['steps']} steps" if settings["steps"] else f"factor {settings['factor']:g}"
-    if "threshold" in settings:
+    if settings["steps"]:
+        rule = f"{settings['steps']} steps"
+    elif "threshold" in settings:
         rule = f"threshold {settings['threshold']:g}"
+    else:
+        rule = f"factor {settings['factor']:g}"
     return rule + (", int8" if settings.get("int8") else "")
 
 
