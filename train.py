@@ -7,27 +7,20 @@
     python train.py --model tiny --stage 3             # both adapters and LoRA
     python train.py --model tiny --stage 4             # the same parts by preference (vrpo.py)
     python train.py --model tiny --stage 4 --resume    # goes on where a stopped run was, to the bit
-
     torchrun --nproc_per_node=8 train.py --stage 1     # diffa2 on eight GPUs; add --nnodes for more
 
-Stages 2 to 4 start from the folder that the one before wrote (out/MODEL/stageN), or from --init.
-Stage 1 starts from what was trained before this project begins: LLaDA and Whisper as published, or
-the small backbone and Whisper tiny.en that lie in assets.  Stage 0 makes that small backbone, by the
-same loss, on questions about clips, with word embeddings in the place of their audio
-(data.imitate_audio).
+Stages 2 to 4 start from the folder that the one before wrote (out/MODEL/stageN), or from --init; stage 1
+from LLaDA and Whisper as published, or from the small backbone and Whisper tiny.en that lie in assets.
+Stage 0 makes that backbone, on text with word embeddings in the place of audio (data.imitate_audio).
 
-The loss is averaged over the global batch: a batch is a list of examples, rank r takes
-ids[r::world] in micro-batches of so many positions, gradients of plain sums are added up and divided
-by the number of examples once.  What an example is masked and augmented with is seeded by (seed,
-epoch, example): apart from dropout and rounding, the number of processes and the size of a
-micro-batch change nothing but the speed.
+A batch is a list of examples; rank r takes ids[r::world].  What an example is masked and augmented
+with is seeded by (seed, epoch, example): apart from dropout and rounding, the number of processes and
+the size of a micro-batch change nothing but the speed.
 
 How it differs from nanoGPT's train.py: most of the network is frozen, five stages share the loop, an
 example is a clip that may be unreadable, and a run cut in two equals the whole run to the bit.
 
-Reading order: the losses, the table of stages, the optimizers, the held-out loss, `train` (the loop),
-then what is around it: where a stage starts, --dry-run, the command line.  Processes, logs and signals
-are runtime.py's, files of weights weights.py's.
+Reading order: losses, table of stages, optimizers, held-out loss, `train` (the loop); then what is around it.
 """
 
 import argparse
@@ -37,49 +30,39 @@ import importlib.util
 import math
 import os
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import data
 import runtime
 import weights
+from adapters import count
 from diffusion import corrupt, draw_t, masked_nll, next_token_loss, sft_loss
 from model import DIFFA2, PRESETS, build
 from runtime import Log, Parser, StopSignal, UserError, exit_process, exit_status, locked, process_group
 from vrpo import BETA, SAMPLES, backward_per_sample, draw_pair_masks, margin, score, swapped, vrpo_loss
 
 # ---------------------------------------------------------------------------------------------
-# losses.  A loss takes a micro-batch of data.BatchBuilder, adds the gradient of the SUM over its
-# examples to .grad, and returns the loss of every example (B,), detached.  The division by the
-# size of the global batch comes later, once, in the loop: no process needs to know the others' share.
-# A mean of each micro-batch's mean would be another loss: micro-batches differ in size, and an example would
-# weigh the more the fewer others share its micro-batch.
-#
+# losses.  A loss takes a micro-batch of data.BatchBuilder, adds the gradient of the SUM over its examples to
+# .grad, and returns the loss of every example (B,), detached.  The loop divides once, by the size of the
+# global batch: in a mean of means an example would weigh the more the fewer others share its micro-batch.
 # Two losses train all five stages.  `sft` is Eq. 1 and 2: hide some of the answer's tokens, let the network
-# guess them.  `vrpo` is Eq. 4 and 5: prefer a better answer to a worse one.  Neither knows what trains,
-# on how many processes, or at what rate; that is the table's and the loop's business.
+# guess them.  `vrpo` is Eq. 4 and 5: prefer a better answer to a worse one.
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class LossContext:
-    """What a loss needs beside its micro-batch.
-
-    Handed over as an argument, so that a loss can be called from a test or a notebook with a model of
-    any size and no training loop around it.
-    """
+    """What a loss needs beside its micro-batch: a test or a notebook can call one without the loop."""
 
     model: nn.Module
-    stage: int
-    seed: int
-    settings: "Stage"
+    stage: int  # 0 to 4
+    seed: int  # of the masks, with the epoch and the example's id
+    settings: "Stage"  # its row of the table
     autocast: Callable  # () -> context manager
     trained: tuple = ()  # the parameters that train
     reference: tuple = ()  # their values before stage 4
@@ -89,11 +72,12 @@ class LossContext:
         return [data.generator_for(self.seed, micro["epoch"], i, stream=1) for i in micro["ids"]]
 
 
-def predictor(model, text, audio, is_audio):
-    """`predict` of diffusion.py for one text of a batch: (noisy ids, where) -> logits there.
+def to_device(batch, device):
+    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
 
-    diffusion.py holds the mathematics and knows neither audio nor LLaDA; this is where the two meet.
-    """
+
+def predictor(model, text, audio, is_audio):
+    """`predict` of diffusion.py, which knows neither audio nor LLaDA: (noisy ids, where) -> logits there."""
     return lambda noisy, where: model(noisy, text["valid"], where, audio, is_audio, text["audio_at"])
 
 
@@ -104,8 +88,8 @@ def audio_tokens(context, batch):
     """
     model = context.model
     if "mel" in batch:
-        taps, final = model.encode(batch["mel"], batch["n_frames"])
-        return model.adapt(taps, final, batch["n_frames"], context.stage)
+        encoded = model.encode(batch["mel"], batch["n_frames"])
+        return model.adapt(*encoded, batch["n_frames"], context.stage)
     # stage 0: no audio; weighted sums of word embeddings plus noise stand where audio tokens will
     imitated = data.part_of(batch, "imitated")
     audio = model.embed_imitation(imitated["ids"], imitated["weights"], imitated["noise"])
@@ -115,10 +99,9 @@ def audio_tokens(context, batch):
 def ctc_loss(model, batch, audio, is_audio, stage):
     """CTC of the transcripts through the backbone's embeddings, nats a piece (B,); 0 without a transcript.
 
-    A semantic token is read as the word whose embedding it is most like, the end mark as CTC's blank.
-    It tells the adapter where a word stands, which the answer's loss alone must find by itself.  CTC sums
-    over all ways to place the pieces, in their order, on the tokens (Graves et al., 2006), so nobody has to
-    mark when a word is spoken.  Not the paper's: with 11,000 hours it does without.
+    A semantic token is read as the word whose embedding it is most like, the end mark as CTC's blank.  CTC
+    sums over all ways to place the pieces, in their order, on the tokens (Graves et al., 2006), so nobody
+    has to mark when a word is spoken.  Not the paper's: with 11,000 hours it does without.
     """
     c = model.config
     n_first = c.n_soft_prompts if stage == 1 else c.n_queries
@@ -128,30 +111,24 @@ def ctc_loss(model, batch, audio, is_audio, stage):
     n_pieces = batch["transcript_length"]
     # a transcript with more pieces than the clip has tokens cannot be aligned: zero_infinity leaves it out
     how = {"blank": c.eos_id, "reduction": "none", "zero_infinity": True}
-    loss = F.ctc_loss(log_p, batch["transcript"], n_tokens, n_pieces, **how)
+    loss = nn.functional.ctc_loss(log_p, batch["transcript"], n_tokens, n_pieces, **how)
     return loss / n_pieces.clamp(min=1) * (n_pieces > 0)
 
 
 def sft(context, micro):
-    """Stages 0-3: Eq. 1 and 2 with audio, and CTC beside it where the settings say so.
-
-    One function for all of them: a stage differs in which parameters train and which examples are read.
-    Only the answer's tokens are ever hidden.  A causal model (--objective ar) has its own loss.
-    """
+    """Stages 0-3: Eq. 1 and 2 with audio, and CTC beside it.  Only the answer's tokens are ever hidden."""
     model, settings, batch = context.model, context.settings, micro["batch"]
     text = data.part_of(batch)
     ids, is_answer = text["ids"], text["is_answer"]
     with context.autocast():
         audio, is_audio = audio_tokens(context, batch)
         predict = predictor(model, text, audio, is_audio)
-        if model.config.causal:
+        if model.config.causal:  # --objective ar
             losses = next_token_loss(predict, ids, is_answer)
         else:
-            # one t for each example: a batch then holds easy and hard versions of the same task side by side.
-            # Near t = 1 the answer must come from the audio alone, as in the first call of decoding; near 0
-            # one word is filled into a sentence, from its neighbours and hardly from the audio: a small model
-            # with an hour to learn is spared that (least_t).  1/t makes up for the few tokens that a small t
-            # hides (Eq. 2).
+            # one t for each example.  Near t = 1 the answer must come from the audio alone, as in the first
+            # call of decoding; near 0 one word is filled into a sentence, from its neighbours and hardly from
+            # the audio: a small model with an hour to learn is spared that (least_t).
             noise = context.noise(micro)
             t = settings.least_t + (1 - settings.least_t) * draw_t(len(ids), noise)
             losses = sft_loss(predict, ids, is_answer, model.config.mask_id, t, generator=noise)
@@ -164,15 +141,11 @@ def sft(context, micro):
 
 
 def vrpo(context, micro):
-    """Stage 4: Eq. 4, 5.
-
-    A "sample" is one draw of masks (Eq. 3 has n of them).  The backbone's autograd graph is freed after
-    each sample; the adapters' is kept, and walked once at the end.
-    """
+    """Stage 4: Eq. 4, 5.  A "sample" is one draw of masks (Eq. 3 has n of them)."""
     model, batch = context.model, micro["batch"]
-    texts = {name: data.part_of(batch, name) for name in ("chosen", "rejected")}
-    is_answer = [text["is_answer"] for text in texts.values()]
-    masks = draw_pair_masks(*is_answer, SAMPLES, context.noise(micro))
+    chosen, rejected = data.part_of(batch, "chosen"), data.part_of(batch, "rejected")
+    texts = {"chosen": chosen, "rejected": rejected}
+    masks = draw_pair_masks(chosen["is_answer"], rejected["is_answer"], SAMPLES, context.noise(micro))
 
     def adapted():
         with context.autocast(cache_enabled=False):
@@ -190,28 +163,27 @@ def vrpo(context, micro):
     # first pass, without gradients: the margins of Eq. 4 under one set of masks.  The reference model is the
     # same network with the trained 1 % as it was before the stage: swapped in, and back again.
     with torch.no_grad():
-        policy = {name: elbo_of(name, audio) for name in texts}
+        policy = [elbo_of(name, audio) for name in texts]  # chosen, rejected: (n, B) each
         with swapped(context.trained, context.reference):
             reference_audio, _ = adapted()
-            reference = {name: elbo_of(name, reference_audio) for name in texts}
-    margins = margin(policy["chosen"], policy["rejected"], reference["chosen"], reference["rejected"])
+            reference = [elbo_of(name, reference_audio) for name in texts]
+    margins = margin(*policy, *reference)
     # second pass, with gradients: d loss / d margin is known by now, so each sample is sent back on its
-    # own and memory does not grow with their number.  Samples send their gradients as far as the audio
-    # tokens, whose own graph (the adapters') is walked once.
-    leaf = audio.detach().requires_grad_()
+    # own and memory does not grow with their number
+    leaf = audio.detach().requires_grad_()  # where the samples' graphs end
     backward_per_sample(lambda name, j: elbo_of(name, leaf, j), SAMPLES, margins, BETA)
-    audio.backward(leaf.grad)
+    audio.backward(leaf.grad)  # through the adapters, once for all samples
     return vrpo_loss(margins, BETA)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Loss:
     """A loss and what it needs: a new one is a function and one of these."""
 
     backward: Callable  # (context, micro-batch) -> losses (B,)
     encode: Callable  # data.encode_...: the texts of an example
-    # compares the model with what it was before the first step: that copy is kept, there is no dropout (the
-    # margins of Eq. 4 then start at exactly 0) and no held-out loss, which is Eq. 2's
+    # compares the model with a copy of what it was before the first step: there is no dropout (the margins of
+    # Eq. 4 then start at exactly 0) and no held-out loss, which is Eq. 2's
     has_reference: bool = False
 
 
@@ -223,13 +195,9 @@ VRPO = Loss(vrpo, data.encode_pair, has_reference=True)
 # the table
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Stage:
-    """A row of the table: what trains, how fast, by which loss.  A stage has no code of its own.
-
-    A new stage is a new row.  Fields with a default are departures that the small model needs; for the
-    paper's stages they stay as they are.
-    """
+    """A row of the table: what trains, how fast, by which loss.  A stage has no code of its own."""
 
     trains: tuple  # prefixes of the names of the parameters that train; all else is frozen
     lr: float
@@ -246,26 +214,19 @@ class Stage:
     muon: bool = False  # Muon instead of AdamW for the matrices of a small model's blocks
     augment: bool = False  # other speeds and levels, noise, SpecAugment: for a few hours of recordings
 
-    @property
-    def parts(self):
-        """`trains` in words."""
-        return ", ".join(prefix.rstrip(".") for prefix in self.trains)
-
 
 # Stage 1 teaches the semantic adapter to say what is said, in embeddings that LLaDA reads as words; the
 # acoustic adapter joins in stage 2, when there is something to attach "how it sounds" to; only then may
 # LLaDA itself move, by LoRA (stage 3); and stage 4 polishes by comparison what stage 3 has learned.
 ADAPTERS = ("semantic.", "acoustic.")
 # Departures that pay in a run of an hour on a few hours of recordings: no t below 0.3, for little is learned
-# from answers that are nearly whole; AdamW forgets faster; Muon for the matrices of the blocks
+# from answers that are nearly whole; AdamW forgets faster; Muon; with real audio, CTC beside the loss
 TINY = {"least_t": 0.3, "beta2": 0.98, "muon": True}
-# and with real audio: CTC tells the adapter where a word stands
 TINY_AUDIO = TINY | {"ctc": 0.5}
 
 STAGES = {
-    # paper, Table B.2.  Rates fall from stage to stage, for each has more to lose than the one before.  Soft
-    # prompts stand where the acoustic tokens will be, so that stage 1 already shows the backbone a prompt of
-    # the later kind; they are thrown away with it.
+    # paper, Table B.2.  Rates fall from stage to stage, for each has more to lose than the one before.  Stage
+    # 1 has soft prompts where the acoustic tokens will be, so that its prompts have the later form.
     "diffa2": {
         1: Stage(("semantic.", "soft_prompts"), lr=1e-4, batch=1280, warmup=1000, epochs=12),
         2: Stage(ADAPTERS, lr=5e-5, batch=196, warmup=1000, epochs=10),
@@ -282,45 +243,31 @@ STAGES = {
     },
 }
 
+OBJECTIVES = {"diffusion": "", "ar": "-ar"}  # -> what its folder is called by
+
 
 def freeze_all_but(model, prefixes):
     """Freezes everything but the named parts; returns the parameters that train, by name.
 
-    A frozen parameter has no gradient, no optimizer state and no place in a checkpoint; gradients still
-    pass through the layer it belongs to, to the adapters before it.
-
-    Why freeze?  LLaDA and Whisper were made with far more data than a stage has; what trains on little data
-    forgets the rest, which is why even stage 3 moves LLaDA by LoRA alone (paper, 3.3).  And memory: a weight
-    that trains takes 12 bytes for its gradient and AdamW's two moments, 105 GB for 8.75 billion weights,
-    1.2 GB for the 99 million of Table B.3.
+    Gradients still pass through a frozen layer, to the adapters before it.  Why freeze?  What trains on
+    little data forgets the much that LLaDA has learned from (paper, 3.3).  And memory: gradient and AdamW's
+    two moments are 12 bytes a weight, 105 GB for 8.75 billion, 1.2 GB for the 99 million of Table B.3.
     """
-    trained = {}
     for name, p in model.named_parameters():
-        # LoRA's matrices live inside the backbone's layers ("backbone.blocks.0.q_proj.lora_A")
-        part = "lora" if "lora_" in name else name
-        p.requires_grad_(any(part.startswith(prefix) for prefix in prefixes))
-        if p.requires_grad:
-            trained[name] = p
-    return trained
+        part = "lora" if "lora_" in name else name  # LoRA's lie within: backbone.blocks.0.q_proj.lora_A
+        p.requires_grad_(part.startswith(prefixes))
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def frozen_to_bf16(model):
-    """Frozen matrices in bf16; vectors stay as they are (Whisper's norms want fp32, and weigh nothing).
-
-    They are only read, by matrix products that run in bf16 anyway, and LLaDA is published so.  What trains
-    stays in fp32: a step of 1e-5 on a weight of 0.1 is less than bf16 can tell apart.
-    """
+    """Frozen matrices in bf16, as LLaDA is published; in what trains, bf16 would lose steps of 1e-5."""
     for p in model.parameters():
-        if not p.requires_grad and p.dim() > 1:
+        if not p.requires_grad and p.dim() > 1:  # no vectors: Whisper's norms want fp32, and weigh nothing
             p.data = p.data.to(torch.bfloat16)
 
 
 def recompute(model):
-    """Activation checkpointing: each block's inside is computed again for the backward pass.
-
-    The backbone is frozen, but gradients pass through it on their way to the adapters, so without this
-    the activations of all its layers wait in memory.  Costs a third more time.
-    """
+    """Activation checkpointing: blocks run again in the backward pass; less memory, a third more time."""
     for block in model.backbone.blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -332,10 +279,9 @@ def recompute(model):
 def learning_rate(step, settings, steps):
     """Linear warm-up, then a cosine down to zero.  step counts from 0, steps is the length of the run.
 
-    Warm-up, because AdamW's moments are means over nearly nothing at first: its steps have their full
-    length before it knows a direction.  Down to zero, because ever smaller steps average out the noise of
-    the batches.  A cosine stays near the top while there is much to learn and near zero at the end.  Warm-ups
-    are the paper's (Table B.2), the cosine is the authors' script's.
+    Warm-up (Table B.2), because AdamW's moments are means over nearly nothing at first: its steps have their
+    full length before it knows a direction.  Down to zero (the authors' script), because ever smaller steps
+    average out the noise of the batches.
     """
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
@@ -346,11 +292,9 @@ def learning_rate(step, settings, steps):
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024) for matrices: the momentum's nearest matrix with equal singular values.
 
-    A gradient's few large singular values drown the many small ones, and a small backbone that starts from
-    nothing has to learn in all directions: here each gets a step of the same size, however small its
-    gradient.  Updates are scaled to the size of AdamW's, so one learning rate serves both.  torch.optim.Muon
-    does the same in bf16, which takes processors without bf16 arithmetic thirty times as long; this one
-    computes in fp32.
+    A gradient's few large singular values drown the many small ones; here each direction gets a step of the
+    same size.  Updates are scaled to the size of AdamW's, so one learning rate serves both.  torch.optim.Muon
+    does the same in bf16, which takes a CPU without bf16 arithmetic thirty times as long; this is in fp32.
     """
 
     def __init__(self, parameters, lr, weight_decay, momentum=0.95):
@@ -360,15 +304,11 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                # Nesterov's look ahead
-                update = orthogonalize(p.grad.lerp(state["momentum"], group["momentum"]))
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalize(p.grad.lerp(momentum, group["momentum"]))  # Nesterov's look ahead
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                # root mean square 0.2, as AdamW's
-                p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
+                p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)  # as long as AdamW's
 
 
 def orthogonalize(matrix, steps=5):
@@ -376,8 +316,7 @@ def orthogonalize(matrix, steps=5):
 
     With X = U S V^T, X X^T X is U S^3 V^T: products of X with itself change the singular values and nothing
     else.  So each round applies the odd polynomial a s + b s^3 + c s^5 to every singular value s at once,
-    without ever computing one; matrix products are what a GPU does best.  Muon's a, b, c blow small values up
-    quickest; they end between 0.7 and 1.2, and nothing is gained by coming closer to 1.
+    without ever computing one.  Muon's a, b, c blow small values up quickest; they end between 0.7 and 1.2.
     """
     x = matrix / (matrix.norm() + 1e-7)  # all singular values at most 1
     is_tall = x.size(0) > x.size(1)
@@ -391,48 +330,36 @@ def orthogonalize(matrix, steps=5):
 def make_optimizers(trained, settings):
     """AdamW for `trained` (name -> parameter); with settings.muon Muon for the matrices of the blocks.
 
-    Muon is for matrices that map hidden states to hidden states.  Embeddings, the head, convolutions and
-    vectors stay with AdamW, as Muon's authors advise: a row of an embedding is a word's alone, and most
-    words are in no batch.
+    Muon is for matrices that map hidden states to hidden states.  All else stays with AdamW, as its authors
+    advise: a row of an embedding, say, is a word's alone, and most words are in no batch.
     """
     in_blocks = re.compile(r"(backbone\.blocks|acoustic\.layers)\.\d+\..*weight$")
-    by_muon, matrices, vectors = {}, [], []
-    for name, p in trained.items():
-        if settings.muon and p.dim() == 2 and in_blocks.match(name):
-            by_muon[name] = p
-        else:
-            (matrices if p.dim() > 1 else vectors).append(p)
+    by_muon = sorted(n for n, p in trained.items() if settings.muon and p.dim() == 2 and in_blocks.match(n))
+    others = [p for n, p in trained.items() if n not in by_muon]
     # decay keeps matrices from growing for ever; a norm's gain it would only pull to 0, where nothing passes
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}]
-    groups += [{"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in others if p.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0},
+    ]
     optimizers = [torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=True)]
     if by_muon:
-        by_name = [p for _, p in sorted(by_muon.items())]
-        optimizers.append(Muon(by_name, settings.lr, settings.weight_decay))
+        optimizers.append(Muon([trained[n] for n in by_muon], settings.lr, settings.weight_decay))
     return optimizers
 
 
 # ---------------------------------------------------------------------------------------------
-# what feeds a process, and what is measured now and then
+# the held-out loss.  The training loss jumps about: what is asked at t = 0.9 is far harder than at 0.1, and a
+# mean over random t says as much of the draw as of the model.  Examples that are never trained on, at fixed t
+# and under fixed masks, give a smooth curve instead, and tell learning from remembering.
 
-
-def to_device(batch, device):
-    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-
-
-# The training loss jumps about with t and with the batch: what is asked at t = 0.9 is far harder than at 0.1,
-# and a mean over random t says as much of the draw as of the model.  Examples that are never trained on, at
-# fixed t and under fixed masks, give a smooth curve instead, and tell learning from remembering.  The hardest
-# t says most about decoding, which starts from t = 1.
 HELD_OUT_T = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 @torch.no_grad()
 def held_out_loss(context, builder, examples, group, tokens):
-    """Cross-entropy per masked token at fixed t, masks fixed by the example: a curve without sampling noise.
+    """Cross-entropy per masked token: the mean over HELD_OUT_T, and each t's.  Ranks share the examples.
 
     Without the weight 1/t, so that the numbers are nats of a guess and can be compared from t to t.
-    Examples are shared out over the ranks.  Returns what is logged: the mean over HELD_OUT_T, and each t's.
     """
     model, c = context.model, context.model.config
     was_training = model.training
@@ -461,9 +388,8 @@ def held_out_loss(context, builder, examples, group, tokens):
                 nll = masked_nll(predict, ids, noisy, is_masked)
                 sums[k] += torch.tensor([nll.sum().item(), is_masked.sum().item()])
     model.train(was_training)
-    # sums first, one division: ranks hold different numbers of tokens
     sums = torch.tensor(group.sum(sums.flatten().tolist())).view(-1, 2)
-    per_t = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
+    per_t = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()  # divided last: ranks differ in tokens
     by_t = dict(zip(map(str, HELD_OUT_T), per_t, strict=True))
     return {"held_out": sum(per_t) / len(per_t), "held_out_t": by_t}
 
@@ -471,7 +397,7 @@ def held_out_loss(context, builder, examples, group, tokens):
 # ---------------------------------------------------------------------------------------------
 # the loop.  nanoGPT's with three things more: gradients of several processes are summed where one can see
 # it; a signal, a bad clip or a loss that is not a number ends in a saved checkpoint or a clear line; and a
-# checkpoint holds all that the next step depends on, so that a run cut in two is the whole run to the bit.
+# checkpoint holds all that the next step depends on.
 
 MAX_BAD_STEPS = 10  # in a row: one may be a clip's fault, ten are the weights'
 
@@ -492,11 +418,10 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
     is_released = (model.base or {}).get("name") in weights.RELEASES
     if is_bf16 and is_released:  # a small model's frozen weights stay in fp32
         frozen_to_bf16(model)
-    optimizers = make_optimizers(trained, settings)
+    optimizers = make_optimizers(trained, settings)  # AdamW, perhaps Muon
     reference = tuple(p.detach().clone() for p in parameters) if has_reference else ()
     step, audio_hours, skipped_ids, bad_in_a_row = 0, 0.0, set(), 0
-    # dropout, another on each rank: all other randomness has generators of its own
-    torch.manual_seed(args.seed + group.rank)
+    torch.manual_seed(args.seed + group.rank)  # for dropout: all else has generators of its own
 
     # ---- going on: weights, moments, random states.  The number of the step fixes the place in the data,
     # for the order of an epoch is drawn from the seed alone.
@@ -519,13 +444,12 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
     if args.compile:
         for block in model.backbone.blocks:
             block.compile()
-    model.train(args.dropout and not has_reference)
+    model.train(args.dropout and not has_reference)  # dropout is the only thing that this turns on
     autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=is_bf16)
     context = LossContext(model, stage, args.seed, settings, autocast, parameters, reference)
 
     # ---- what feeds it.  Workers read clips and compute log-mels while the network is busy.  A micro-batch
-    # is cut by positions and not by examples, for positions are what memory goes by: a clip may be 1 s long
-    # or 30, an answer a word or a page.
+    # is cut by positions, for they are what memory goes by: a clip may be 1 s long or 30.
     encode, is_imitated = settings.loss.encode, settings.is_imitated
     builder = data.BatchBuilder(tokenizer, model.config, encode, args.seed, is_imitated, settings.augment)
     held_out_builder = data.BatchBuilder(tokenizer, model.config, encode, 0, is_imitated)
@@ -533,7 +457,7 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
     place = (group.rank, group.size, args.tokens, args.seed, step, stop_step)
     loader = torch.utils.data.DataLoader(
         data.MicroBatches(examples, builder, settings.batch, *place),
-        batch_size=None,  # the data set makes whole micro-batches; they are handed on as they are
+        batch_size=None,  # the data set makes whole micro-batches
         num_workers=args.workers,
         pin_memory=is_cuda,  # memory that the GPU fetches by itself: the copy runs beside its work
         generator=torch.Generator(),  # its own: a loader must not shift dropout's numbers
@@ -553,17 +477,15 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
             "random": group.gather(torch.get_rng_state()),  # dropout, rank by rank
             "random_cuda": group.gather(torch.cuda.get_rng_state(device)) if is_cuda else [],
         }
-        # rank 0 writes, in a thread: the others go on as soon as it has a copy
-        group.first_only(lambda: writer.write(now, step))
+        group.first_only(lambda: writer.write(now, step))  # in a thread: training waits for a copy alone
 
     log = Log(out, f"stage {stage}", step, steps, args.tensorboard, group.rank)
     started = time.perf_counter()
     with StopSignal() as signals, weights.StateWriter(out) as writer, log:
         while step < stop_step:
-            # ---- forward and backward of this process's share of the global batch, a micro-batch at a
-            # time: gradients of plain sums add up in .grad.  Processes may have different numbers of
-            # micro-batches (one of them may be empty); they meet when the step ends.
-            losses, ids, skipped, audio_seconds = [], [], [], 0.0
+            # ---- forward and backward of this process's share of the global batch, a micro-batch at a time.
+            # Processes may have different numbers of micro-batches, or none; they meet when the step ends.
+            losses, ids, skipped, audio_seconds = [torch.zeros(0, device=device)], [], [], 0.0
             for p in parameters:  # zeros, not None: a process without examples adds them to the sum
                 p.grad = torch.zeros_like(p)
             for micro in micro_batches:
@@ -576,60 +498,49 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
                 if micro["last"]:
                     break
 
-            # ---- what every process has to say, in one reduction.  A loss that is not finite must not
-            # enter the sum of the others'; a signal to one process stops all, after the same step: one that
-            # left alone would leave the others waiting for its gradients.
-            loss = torch.cat(losses).cpu().double() if losses else torch.zeros(0)
-            is_finite = bool(loss.isfinite().all())
-            local = [float(loss.sum()) if is_finite else 0.0, len(loss), audio_seconds]
-            local += [not is_finite, len(skipped), signals.received]
-            loss_sum, n_examples, all_seconds, n_not_finite, n_skipped, n_stop = group.sum(local)
+            # ---- what every process has to say, in one reduction.  A loss that is not finite makes the sum
+            # so for all; a signal to one process stops all, after the same step.
+            loss_sum = torch.cat(losses).cpu().double().sum().item()
+            local = [loss_sum, len(ids), audio_seconds, len(skipped), signals.received]
+            loss_sum, n_examples, all_seconds, n_skipped, n_stop = group.sum(local)
             audio_hours += all_seconds / 3600
-            # a few broken clips are no reason to stop a run of days; many mean a wrong path
-            if n_skipped:
+            if n_skipped:  # a few broken clips are no reason to stop a run of days; many mean a wrong path
                 n_unusable = data.record_skipped(group, out, skipped, skipped_ids)
                 if n_unusable > max(1, args.skip_limit * len(examples)):
-                    how_many = f"{n_unusable} of {len(examples)} examples cannot be used"
-                    raise UserError(f"{how_many}, more than {args.skip_limit:.0%}: see {out}/skipped.jsonl")
+                    what = f"{n_unusable} of {len(examples)} examples cannot be used"
+                    raise UserError(f"{what}, more than {args.skip_limit:.0%}: see {out}/skipped.jsonl")
 
             # ---- the step: the mean gradient of the global batch, clipped, then the optimizers.  Every
-            # process takes it with the same numbers, so the copies of the model stay equal.  The sum over
-            # processes is taken here and not by DistributedDataParallel, which hooks into one forward and
-            # backward a step; here a step has any number of them.
+            # process takes it with the same numbers, so the copies of the model stay equal.
             lr = learning_rate(step, settings, steps)
             group.all_reduce_gradients(parameters)
             for p in parameters:  # counted are examples that could be used: skipped ones dilute nothing
                 p.grad.div_(max(n_examples, 1))
             # the weight 1/t makes a rare gradient many times as long as the others.  Clipped to norm 1 (the
             # authors' script) it keeps its direction and does not rule AdamW's moments for many steps.
-            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-            is_good = n_examples > 0 and not n_not_finite and bool(norm.isfinite())
-            if is_good:
+            norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
+            is_good = n_examples > 0 and math.isfinite(loss_sum) and math.isfinite(norm)
+            if is_good:  # what is not finite is left out: NaN would never leave the moments
                 for optimizer in optimizers:
                     for param_group in optimizer.param_groups:
                         param_group["lr"] = lr
                     optimizer.step()
             step += 1
-
-            # ---- a step whose loss or gradient is not finite is left out: NaN would never leave the moments.
-            # Many in a row are an error.
             is_bad = n_examples > 0 and not is_good
             bad_in_a_row = 0 if is_good else bad_in_a_row + is_bad
             if bad_in_a_row >= MAX_BAD_STEPS:
-                last_ids = sorted(i for some in group.gather(ids) for i in some)[:20]
-                places = ", ".join(map(examples.where, last_ids))
+                places = ", ".join(map(examples.where, sorted(sum(group.gather(ids), []))[:20]))
                 what = f"loss or gradient not finite {MAX_BAD_STEPS} steps in a row"
                 raise UserError(f"{what}; the last step's examples: {places}")
 
             # ---- what one sees: a line in the log, the progress bar
-            entry = {"step": step, "loss": loss_sum / n_examples if n_examples and not n_not_finite else None}
-            entry |= {"lr": lr, "norm": norm.item() if norm.isfinite() else None, "n": int(n_examples)}
-            entry |= {"hours": audio_hours, "bad": int(is_bad), "skipped": len(skipped_ids)}
-            log.write_step(**entry, seconds=time.perf_counter() - started)
+            loss = loss_sum / n_examples if n_examples and math.isfinite(loss_sum) else None
+            entry = {"step": step, "loss": loss, "lr": lr, "norm": norm if math.isfinite(norm) else None}
+            entry |= {"n": int(n_examples), "hours": audio_hours, "bad": int(is_bad)}
+            log.write_step(**entry, skipped=len(skipped_ids), seconds=time.perf_counter() - started)
 
             # ---- now and then: the held-out loss, a checkpoint
-            is_due = step % args.held_out_every == 0 or step == steps
-            if held_out and is_due and not has_reference:
+            if held_out and not has_reference and (step % args.held_out_every == 0 or step == steps):
                 log.write(step=step, **held_out_loss(context, held_out_builder, held_out, group, args.tokens))
             if step % args.save_every == 0:
                 save_checkpoint()
@@ -653,17 +564,11 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
 
 
 # ---------------------------------------------------------------------------------------------
-# what a stage begins with
-
-
-OBJECTIVES = {"diffusion": "", "ar": "-ar"}  # -> what its folder is called by
+# what a stage begins with, and what it would be (--dry-run)
 
 
 def with_fresh_adapters(model, seed):
-    """The same encoder and backbone under untrained adapters and soft prompts, without LoRA.
-
-    What training begins with where nothing has learned to hear yet.
-    """
+    """The same encoder and backbone under untrained adapters and soft prompts, without LoRA."""
     weight = model.backbone.wte.weight
     with torch.device("meta"):
         fresh = DIFFA2(model.config)
@@ -681,46 +586,44 @@ def with_fresh_adapters(model, seed):
 def start_from(args, device):
     """The model a stage begins with, and its tokenizer.
 
-    A stage reads what the one before has written: adapters that already write what LLaDA can read are the
-    reason to train in stages.  What the paper downloads is the stage before the first.
-
-    In this order: fresh weights (stage 0), frozen parts as published and fresh adapters (stage 1), the
-    authors' released model (--init diffa2), the folder of the stage before or of --init.
+    A stage goes on from what the one before has written: adapters that already write what LLaDA can read
+    are the reason to train in stages.
     """
-    stage, name, is_causal = args.stage, args.model, args.objective == "ar"
-    if stage == 0 and not args.init:
-        # the manifest's own tokenizer, made from its text: a small vocabulary for a small model
+    stage, name, init, is_causal = args.stage, args.model, args.init, args.objective == "ar"
+    is_released, files = name in weights.RELEASES, (args.llada, args.whisper)
+    if stage == 0 and not init:  # fresh weights, under the manifest's own tokenizer, made from its text
         tokenizer = weights.load_tokenizer(os.path.dirname(args.data[0]) or ".")
         config = dataclasses.replace(PRESETS[name].with_tokenizer(tokenizer), causal=is_causal)
         model = build(config, device, seed=args.seed)
         if name in weights.ASSETS:
             weights.load_tiny_encoder(model, args.whisper, device)
         return model, tokenizer
-    # the frozen parts of a released model as they were published, in bf16, unless fp32 is asked for
-    dtype = torch.bfloat16 if name in weights.RELEASES and args.precision != "fp32" else torch.float32
-    if stage == 1 and name in weights.RELEASES and not args.init:
-        # nothing of ours comes before: LLaDA and Whisper as released
-        files = weights.fetch(name, None, args.llada, args.whisper, adapters=False)
-        model, tokenizer = weights.assemble(PRESETS[name], *files, device, dtype, 1, name)
+
+    dtype = torch.bfloat16 if is_released and args.precision != "fp32" else torch.float32
+    if stage == 1 and is_released and not init:  # LLaDA and Whisper as they were published
+        found = weights.fetch(name, None, *files, adapters=False)
+        model, tokenizer = weights.assemble(PRESETS[name], *found, device, dtype, 1, name)
         return with_fresh_adapters(model, args.seed), tokenizer
-    if args.init in weights.RELEASES:  # fine-tuning: the authors' last stage, or their stage 1
+
+    if init in weights.RELEASES:  # the authors' model: as it was after stage 1 for stage 2, else the last
         released_stage = 1 if stage == 2 else 4
-        parts = (args.llada, args.whisper, args.diffa)
-        model, tokenizer = weights.load(args.init, device, dtype, released_stage, *parts)
+        model, tokenizer = weights.load(init, device, dtype, released_stage, *files, args.diffa)
         if released_stage == 1:  # its acoustic adapter was not trained, and may be missing from the file
             model.acoustic = with_fresh_adapters(model, args.seed).acoustic
         return model, tokenizer
-    init = args.init or f"out/{name}{OBJECTIVES[args.objective]}/stage{stage - 1}"
-    if stage == 1 and name in weights.ASSETS and not args.init and not is_causal:
-        init = weights.ASSETS[name]  # the shipped backbone, as it was before any audio
+
+    is_first = stage == 1 and name in weights.ASSETS  # of the stages that hear
+    if is_first and not is_causal:
+        init = init or weights.ASSETS[name]  # the shipped backbone, as it was before any audio
+    init = init or f"out/{name}{OBJECTIVES[args.objective]}/stage{stage - 1}"
     if not os.path.exists(os.path.join(init, "model.safetensors")):
         how = f"; `python train.py --stage {stage - 1} --model {name}` makes it" if stage else ""
         raise UserError(f"{init}: no checkpoint to start from{how}")
-    model, tokenizer = weights.load(init, device, dtype, llada=args.llada, whisper=args.whisper)
+    model, tokenizer = weights.load(init, device, dtype, None, *files)
     if model.config.causal != is_causal:  # the weights would fit, and mean something else
         kind = "ar" if model.config.causal else "diffusion"
         raise UserError(f"{init}: a backbone of the other kind; --objective {kind} goes with it")
-    if stage == 1 and name in weights.ASSETS:
+    if is_first:
         model = with_fresh_adapters(model, args.seed)
     return model, tokenizer
 
@@ -728,24 +631,18 @@ def start_from(args, device):
 def settings_of(args, n_examples):
     """The row of the table with what the command line says otherwise, and the number of steps.
 
-    The loop counts in steps; the paper's stages are epochs over the manifest, the small model's so many steps
-    whatever its size.  Fine-tuning wants numbers of its own; a warm-up made for a hundred thousand steps
-    outlasts a short run, so it is at most a tenth unless asked for.
+    A warm-up made for a hundred thousand steps outlasts a short run: it is at most a tenth unless asked for.
     """
     names = ("lr", "batch", "warmup", "weight_decay", "augment", "epochs")
     asked = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.epochs is not None:
-        asked["steps"] = 0
+        asked["steps"] = 0  # the paper's stages count epochs, the small model's steps
     settings = dataclasses.replace(STAGES[args.model][args.stage], **asked)
     an_epoch = math.ceil(n_examples / settings.batch)
     steps = args.max_steps or settings.steps or math.ceil(settings.epochs * an_epoch)
     if settings.warmup > steps / 10 and args.warmup is None:
         settings = dataclasses.replace(settings, warmup=max(1, steps // 10))
     return settings, steps
-
-
-# ---------------------------------------------------------------------------------------------
-# what a run would be: --dry-run
 
 
 def memory_of(model, settings, args, n_rows, processes):
@@ -831,10 +728,7 @@ def dry_run(args, processes):
 
 
 def run(args):
-    """Trains one stage; 0 when it is done or was asked to stop and has saved.
-
-    What can be wrong is found here, before a model of 8 billion parameters is read.
-    """
+    """Trains one stage.  What can be wrong is found here, before a model of 8 billion parameters is read."""
     stage, name = args.stage, args.model
     if stage not in STAGES.get(name, {}):
         raise UserError(f"there is no stage {stage} for {name}; there are {sorted(STAGES.get(name, {}))}")
@@ -861,47 +755,40 @@ def run_stage(group, args):
     """`run`, in the processes of a group, with the folder locked."""
     stage, out = args.stage, args.out
     old_states = group.first_only(lambda: weights.list_states(out))  # the same on every rank, after any wait
-    states = [] if args.restart else old_states
-    if states and not args.resume:
+    if old_states and not (args.resume or args.restart):
         how = "--resume goes on with it, --restart begins anew, --out writes elsewhere"
         raise UserError(f"{out}: holds a run already; {how}")
-    state = weights.read_state(states[-1]) if states else None
+    state = weights.read_state(old_states[-1]) if old_states and not args.restart else None
     if state and state.get("finished"):
         group.print(f"{out}: finished already")
-        return 0
+        return
     model, tokenizer = start_from(args, group.device)
-    # clips are looked for when they are read: a missing one is skipped and told of
-    examples = data.Mixture(args.data, stage)
+    examples = data.Mixture(args.data, stage)  # a missing clip is skipped and told of when it is read
     n_examples = data.epoch_length(examples.shares)
     settings, steps = settings_of(args, n_examples)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # for LoRA's fresh matrices
     if "lora" in settings.trains and not any("lora_" in n for n, _ in model.named_parameters()):
         model.add_lora()
     default = os.path.join(os.path.dirname(args.data[0]), "held_out.jsonl")
     held_out_path = args.held_out or (default if os.path.exists(default) else None)
     held_out = data.read_manifest(held_out_path, None, check=False) if held_out_path else []
-    what = f"stage {stage}: trains {settings.parts} on {n_examples} examples"
+    parts = ", ".join(settings.trains).replace(".", "")
+    what = f"stage {stage}: trains {parts} on {n_examples} examples"
     rate = f"learning rate {settings.lr:g} after {settings.warmup} steps"
     group.print(f"{what}, {steps} steps of {settings.batch}, {rate}, weight decay {settings.weight_decay:g}")
     if args.restart:  # not before all that the new run needs was found good
         group.first_only(lambda: [os.remove(path) for path in old_states])
-    if not train(group, model, tokenizer, examples, held_out, settings, steps, args, state):
-        group.print(f"{out}: stopped and saved; --resume goes on")
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    group.print(f"{out}: written; peak memory {peak:.0f} MiB")
-    return 0
+    is_finished = train(group, model, tokenizer, examples, held_out, settings, steps, args, state)
+    group.print(f"{out}: " + ("written" if is_finished else "stopped and saved; --resume goes on"))
 
 
 def parse(argv):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="train.py", description=__doc__, formatter_class=raw)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("--stage", type=int, choices=range(5))
     option("--model", default="diffa2", choices=sorted(PRESETS))
     option("--objective", choices=sorted(OBJECTIVES), default="diffusion", help="ar: causal, next-token loss")
-    text = "manifests; FILE:0.05 reads a twentieth in an epoch (default: data/stageN.jsonl)"
-    option("--data", nargs="+", metavar="FILE[:SHARE]", help=text)
+    option("--data", nargs="+", metavar="FILE[:SHARE]", help="all or a SHARE (default: data/stageN.jsonl)")
     option("--held-out", help="manifest of held-out examples (default: held_out.jsonl beside --data)")
     option("--init", help="folder to start from, or diffa2: the released model (default: see above)")
     option("--out", help="folder to write (default: out/MODEL/stageN)")
@@ -911,16 +798,14 @@ def parse(argv):
     option("--resume", action="store_true", help="go on with the run that --out holds")
     option("--restart", action="store_true", help="begin anew over the run that --out holds")
     option("--wait", action="store_true", help="wait until no other run is training in --out")
-    text = "say what the run would be (by PROCESSES, default: those started), read one batch, train nothing"
-    option("--dry-run", nargs="?", type=int, const=0, metavar="PROCESSES", help=text)
+    option("--dry-run", nargs="?", type=int, const=0, metavar="PROCESSES", help="only say what they would do")
     # instead of the table's: fine-tuning on a few hundred clips wants other numbers than the paper's stages
     option("--lr", type=float, help="learning rate, instead of the table's")
     option("--batch", type=int, help="examples in a step, instead of the table's")
     option("--epochs", type=float, help="times the manifest is read, instead of the table's")
     option("--warmup", type=int, metavar="STEPS", help="instead of the table's (at most a tenth of the run)")
     option("--weight-decay", type=float, help="instead of the table's")
-    text = "other speeds and levels, noise, SpecAugment (default: the table's; off for diffa2)"
-    option("--augment", action=argparse.BooleanOptionalAction, help=text)
+    option("--augment", action=argparse.BooleanOptionalAction, help="speeds, levels, noise, SpecAugment")
     option("--max-steps", type=int, help="end the stage, and its schedule, here")
     option("--no-dropout", action="store_false", dest="dropout")
     option("--seed", type=int, default=42, help="of masks, order, augmentation, dropout and fresh weights")
@@ -937,19 +822,16 @@ def parse(argv):
     option("--tensorboard", action="store_true", help="write TensorBoard's files beside log.jsonl")
     option("--device")
     args = parser.parse_args(argv)
-    # a wrong number is told of before anything is read
-    tiny, huge = sys.float_info.min, sys.float_info.max
+    above_0, most = sys.float_info.min, sys.float_info.max  # no nan, no inf
     counts = ("max_steps", "stop_after", "tokens", "save_every", "held_out_every", "batch", "warmup")
-    for names, least, most, says in (
-        (counts, 1, huge, "be at least 1"),
-        (("workers", "dry_run", "weight_decay"), 0, huge, "be 0 or more"),
-        (("lr", "epochs"), tiny, huge, "be positive"),
-        (("skip_limit",), 0, 1, "lie between 0 and 1"),
-    ):
-        for name in names:
-            value = getattr(args, name)
-            if value is not None and not least <= value <= most:
-                raise UserError(f"--{name.replace('_', '-')} {value} must {says}")
+    bounds = dict.fromkeys(counts, (1, most, "be at least 1"))
+    bounds |= dict.fromkeys(("workers", "dry_run", "weight_decay"), (0, most, "be 0 or more"))
+    bounds |= dict.fromkeys(("lr", "epochs"), (above_0, most, "be positive"))
+    bounds["skip_limit"] = (0, 1, "lie between 0 and 1")
+    for name, (low, high, says) in bounds.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} {value} must {says}")
     if args.stage is None:
         raise UserError("give a stage: python train.py --stage 1 --model tiny")
     return args
@@ -964,16 +846,12 @@ def tutorial():
     for name, stages in STAGES.items():
         with torch.device("meta"):
             model = DIFFA2(PRESETS[name], lora=True)
-        total = sum(p.numel() for p in model.parameters())
-        print(f"{name}: {total:,} parameters\n")
-        print(f"  {'stage':7}{'trains':36}{'parameters':>12}{'share':>8}{'rate':>9}{'batch':>7}  loss")
+        print(f"{name}: {count(model):,} parameters, of which train")
         for stage, settings in stages.items():
             n = sum(p.numel() for p in freeze_all_but(model, settings.trains).values())
-            loss = "VRPO, Eq. 4 and 5" if settings.loss is VRPO else "Eq. 1 and 2"
-            loss += f" + {settings.ctc:g} CTC" if settings.ctc else ""
-            numbers = f"{n:>12,}{n / total:>8.1%}{settings.lr:>9g}{settings.batch:>7}"
-            print(f"  {stage:<7}{settings.parts:36}{numbers}  {loss}")
-        print()
+            parts = ", ".join(settings.trains).replace(".", "")
+            numbers = f"{n:>11,} ({n / count(model):5.1%}), rate {settings.lr:<7g}batch {settings.batch:<6}"
+            print(f"  stage {stage}  {parts:26}{numbers}{settings.loss.backward.__name__}")
     print("python train.py --stage N --model tiny   trains one of them; --help lists the options")
 
 
