@@ -646,81 +646,68 @@ def settings_of(args, n_examples):
 
 
 def memory_of(model, settings, args, n_rows, processes):
-    """GB of a process by part, in bf16: {what: GB}.  model: on the meta device, its parts frozen already."""
-    c, parameters = model.config, list(model.parameters())
-    n_trained = sum(p.numel() for p in parameters if p.requires_grad)
-    # frozen_to_bf16: two bytes for each number of a matrix, four of a vector
-    frozen = sum(p.numel() * (2 if p.dim() > 1 else 4) for p in parameters if not p.requires_grad)
+    """{what: bytes} of a process in bf16.  model: on the meta device, its parts frozen already."""
+    c, length, meta = model.config, args.tokens // n_rows, {"device": "meta", "dtype": torch.bfloat16}
+    frozen_to_bf16(model)
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # in fp32: weights, gradients, AdamW's two moments, a buffer to sum gradients in, VRPO's reference
-    copies = 1 + 1 + 2 + (processes > 1) + settings.loss.has_reference
-    memory = {"frozen weights": frozen}
-    memory[f"{n_trained:,} trained: weights, gradients, moments, copies"] = 4 * n_trained * copies
-    # the rest is what the forward pass leaves for the backward pass
-    meta = {"device": "meta", "dtype": torch.bfloat16}
-    model, parameters = model.to(torch.bfloat16), list(model.parameters())
-    length = args.tokens // n_rows
+    copies = 4 + (processes > 1) + settings.loss.has_reference
+    # activations are what the forward pass leaves for the backward pass: nothing where no gradient goes
+    model.to(torch.bfloat16)
     x = torch.empty(n_rows, length, c.width, **meta, requires_grad=True)
-    inside = runtime.saved_bytes(lambda: model.backbone(x, None), parameters, length)
+    backbone = runtime.saved_bytes(lambda: model.backbone(x, None), model.parameters(), length)
     if args.recompute:  # each block's input, and the inside of one of them
-        inside = c.layers * x.nbytes + inside // c.layers
-    memory["activations of the backbone" + ", --recompute" * args.recompute] = inside
-    if "acoustic." in settings.trains:  # else no gradient goes there, and nothing is kept
-        taps = torch.empty(n_rows, len(c.taps), c.n_frames, c.audio_width, **meta)
-        in_adapter = runtime.saved_bytes(lambda: model.acoustic(taps), parameters, c.n_frames)
-        memory["activations of the acoustic adapter"] = in_adapter
-    return {what: n / 1e9 for what, n in memory.items()}
+        backbone = c.layers * x.nbytes + backbone // c.layers
+    taps = torch.empty(n_rows, len(c.taps), c.n_frames, c.audio_width, **meta)
+    acoustic = runtime.saved_bytes(lambda: model.acoustic(taps), model.parameters(), c.n_frames)
+    return {
+        "frozen weights": frozen,
+        f"{n_trained:,} trained: weights, gradients, moments, copies": 4 * n_trained * copies,
+        "activations of the backbone" + ", --recompute" * args.recompute: backbone,
+        "activations of the acoustic adapter": acoustic,
+        "in all": frozen + 4 * n_trained * copies + backbone + acoustic,
+    }
 
 
 def dry_run(args, processes):
-    """Says what the run would be: data, schedule, memory; reads one batch, and trains nothing.
-
-    A run of days on many GPUs is planned on a laptop: neither the weights nor a GPU are needed.
-    """
+    """Says what the run would be, and reads one batch; neither the weights nor a GPU are needed."""
     examples = data.Mixture(args.data, args.stage)
     n_examples = data.epoch_length(examples.shares)
     settings, steps = settings_of(args, n_examples)
     with torch.device("meta"):
         model = DIFFA2(PRESETS[args.model], lora="lora" in settings.trains)
     freeze_all_but(model, settings.trains)
-    # the first step's batch, and rank 0's share of it, speak for all
-    _, _, ids = next(data.schedule_of(examples.shares, settings.batch, args.seed))
-    known = [seconds for _, seconds in map(examples.size, ids) if seconds >= 0]
-    mine = ids[::processes]
-    costs = {i: data.cost_of(examples.size(i), model.config) for i in mine}
-    parts = data.bucket(mine, costs, args.tokens)
+    init = args.init if args.init not in weights.RELEASES else None  # its tokenizer is LLaDA's
+    folder = init or args.llada or weights.ASSETS.get(args.model, "")
+    tokenizer, config = None, model.config
+    if os.path.exists(os.path.join(folder, "tokenizer.json")):
+        tokenizer = weights.load_tokenizer(folder)
+        config = config.with_tokenizer(tokenizer)
+    how = (settings.loss.encode, args.seed, settings.is_imitated, settings.augment)
+    builder = data.BatchBuilder(tokenizer, config, *how)
+    batches = data.MicroBatches(examples, builder, settings.batch, 0, processes, args.tokens, args.seed, 0, 1)
+    sizes = [len(ids) for _, _, ids, _ in batches.plan()]  # of rank 0 in the first step
+    epochs = steps * settings.batch / n_examples
     print(f"{args.model}, stage {args.stage}, {processes} processes")
-    for what, value in {
-        "examples": f"{len(examples):,} in {len(args.data)} manifests",
-        "length of a clip": f"{sum(known) / len(known):.1f} s" if known else "not given",
-        "examples an epoch": f"{n_examples:,}",
-        "steps": f"{steps:,} of {settings.batch}: {steps * settings.batch / n_examples:.2f} epochs",
-        "learning rate": f"{settings.lr:g} after {settings.warmup:,} steps",
-        "weight decay": f"{settings.weight_decay:g}",
-        "a process, a step": f"{len(mine)} examples in {len(parts)} micro-batches "
-        f"of at most {args.tokens:,} positions",
-    }.items():
-        print(f"  {what:20}{value}")
+    print(f"  examples            {len(examples):,} in {len(args.data)} manifests")
+    print(f"  examples an epoch   {n_examples:,}")
+    print(f"  steps               {steps:,} of {settings.batch}: {epochs:.2f} epochs")
+    print(f"  learning rate       {settings.lr:g} after {settings.warmup:,} steps")
+    print(f"  weight decay        {settings.weight_decay:g}")
+    print(f"  a process, a step   {sum(sizes)} examples, {len(sizes)} micro-batches, --tokens {args.tokens}")
     print("memory of a process in GB, without the encoder's passing states, logits and CUDA itself:")
-    memory = memory_of(model, settings, args, max(1, *map(len, parts)), processes)
-    for what, gigabytes in (memory | {"in all": sum(memory.values())}).items():
-        print(f"  {gigabytes:8.2f}  {what}")
-    try:  # a released model has no folder of its own: the tokenizer is in LLaDA's
-        init = "" if args.init in weights.RELEASES else args.init
-        tokenizer = weights.load_tokenizer(init or args.llada or weights.ASSETS.get(args.model) or "")
-    except UserError:
+    for what, size in memory_of(model, settings, args, max(1, *sizes), processes).items():
+        print(f"  {size / 1e9:8.2f}  {what}")
+    if tokenizer is None:
         print("no batch was read: LLaDA's tokenizer is not here; --llada FOLDER")
-        return 0
-    config, started = model.config.with_tokenizer(tokenizer), time.perf_counter()
-    row = (settings.loss.encode, args.seed, settings.is_imitated, settings.augment)
-    first, unread = examples.read(parts[0])
-    micro = data.BatchBuilder(tokenizer, config, *row)(first, 0)
-    for entry in unread + micro["skipped"]:
+        return
+    micro = next(iter(batches))
+    for entry in micro["skipped"]:
         print(f"skipped: {entry['where']}: {entry['why']}")
-    print(f"read {len(micro['ids'])} examples, {micro['seconds']:.0f} s of audio,", end=" ")
-    print(f"in {time.perf_counter() - started:.2f} s by one of --workers {args.workers}:")
+    print(f"read {len(micro['ids'])} examples, {micro['seconds']:.0f} s of audio:")
     for name, tensor in (micro["batch"] or {}).items():
         print(f"  {name:20}{tuple(tensor.shape)}")
-    return 0
 
 
 # ---------------------------------------------------------------------------------------------
