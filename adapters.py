@@ -99,7 +99,6 @@ class AcousticAdapter(nn.Module):
         self.queries = nn.Parameter(torch.randn(n_taps, n_queries, d))
         self.tap_logits = nn.Parameter(torch.zeros(n_queries, n_taps))
         self.layers = nn.ModuleList(QFormerLayer(d, n_heads, d_ffn, dropout) for _ in range(n_layers))
-        self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(d)
         self.proj = nn.Linear(d, D)
 

@@ -121,8 +121,8 @@ def decode_entry(raw, where):
         return json.loads(raw)
     except UnicodeDecodeError:
         raise UserError(f"{where}: not a text file") from None
-    except json.JSONDecodeError as e:
-        raise UserError(f"{where}: not JSON ({e.msg})") from None
+    except (ValueError, RecursionError) as e:  # also of numbers too long and of lists nested too deeply
+        raise UserError(f"{where}: not JSON ({getattr(e, 'msg', first_line(e))})") from None
 
 
 def scan(f, path, chunk=1 << 16):
@@ -159,9 +159,10 @@ def scan_list(f, path, chunk):
                 try:
                     _, length = decoder.raw_decode(whole[at : at + size].decode("latin-1"))
                     break
-                except json.JSONDecodeError as e:  # broken, or longer than the piece
-                    if at + size >= len(whole):
-                        raise UserError(f"{path}: entry {number}: not JSON ({e.msg})") from None
+                except (ValueError, RecursionError) as e:  # broken, or longer than the piece
+                    if at + size >= len(whole) or not isinstance(e, json.JSONDecodeError):
+                        why = getattr(e, "msg", first_line(e))
+                        raise UserError(f"{path}: entry {number}: not JSON ({why})") from None
                     size *= 2
             yield at, number, whole[at : at + length]
             at += length
@@ -240,11 +241,11 @@ def need(entry, field, where, kind=str):
 
 
 def seconds_in(entry, field, where, default):
-    """A length of time in a manifest, or the default where there is none.  Python's JSON allows NaN."""
+    """A length of time in a manifest, or the default where there is none."""
     if entry.get(field) is None:
         return default
     value = need(entry, field, where, (int, float))
-    if not (math.isfinite(value) and value >= 0):
+    if not 0 <= value < 1e9:  # Python's JSON allows NaN and infinity; 1e9 s are 30 years
         raise UserError(f"{where}: {field} is {value}")
     return value
 
@@ -288,25 +289,32 @@ def load_audio(path, offset=0.0, duration=None, limit=None):
             wanted = available if limit is None else min(available, math.ceil(limit * rate))
             f.seek(start)
             audio = f.read(wanted, dtype="float32", always_2d=True)  # (samples, channels)
-    except (soundfile.LibsndfileError, OSError) as e:
+    except (soundfile.LibsndfileError, OSError, TypeError) as e:  # TypeError: .raw, which says no rate
         raise UserError(f"{path}: cannot be read as audio ({getattr(e, 'error_string', e)})") from None
     if len(audio) < wanted:
         raise UserError(f"{path}: the file is cut short ({len(audio)} of {wanted} samples)")
-    if not np.isfinite(audio).all():  # one NaN makes the whole log-mel NaN, through its maximum
-        raise UserError(f"{path}: holds samples that are NaN or infinite")
     audio = audio.mean(1)
     if rate != SAMPLE_RATE:
         audio = soxr.resample(audio, rate, SAMPLE_RATE)
     if limit is not None:
         audio = audio[: round(limit * SAMPLE_RATE)]
-    if len(audio) == 0:  # none in the file, or too few to make one at 16 kHz
-        raise UserError(f"{path}: holds no samples at 16 kHz")
+    check_samples(audio, path)
     notes = []
     if wanted < available:
         notes.append(f"{path}: {available / rate:.1f} s long; the first {limit:g} s are used")
     if np.abs(audio).max() < 1e-4:  # -80 dB: below any recording, above the rounding of 16 bits
         notes.append(f"{path}: the clip is silent")
     return audio, notes
+
+
+def check_samples(audio, name):
+    """Raises UserError for what is no 16 kHz mono clip (n,); name: of the clip, for the message."""
+    if audio.ndim != 1:
+        raise UserError(f"{name}: has shape {audio.shape}; one channel of samples (n,) is wanted")
+    if len(audio) == 0:  # none in the file, or too few to make one at 16 kHz
+        raise UserError(f"{name}: holds no samples at 16 kHz")
+    if not np.isfinite(audio).all():  # one NaN makes the whole log-mel NaN, through its maximum
+        raise UserError(f"{name}: holds samples that are NaN or infinite")
 
 
 def is_cut_wav(path):
@@ -316,10 +324,13 @@ def is_cut_wav(path):
     Sizes of 0 and 2^31 and more are what a program writes that streams to a pipe: no claim.
     """
     with open(path, "rb") as f:
-        data = f.read(1 << 16)
-    at = data.find(b"data", 12)  # the header of the samples: four letters, then their size in bytes
-    size = int.from_bytes(data[at + 4 : at + 8], "little")
-    return at > 0 and 0 < size < 1 << 31 and at + 8 + size > os.path.getsize(path)
+        f.seek(12)  # behind "RIFF", a size and "WAVE" come chunks: four letters, a size, so many bytes
+        while len(header := f.read(8)) == 8:
+            size = int.from_bytes(header[4:], "little")
+            if header[:4] == b"data":  # the samples
+                return 0 < size < 1 << 31 and f.tell() + size > os.path.getsize(path)
+            f.seek(size + size % 2, os.SEEK_CUR)
+    return False
 
 
 def window_samples(config):
@@ -398,7 +409,7 @@ def build_prompt(tokenizer, question):
 
 
 def is_transcription(question):
-    """Whether a question asks for the words alone: answers about the pieces of a clip can then be joined."""
+    """Whether a question, by its first words, asks for a transcript: answers about pieces can be joined."""
     words_alone = r"\W*(please )?(transcribe|write down what is said|what is said)\b.{0,40}$"
     return re.match(words_alone, question, re.IGNORECASE) is not None
 
@@ -437,24 +448,29 @@ def encode_text(example, tokenizer, config, generator=None):
     """
     ids, audio_at = build_prompt(tokenizer, example.question)
     reply = answer_ids(tokenizer, example.answer, config)
-    n_text = len(ids) + len(reply)
-    if n_text > MAX_TEXT:
-        raise UserError(f"{example.where}: {n_text} tokens of text; at most {MAX_TEXT} in training")
     length = response_length(len(reply), int(torch.randint(3, (1,), generator=generator)))
-    # the clip's own length is not known here: there must be room for the audio of a whole window
-    if len(ids) + config.n_queries + config.n_frames // 4 + length > config.context:
-        raise UserError(f"{example.where}: text and audio do not fit the model's {config.context} positions")
-    return join(ids, audio_at, reply + [config.eos_id] * (length - len(reply)))
+    return join(example, ids, audio_at, reply, length, config)
 
 
 def encode_closely(example, answer, tokenizer, config):
     """Prompt, answer, first end mark, no more: what VRPO scores (Eq. 3) and a causal model learns."""
     ids, audio_at = build_prompt(tokenizer, example.question)
-    return join(ids, audio_at, answer_ids(tokenizer, answer, config) + [config.eos_id])
+    reply = answer_ids(tokenizer, answer, config)
+    return join(example, ids, audio_at, reply, len(reply) + 1, config)
 
 
-def join(ids, audio_at, response):
-    """Ids of a prompt and of its response as one item for `collate`."""
+def join(example, ids, audio_at, reply, length, config):
+    """A prompt and a reply, with end marks up to `length`, as one item for `collate`.
+
+    Raises UserError when that is too long to train on.
+    """
+    n_text = len(ids) + len(reply)
+    if n_text > MAX_TEXT:
+        raise UserError(f"{example.where}: {n_text} tokens of text; at most {MAX_TEXT} in training")
+    # the clip's own length is not known here: there must be room for the audio of a whole window
+    if len(ids) + config.n_queries + config.n_frames // 4 + length > config.context:
+        raise UserError(f"{example.where}: text and audio do not fit the model's {config.context} positions")
+    response = reply + [config.eos_id] * (length - len(reply))
     is_answer = [False] * len(ids) + [True] * len(response)
     return {"ids": ids + response, "is_answer": is_answer, "audio_at": audio_at}
 
@@ -512,7 +528,7 @@ def part_of(batch, name="text"):
 # ---------------------------------------------------------------------------------------------
 # training's variations of a clip, and the clip in words that stage 0 reads
 
-SPOKEN = ("words", "speaker", "caption")  # facts that no acoustic token stands for
+NOT_ACOUSTIC = ("words", "speaker", "caption")  # facts that no acoustic token stands for
 
 
 def generator_for(seed, epoch, example_id, stream=0):
@@ -573,7 +589,7 @@ def imitate_audio(facts, tokenizer, config, generator, is_transcript=False):
     pieces = tokenizer.encode(facts.get("words", ""), add_special_tokens=False).ids
     known = []
     for kind, value in facts.items():
-        if kind not in SPOKEN:
+        if kind not in NOT_ACOUSTIC:
             known += tokenizer.encode(" " + value, add_special_tokens=False).ids
     tokens = imitate_acoustic(known, config, rng, is_transcript)
     tokens += [(piece, piece, 1.0) for piece in imitate_semantic(pieces, config, rng)]
@@ -827,8 +843,8 @@ class Mixture:
     """Several manifests as one: mixture[i] is an Example of one of them, its id i.
 
     sources: "FILE" or "FILE:SHARE".  A share of 0.05 is a twentieth of the manifest in each epoch, another
-    one each time; 2 is all of it twice.  The paper's stages 2 and 3 have a part of stage 1's data among
-    theirs (Section 3.2).  `shares` are what `schedule_of` draws the epochs by.
+    one each time; 2 is all of it twice, both times under the same masks.  The paper's stages 2 and 3 have a
+    part of stage 1's data among theirs (Section 3.2).  `shares` are what `schedule_of` draws the epochs by.
     """
 
     def __init__(self, sources, stage=None):
@@ -838,6 +854,8 @@ class Mixture:
             if not share > 0:
                 raise UserError(f"{source}: the share must be above 0")
             manifest = Manifest(path, stage)
+            if not round(len(manifest) * share):
+                raise UserError(f"{source}: this share of {len(manifest)} examples is none of them")
             self.manifests.append(manifest)
             self.shares.append((len(manifest), share))
             self.first_ids.append(self.first_ids[-1] + len(manifest))

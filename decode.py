@@ -20,8 +20,8 @@ the memory: --int8.
 A clip beyond the window (30 s; 10 s of the small model) is answered piece by piece, see --long.  With
 --block below --answer-length, --stream prints each block as soon as it is final.
 
-Two defects of the released sampler are not here: when only the last candidate fails Eq. 8 it is
-not kept all the same, and an early end leaves no [MASK] in later blocks.
+Two defects of the released sampler are mended: it keeps a block's last candidate even where that fails
+Eq. 8, and where an answer ends early it leaves [MASK]s in the blocks behind.
 """
 
 import argparse
@@ -43,6 +43,7 @@ from data import (
     SAMPLE_RATE,
     answer_text,
     build_prompt,
+    check_samples,
     is_transcription,
     load_audio,
     log_mel,
@@ -309,10 +310,10 @@ def generate(
     model.adapt and data.build_prompt give them; audio=None is text alone.
     options: an Options; single fields of it may be given by name.
     generator: one, or a list of B, for temperatures above 0.
-    on_step(response (B, L), confidence (B, L), call): after each call.
+    on_step(response (B, L), confidence (B, L), call): after each; call: the most that any row has had.
     on_block(response (B, L), end): when a block is final; columns before `end` change no more.
     Returns answers (B, L), L the longest length, and the number of network calls each row needed (B,).
-    Raises UserError for options that do not fit together.
+    Raises UserError for options that do not fit together, and for logits that are not numbers.
     """
     options = dataclasses.replace(options, **fields)
     options.check()
@@ -329,13 +330,17 @@ def generate(
     # model trained on responses padded with end marks is surest of those, and would keep many of them before
     # a word of a long answer is there.
     for first in range(0, L, block):
-        reader = BlockReader(model, inputs, P + first, options)
+        reader, left = BlockReader(model, inputs, P + first, options), None  # left (B,): masked tokens
         for step in itertools.count():
             # (B, block), on the CPU: the one place of a step that waits for the device
             masked = (response[:, first : first + block] == c.mask_id).cpu()
             rows = masked.any(1).nonzero()[:, 0]  # (n,): rows that are done cost nothing more
             if not len(rows):
                 break
+            # a call keeps a token of each row, but none whose confidence is NaN: the next would ask the same
+            left, before = masked.sum(1), left
+            if step and (left == before)[rows].any():
+                raise UserError("the network's output is NaN: weights or audio are not finite")
             calls[rows] += 1
             # Eq. 6: predict all masked tokens of the block at once
             row, column = masked[rows].nonzero(as_tuple=True)  # (N,) each: the masked tokens
@@ -437,7 +442,8 @@ def ask(
     one a clip), on_step, on_block, fields: as of `generate`; an autoregressive model takes length,
     temperature and generator from them.  answer_length="auto" gives each clip `length_for` its seconds, as
     one block.  batch: clips or pieces that pass the network together (default: all the clips, at least 16).
-    Raises UserError for a clip that cannot be read, and when prompt, audio and answer exceed the context.
+    Raises UserError for a clip that cannot be read or is no (n,) of finite numbers, and when prompt, audio
+    and answer exceed the context.
     """
     is_one = isinstance(audios, (str, os.PathLike, np.ndarray, torch.Tensor))
     audios = [audios] if is_one else audios
@@ -450,6 +456,7 @@ def ask(
         if isinstance(audio, (str, os.PathLike)):
             audio, _ = load_audio(os.fspath(audio))
         audio = np.asarray(audio, dtype=np.float32)
+        check_samples(audio, f"clip {n + 1}")
         spans.append(split_clip(audio, model.config) if long == "split" else [(0, min(len(audio), window))])
         own = generator[n] if isinstance(generator, (list, tuple)) else generator
         generators = [own]
@@ -607,7 +614,10 @@ class Stream:
 
 
 def length_option(text):
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
 
 
 def parse(argv):
@@ -628,7 +638,12 @@ def parse(argv):
     add("--export", metavar="DIR", help="write the model as a compact bf16 checkpoint")
     # how it decodes: up to --temperature the fields of Options, by the same names
     add("--answer-length", type=length_option, default=32, metavar="N", help="tokens (default 32), or auto")
-    add("--block", type=int, metavar="N", help="tokens (default 32, or the answer length if that is less)")
+    add(
+        "--block",
+        type=int,
+        metavar="N",
+        help="tokens (default 32 if the answer is a multiple of it, else all)",
+    )
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--steps", type=int, metavar="N", help="fixed-step remasking in N network calls")
     how.add_argument("--factor", type=float, default=1.0, metavar="F", help="factor decoding (default, 1)")
@@ -650,7 +665,7 @@ def parse(argv):
             raise UserError('give a recording and a question: python decode.py clip.wav "What do you hear?"')
         if not args.words[-1].strip():
             raise UserError("the question is empty")
-    if args.answer_length == "auto" and (args.block or args.steps):
+    if args.answer_length == "auto" and (args.block is not None or args.steps is not None):
         raise UserError("--answer-length auto is one block, without --steps")
     if args.int8 and args.compile:
         raise UserError("--compile cannot read matrices in int8: give one of the two")
@@ -658,7 +673,9 @@ def parse(argv):
         raise UserError("--export writes the weights as they were trained: leave --int8 out")
     if args.stream and args.json:
         raise UserError("--stream prints text as it becomes final; --json comes after it")
-    args.block = args.block or (32 if args.answer_length == "auto" else min(32, args.answer_length))
+    if args.block is None:
+        is_tiled = args.answer_length == "auto" or args.answer_length % 32 == 0
+        args.block = 32 if is_tiled else args.answer_length
     args.options = Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
     args.options.check()
     return args

@@ -22,7 +22,7 @@ How it differs from LLaDA's and the authors' code, and why:
 import torch
 import torch.nn.functional as F
 
-EPS = 1e-3  # t is floored here: 1/t would explode when no token happens to be masked for long
+EPS = 1e-3  # the least t: below it a token is hardly ever hidden, but one that is would weigh 1/t
 
 
 def draw_uniform(n, generator=None, row=0):
@@ -144,7 +144,7 @@ def elbo(predict, ids, is_masked, weight, mask_id):
     """
     samples = []
     for masks, w in zip(is_masked, weight, strict=True):
-        noisy, masks = corrupt(ids, masks, mask_id, is_masked=masks)
+        noisy = torch.where(masks, mask_id, ids)
         samples.append(-w * masked_nll(predict, ids, noisy, masks))
     return torch.stack(samples)
 

@@ -143,8 +143,8 @@ class Encoder(AudioEncoder):
     def forward(self, mel, taps=()):
         """mel (B, n_mels, 2 * n_frames) or shorter -> taps (B, n_taps, n_frames, d), final (B, n_frames, d).
 
-        Tap k is transformers' hidden_states[k]: 0 the input of the first block, k the output of
-        openai-whisper's blocks[k - 1].  The final output has passed ln_post, the taps have not.
+        Tap 0 is the input of the first block, tap k the output of openai-whisper's blocks[k - 1].  It is
+        transformers' hidden_states[k], but for their last one, which has passed ln_post as `final` has.
         """
         x = F.gelu(self.conv1(mel))
         x = F.gelu(self.conv2(x)).transpose(1, 2)  # (B, n_frames, d)
@@ -198,9 +198,9 @@ class Cache:
     """Keys and values of every layer for a whole row, prompt, audio and answer.
 
     A pass over the whole row fills it.  A later pass over columns start..start+T recomputes
-    those alone and overwrites their entries.  Attention here looks both ways, so entries left
-    in place go stale when a token changes: exact for unchanged tokens, approximate otherwise
-    (Fast-dLLM, Wu et al. 2025).
+    those alone and overwrites their entries.  Attention here looks both ways: from the second
+    layer on every entry depends on every token, so what is left in place is a little stale as
+    soon as any token changes (Fast-dLLM, Wu et al. 2025).
     """
 
     def __init__(self):
@@ -352,7 +352,11 @@ class DIFFA2(nn.Module):
             add_lora(self.backbone, c.lora_rank, c.lora_alpha, c.lora_dropout)
 
     def windows(self, n_frames):
-        """Frames of the window that each clip is encoded in, silence at the end included.  (B,) -> (B,)."""
+        """Frames of the window that each clip is encoded in.  (B,) -> (B,).
+
+        A clip is followed by silence, a fifth of pad_to at the least: Whisper has not learned to hear one
+        that ends with its window.
+        """
         c = self.config
         if not c.pad_to:
             return torch.full_like(n_frames, c.n_frames)

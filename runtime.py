@@ -186,7 +186,7 @@ def process_group(device=None):
     """Joins the processes that torchrun started: NCCL on GPUs, gloo on CPUs; a group of one without it."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
-    if device is None and torch.cuda.is_available():
+    if device in (None, "cuda") and torch.cuda.is_available():
         device = f"cuda:{local}"
     device = pick_device(device)
     if device.type == "cuda":
@@ -280,6 +280,9 @@ def locked(out, wait):
             holder = os.read(handle, 200).decode(errors="replace") or "another process"
             os.close(handle)
             raise UserError(f"{out}: {holder} is training here; --wait waits until it is gone") from None
+        except OSError as e:
+            why = f"this disk has no locks ({e.strerror})"
+            print(f"{out}: {why}: let no other run write here", file=sys.stderr)
         if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
             break
         os.close(handle)  # it was removed while we waited: a lock that nobody else will find

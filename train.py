@@ -152,7 +152,8 @@ def vrpo(context, micro):
             return model.adapt(*encoded, batch["n_frames"], context.stage)
 
     def elbo_of(name, audio, j=None):
-        # inside a caller's autocast the cache would give the reference the policy's weights in bf16
+        # autocast keeps the bf16 copies of weights that it has made once; `swapped` changes the weights and
+        # not the copies, so the reference would compute with the policy's
         with context.autocast(cache_enabled=False):
             predict = predictor(model, texts[name], audio, is_audio)
             return score(predict, texts[name]["ids"], masks[name], model.config.mask_id, j)
@@ -160,7 +161,7 @@ def vrpo(context, micro):
     with context.autocast():
         encoded = model.encode(batch["mel"], batch["n_frames"])  # frozen: once for policy and reference
     audio, is_audio = adapted()
-    # first pass, without gradients: the margins of Eq. 4 under one set of masks.  The reference model is the
+    # first pass, without gradients: the margins of Eq. 5 under one set of masks.  The reference model is the
     # same network with the trained 1 % as it was before the stage: swapped in, and back again.
     with torch.no_grad():
         policy = [elbo_of(name, audio) for name in texts]  # chosen, rejected: (n, B) each
@@ -183,7 +184,7 @@ class Loss:
     backward: Callable  # (context, micro-batch) -> losses (B,)
     encode: Callable  # data.encode_...: the texts of an example
     # compares the model with a copy of what it was before the first step: there is no dropout (the margins of
-    # Eq. 4 then start at exactly 0) and no held-out loss, which is Eq. 2's
+    # Eq. 5 then start at exactly 0) and no held-out loss, which is Eq. 2's
     has_reference: bool = False
 
 
@@ -506,7 +507,7 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
             audio_hours += all_seconds / 3600
             if n_skipped:  # a few broken clips are no reason to stop a run of days; many mean a wrong path
                 n_unusable = data.record_skipped(group, out, skipped, skipped_ids)
-                if n_unusable > max(1, args.skip_limit * len(examples)):
+                if n_unusable > max(args.skip_limit > 0, args.skip_limit * len(examples)):  # one is no share
                     what = f"{n_unusable} of {len(examples)} examples cannot be used"
                     raise UserError(f"{what}, more than {args.skip_limit:.0%}: see {out}/skipped.jsonl")
 
@@ -540,7 +541,7 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
             log.write_step(**entry, skipped=len(skipped_ids), seconds=time.perf_counter() - started)
 
             # ---- now and then: the held-out loss, a checkpoint
-            if held_out and not has_reference and (step % args.held_out_every == 0 or step == steps):
+            if held_out and (step % args.held_out_every == 0 or step == steps):
                 log.write(step=step, **held_out_loss(context, held_out_builder, held_out, group, args.tokens))
             if step % args.save_every == 0:
                 save_checkpoint()
@@ -631,7 +632,9 @@ def start_from(args, device):
 def settings_of(args, n_examples):
     """The row of the table with what the command line says otherwise, and the number of steps.
 
-    A warm-up made for a hundred thousand steps outlasts a short run: it is at most a tenth unless asked for.
+    A warm-up made for a hundred thousand steps would outlast a short run.  Unless --warmup says otherwise
+    it is at most a tenth of a run of the user's own, and of any run of which it would take a third.  (The
+    paper's stage 4 keeps its 200 steps: of 750, if there are 3,000 pairs.)
     """
     names = ("lr", "batch", "warmup", "weight_decay", "augment", "epochs")
     asked = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -640,7 +643,8 @@ def settings_of(args, n_examples):
     settings = dataclasses.replace(STAGES[args.model][args.stage], **asked)
     an_epoch = math.ceil(n_examples / settings.batch)
     steps = args.max_steps or settings.steps or math.ceil(settings.epochs * an_epoch)
-    if settings.warmup > steps / 10 and args.warmup is None:
+    is_own = args.init or args.max_steps or args.batch or args.epochs
+    if settings.warmup > steps / (10 if is_own else 3) and args.warmup is None:
         settings = dataclasses.replace(settings, warmup=max(1, steps // 10))
     return settings, steps
 
@@ -648,6 +652,8 @@ def settings_of(args, n_examples):
 def memory_of(model, settings, args, n_rows, processes):
     """{what: bytes} of a process in bf16.  model: on the meta device, its parts frozen already."""
     c, length, meta = model.config, args.tokens // n_rows, {"device": "meta", "dtype": torch.bfloat16}
+    # saved_bytes tells attention's scores by their last size, which must be nothing else's
+    length += length in (c.width, c.ffn, c.width // c.heads)
     frozen_to_bf16(model)
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -758,7 +764,8 @@ def run_stage(group, args):
         model.add_lora()
     default = os.path.join(os.path.dirname(args.data[0]), "held_out.jsonl")
     held_out_path = args.held_out or (default if os.path.exists(default) else None)
-    held_out = data.read_manifest(held_out_path, None, check=False) if held_out_path else []
+    is_read = held_out_path and not settings.loss.has_reference
+    held_out = data.read_manifest(held_out_path, stage, check=False) if is_read else []
     parts = ", ".join(settings.trains).replace(".", "")
     what = f"stage {stage}: trains {parts} on {n_examples} examples"
     rate = f"learning rate {settings.lr:g} after {settings.warmup} steps"

@@ -33,16 +33,16 @@ SAMPLES = 4  # n of Eq. 3
 
 
 def margin(policy_chosen, policy_rejected, reference_chosen, reference_rejected):
-    """What the policy has gained on the reference in preferring chosen (Eq. 4).
+    """What the policy has gained on the reference in preferring chosen: the bracket of Eq. 5, s of Eq. 4.
 
     Four (n, B) ELBO samples from the same masks pairwise.  Returns (B,).
     """
     return ((policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)).mean(0)
 
 
-def vrpo_loss(margin, beta=BETA):
+def vrpo_loss(margins, beta=BETA):
     """-log sigmoid(beta * margin) (Eq. 5), (B,) -> (B,)."""
-    return -F.logsigmoid(beta * margin)
+    return -F.logsigmoid(beta * margins)
 
 
 @contextmanager
@@ -64,15 +64,15 @@ def swapped(parameters, saved):
             p.data = q
 
 
-def backward_per_sample(sample, n, margins, beta=BETA, weight=1.0):
-    """Adds weight * d(sum of losses)/d(parameters) to their .grad, one sample's graph at a time.
+def backward_per_sample(sample, n, margins, beta=BETA):
+    """Adds d(sum of losses)/d(parameters) to their .grad, one sample's graph at a time.
 
     sample(name, j) -> (B,): the policy's ELBO of draw j, with gradient, name "chosen" or
     "rejected".  margins (B,): known beforehand from the same masks.  The gradient is that of
     vrpo_loss: d loss / d margin = -beta sigmoid(-beta margin) is one number per pair, and the
     margin is a mean over samples.
     """
-    slope = -beta * torch.sigmoid(-beta * margins) * weight / n  # (B,)
+    slope = -beta * torch.sigmoid(-beta * margins) / n  # (B,)
     for j in range(n):
         for name, sign in (("chosen", 1.0), ("rejected", -1.0)):
             (sign * slope * sample(name, j)).sum().backward()

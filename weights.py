@@ -75,8 +75,13 @@ def save(model, tokenizer, folder, dtype=torch.bfloat16):
     state = model.state_dict()
     weights = {k: state[k].detach().to("cpu", dtype).contiguous() for k in saved_part(model)}
     # the weights last: whoever looks for model.safetensors finds a folder that is complete
-    write_file(os.path.join(folder, "tokenizer.json"), tokenizer.save)
+    write_file(os.path.join(folder, "tokenizer.json"), lambda path: write_text(path, tokenizer.to_str(True)))
     write_file(os.path.join(folder, "model.safetensors"), lambda path: save_sorted(weights, path, header))
+
+
+def write_text(path, text):
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(text)
 
 
 def save_sorted(weights, path, metadata):
@@ -126,9 +131,11 @@ def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=
         return quantise(model, device).to(device), tokenizer
     if name_or_path in RELEASES:
         # bf16 on a CPU too: in fp32 LLaDA alone would take 32 GB
-        files = fetch(name_or_path, stage, llada, whisper, diffa)
+        # two of the authors' files: after stage 1, and after the last; stages 2 to 4 read audio alike
+        file_stage = 1 if stage == 1 else 4
+        files = fetch(name_or_path, file_stage, llada, whisper, diffa)
         dtype = dtype or torch.bfloat16
-        return assemble(PRESETS[name_or_path], *files, device, dtype, stage or 4, name_or_path)
+        return assemble(PRESETS[name_or_path], *files, device, dtype, file_stage, name_or_path)
     return load_checkpoint(name_or_path, device, dtype, {"llada": llada, "whisper": whisper, "diffa": diffa})
 
 
@@ -467,7 +474,7 @@ def parse_ctranslate2(f, path):
 
     version = read("I")
     if version != 6:
-        raise UserError(f"{path}: version {version} of CTranslate2's format, or another one; 6 is read")
+        raise UserError(f"{path}: not version 6 of CTranslate2's format (it begins with {version})")
     kind = read_string()
     if kind != "WhisperSpec":
         raise UserError(f"{path}: holds a {kind[:40]!r}, not a WhisperSpec")
@@ -481,8 +488,8 @@ def parse_ctranslate2(f, path):
         if is_scalar or not name.startswith("encoder/") or name == "encoder/position_encodings/encodings":
             f.seek(n, os.SEEK_CUR)
             continue
-        # other types are bf16, and integers whose scales lie in variables of their own
-        dtypes = {0: torch.float32, 4: torch.float16}
+        # other types are integers, whose scales lie in variables of their own
+        dtypes = {0: torch.float32, 4: torch.float16, 5: torch.bfloat16}
         if dtype not in dtypes:
             how = "convert the model with --quantization float16"
             raise UserError(f"{path}: {name} is of type {dtype}, quantised or unknown; {how}")
@@ -602,10 +609,6 @@ def load_llada(model, folder, device, dtype):
             with open_safetensors(path) as f:
                 weights[name] = f.get_tensor(key)
     expected = [k for k in model.state_dict() if k.startswith("backbone.") and "lora_" not in k]
-    missing = set(expected) - weights.keys()
-    if missing:
-        how_many = f"({len(missing)} of {len(expected)} tensors missing)"
-        raise UserError(f"{folder}: the shards hold no {min(missing).removeprefix('backbone.')} {how_many}")
     load_strictly(model, weights, folder, device, dtype, expected)
 
 
@@ -693,6 +696,8 @@ def load_released(model, path, device=None):
         else:
             weights[name] = value
     if queries:
+        if len({value.shape for value in queries.values()}) > 1:
+            raise UserError(f"{path}: acoustic_connector.layer_prompts are not all of one shape")
         # by number, not by name: 10 comes after 9
         weights["acoustic.queries"] = torch.cat([queries[tap] for tap in sorted(queries)])
     state = model.state_dict()
@@ -762,8 +767,8 @@ def fetch(name, stage=None, llada=None, whisper=None, diffa=None, adapters=True)
             pass
     missing = [part for part in given if part not in found]
     size = sum(release[part][1] for part in missing)
-    needs = f"{size:.1f} GB to download, about {release['memory']} GB of memory needed"
-    print(f"{name}: {needs}", file=sys.stderr)
+    download = f"{size:.1f} GB to download, " if missing else ""
+    print(f"{name}: {download}about {release['memory']} GB of memory needed", file=sys.stderr)
     for part in missing:
         try:
             found[part] = snapshot_download(release[part][0], allow_patterns=patterns[part])

@@ -1,5 +1,6 @@
 """Manifests, audio of every kind, the prompt byte for byte, and clean batches."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ from data import (
     ASR_QUESTION,
     RESPONSE_UNIT,
     BatchBuilder,
+    Example,
     Manifest,
     Mixture,
     answer_ids,
@@ -27,6 +29,7 @@ from data import (
     build_prompt,
     collate,
     cost_of,
+    encode_pair,
     encode_question,
     encode_text,
     epoch_length,
@@ -114,6 +117,22 @@ def test_streamed_wav_without_a_size_is_read(tmp_path):
     data[at + 4 : at + 8] = data[4:8] = b"\xff\xff\xff\xff"
     path.write_bytes(data)
     assert len(load_audio(str(path))[0]) == 8000
+
+
+@pytest.mark.parametrize("n_bytes", [4, 5, 200_000])
+def test_the_word_data_before_the_samples_is_no_header(tmp_path, n_bytes):
+    """A chunk of text may hold the word, be of odd length, or be longer than any buffer."""
+    path = tmp_path / "a.wav"
+    soundfile.write(path, tone(16000), 16000)
+    whole = path.read_bytes()
+    at = whole.find(b"data")
+    text = b"data" + b"\x7f" * (n_bytes - 4)
+    chunk = b"junk" + len(text).to_bytes(4, "little") + text + b"\0" * (n_bytes % 2)
+    path.write_bytes(whole[:at] + chunk + whole[at:])
+    assert len(load_audio(str(path))[0]) == 8000
+    path.write_bytes((whole[:at] + chunk + whole[at:])[:-100])
+    with pytest.raises(UserError, match="cut short"):
+        load_audio(str(path))
 
 
 @pytest.mark.parametrize("n", [1, 7, 99, 100, 300])
@@ -230,6 +249,16 @@ def test_text_that_does_not_fit_is_refused(tokenizer, config, tmp_path):
     (tmp_path / "m.jsonl").write_text(json.dumps({"messages": [user("Hm?"), assistant("rain " * 600)]}))
     with pytest.raises(UserError, match="m.jsonl:1"):
         encode_text(read_manifest(str(tmp_path / "m.jsonl"))[0], tokenizer, config)
+
+
+def test_pairs_that_do_not_fit_are_refused(tokenizer, config):
+    """Stage 4 and a causal model have the same limits as stages 1 to 3."""
+    long = Example(0, None, "Q?", "a", rejected="word " * config.context)
+    with pytest.raises(UserError, match="do not fit|at most"):
+        encode_pair(long, tokenizer, config, None)
+    causal = dataclasses.replace(config, causal=True)
+    with pytest.raises(UserError, match="do not fit|at most"):
+        encode_question(dataclasses.replace(long, answer=long.rejected), tokenizer, causal, None)
 
 
 def test_collate_pads_with_validity_of_its_own(config):
@@ -350,6 +379,10 @@ def test_authors_manifest(tmp_path, clip):
         ({"audio_filepath": "clips/a.wav", "text": 5}, "text"),
         ({"audio_filepath": "clips/a.wav", "text": "a", "offset": -1}, "offset"),
         ({"audio_filepath": "clips/a.wav", "text": "a", "duration": "x"}, "duration"),
+        ({"audio_filepath": "clips/a.wav", "text": "a", "duration": 1e305}, "duration"),
+        ({"audio_filepath": "clips/a.wav", "text": "a", "offset": 10**400}, "offset"),
+        ('{"text": ' + "9" * 5000 + "}", "not JSON"),
+        ("[" * 100_000, "not JSON"),
     ],
 )
 def test_bad_manifest_lines_name_file_and_line(tmp_path, clip, line, says):
@@ -488,7 +521,10 @@ def test_shares_of_several_manifests(tmp_path):
     assert list(itertools.islice(schedule_of(mixture.shares, 8, 5, start=9), 19)) == schedule[9:]
 
 
-@pytest.mark.parametrize("source, says", [("a.jsonl:0", "above 0"), ("a.jsonl:x", "no such manifest")])
+@pytest.mark.parametrize(
+    "source, says",
+    [("a.jsonl:0", "above 0"), ("a.jsonl:0.1", "none of them"), ("a.jsonl:x", "no such manifest")],
+)
 def test_a_share_that_makes_no_sense(source, says, tmp_path):
     write_numbered(tmp_path / "a.jsonl", "a", 3)
     with pytest.raises(UserError, match=says):

@@ -1,5 +1,6 @@
 """Samplers against slow references, Eq. 8 against brute force, rows against themselves alone, bad input."""
 
+import copy
 import dataclasses
 import io
 import json
@@ -27,6 +28,7 @@ from decode import (
     length_for,
     main,
     most_confident,
+    parse,
     schedule,
 )
 from model import Cache, build, rope_table
@@ -687,6 +689,7 @@ BAD_CLIPS = {
     "zero samples": (lambda d: wav(f"{d}/z.wav", NOISE[:0]), "no samples"),
     "nan": (lambda d: wav(f"{d}/n.wav", nan(9000, np.nan), subtype="FLOAT"), "NaN"),
     "infinite": (lambda d: wav(f"{d}/i.wav", nan(0, np.inf), subtype="FLOAT"), "infinite"),
+    "raw": (lambda d: written(f"{d}/r.raw", "1234"), "cannot be read"),
 }
 
 
@@ -724,7 +727,9 @@ def test_bad_clips(kind, tmp_path, small_folder, capsys):
         (["--cache-refresh", "0"], "refresh 0"),
         (["--answer-length", "992"], "positions"),
         (["--answer-length", "auto", "--block", "16"], "one block"),
-        (["--answer-length", "some"], "some"),
+        (["--answer-length", "auto", "--block", "0"], "one block"),
+        (["--answer-length", "some"], "'some' is neither a number nor auto"),
+        (["--block", "0"], "block 0"),
         (["--int8", "--compile"], "--compile cannot read"),
         (["--int8", "--export", "somewhere"], "leave --int8 out"),
         (["--int8", "--threshold", "2"], "threshold"),
@@ -831,6 +836,30 @@ def test_ask_takes_paths_arrays_one_or_many(small_folder, clip):
     assert 1 <= len(one.confidence) <= 8 and all(0 < c <= 1 for c in one.confidence)
     with pytest.raises(UserError, match="no such file"):
         ask(model, tokenizer, "gone.wav", "Hm?")
+
+
+@pytest.mark.parametrize(
+    "samples, says",
+    [(NOISE[:0], "no samples"), (nan(3, np.nan), "NaN"), (np.stack([NOISE, NOISE]), r"shape \(2, 16000\)")],
+)
+def test_arrays_are_checked_as_files_are(small_folder, samples, says):
+    model, tokenizer = load(small_folder)
+    with pytest.raises(UserError, match=f"clip 2: .*{says}"):
+        ask(model, tokenizer, [NOISE, samples], "Hm?", answer_length=8, block=8)
+
+
+@pytest.mark.parametrize("options", [{}, {"steps": 4}, {"threshold": 0.9}, {"cache": "dual"}])
+def test_broken_weights_end_in_one_line(small, options):
+    """Nothing is kept by a confidence that is NaN: the same call would be made for ever."""
+    broken = copy.deepcopy(small)
+    broken.backbone.ln_f.weight.data[0] = float("nan")
+    with pytest.raises(UserError, match="NaN"):
+        generate(broken, [[5, 6, 7]], answer_length=8, block=4, **options)
+
+
+@pytest.mark.parametrize("length, block", [("48", 48), ("64", 32), ("16", 16), ("auto", 32)])
+def test_the_default_block_tiles_the_answer(length, block):
+    assert parse(["a.wav", "Hm?", "--answer-length", length]).options.block == block
 
 
 def test_what_is_streamed_adds_up_to_the_answer(small, tokenizer):

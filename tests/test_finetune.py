@@ -111,6 +111,15 @@ def measure(model, tokenizer, manifest):
     return right, bound.mean().item()
 
 
+@pytest.mark.parametrize("stage", [None, 2, 3, 4])
+def test_any_stage_but_the_first_is_read_from_the_last_file(released, stage):
+    """Stages 2 to 4 read audio alike; the authors published the model after stage 1 and after the last."""
+    frozen, trained = released
+    llada, whisper, diffa = (*frozen[1::2], trained[1])
+    model, _ = load("diffa2", "cpu", torch.float32, stage, llada, whisper, diffa)
+    assert model.stage == 4 and any("lora_" in name for name, _ in model.named_parameters())
+
+
 @pytest.mark.slow
 def test_sixty_four_clips_are_learned_moved_and_preferred(released, manifest, tmp_path, capsys):
     frozen, trained = released

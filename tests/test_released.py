@@ -472,7 +472,7 @@ def test_broken_shard_sets(files, tokenizer):
     os.remove(second)
     assert "model-00002-of-00003.safetensors, which is not there" in says()
     write_llada(llada, {k: v for k, v in state.items() if "blocks.1.ff_out" not in k}, tokenizer)
-    assert "hold no blocks.1.ff_out.weight" in says()
+    assert "backbone.blocks.1.ff_out.weight is missing" in says()
     write_llada(llada, state | {"model.transformer.wte.weight": torch.zeros(7, 32)}, tokenizer)
     assert "backbone.wte.weight has shape (7, 32)" in says()
     write_llada(llada, state | {"model.embed_tokens.weight": torch.zeros(7, 32)}, tokenizer)
@@ -539,6 +539,8 @@ def test_broken_released_files(files):
     assert "semantic.fc2.bias has shape (3,)" in saved(
         lambda s: s.update({"semantic_connector.linear_connector.2.bias": torch.ones(3)})
     )
+    queries = "acoustic_connector.layer_prompts.3"
+    assert "not all of one shape" in saved(lambda s: s.update({queries: state[queries][..., :-1]}))
     torch.save({**state, "x": Evil()}, path)
     assert "holds code" in says() and not os.path.exists("/tmp/diffa2-test-was-here")
     with open(path, "wb") as f:

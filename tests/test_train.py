@@ -5,6 +5,7 @@ And what bad data and bad numbers do.
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -49,6 +50,7 @@ from train import (
     learning_rate,
     main,
     make_optimizers,
+    memory_of,
     parse,
     settings_of,
 )
@@ -270,6 +272,21 @@ def test_the_command_line_overrides_the_row(one, toured, tmp_path, capsys):
     assert f"on {n} examples, {steps} steps of 5" in said
     assert f"learning rate 0.002 after {max(1, min(2, steps // 10))} steps, weight decay 0.5" in said
     assert len(losses(f"{tmp_path}/stage2")) == steps
+
+
+@pytest.mark.parametrize(
+    "stage, n, given, warmup",
+    [
+        (4, 3000, [], 200),  # the paper's pairs: Table B.2's 200 of 750 steps
+        (4, 3000, ["--init", "diffa2"], 75),
+        (4, 1000, [], 25),
+        (3, 5000, [], 26),
+        (3, 5000, ["--init", "diffa2", "--warmup", "100"], 100),
+        (2, 2_400_000, [], 1000),
+    ],
+)
+def test_a_warm_up_fits_the_run(stage, n, given, warmup):
+    assert settings_of(parse(["--stage", str(stage), *given]), n)[0].warmup == warmup
 
 
 def test_learning_rate_warms_up_and_falls():
@@ -730,6 +747,41 @@ def test_too_many_bad_clips_stop_the_run(one, toured, tmp_path, capsys):
     assert "examples cannot be used" in err and "skipped.jsonl" in err
 
 
+def test_a_limit_of_0_lets_no_bad_clip_pass(one, toured, tmp_path, capsys):
+    data = manifest_with(toured, tmp_path, 8, bad=(3,))
+    options = ("--data", data, "--skip-limit", "0", "--max-steps", "14")
+    assert main(arguments(toured, tmp_path, 1, "--init", f"{one}/stage0", *options)) == 2
+    assert "1 of 8 examples cannot be used" in capsys.readouterr().err
+
+
+def test_a_disk_without_locks_is_said_and_used(one, toured, tmp_path, capsys, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOTSUP, "not supported here")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    argv = arguments(toured, tmp_path, 1, "--init", f"{one}/stage0", "--max-steps", "1")
+    assert main(argv) == 0
+    assert "no locks (not supported here): let no other run" in capsys.readouterr().err
+
+
+def test_held_out_examples_are_read_as_the_stage_reads_its_own(one, toured, tmp_path):
+    """The authors' files have the transcript and the answer to a question in one entry."""
+    with open(f"{toured}/stage1.jsonl") as f:
+        line = json.loads(f.readline())
+    clip = os.path.abspath(os.path.join(toured, line["audios"][0]))
+    entry = {"audio_id": 1, "audio_filepath": clip, "transcription": line["messages"][1]["content"]}
+    held = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    held[0].write_text(json.dumps(entry) + "\n")
+    held[1].write_text(json.dumps(line | {"audios": [clip]}) + "\n")
+    found = []
+    for path in held:
+        options = ("--held-out", str(path), "--held-out-every", "1", "--max-steps", "1")
+        out = tmp_path / path.stem
+        assert main(arguments(toured, out, 1, "--init", f"{one}/stage0", *options)) == 0
+        found += [e["held_out"] for e in read_lines(f"{out}/stage1/log.jsonl") if "held_out" in e]
+    assert found[0] == found[1]
+
+
 def test_not_finite_on_one_rank_stops_all(one, toured, tmp_path):
     """A weight that is NaN for one example's audio.
 
@@ -969,6 +1021,18 @@ def test_dry_run_trains_nothing(one, toured, tmp_path, capsys):
     assert f"{2 * -(-drawn // SMALL_STAGES[2].batch)} of {SMALL_STAGES[2].batch}" in out
     assert "3 processes" in out and "read 3 examples" in out and "text.ids" in out
     assert not os.path.exists(tmp_path / "out")
+
+
+def test_memory_grows_with_the_length_even_past_the_width(config):
+    """Where a micro-batch is as long as the model is wide, hidden states are no scores of attention."""
+    counted = []
+    for length in (config.width - 1, config.width, config.width + 1):
+        with torch.device("meta"):
+            model = DIFFA2(config)
+        freeze_all_but(model, train.ADAPTERS)
+        args = parse(["--stage", "2", "--tokens", str(length)])
+        counted.append(memory_of(model, STAGES["diffa2"][2], args, 1, 1)["activations of the backbone"])
+    assert counted[0] < counted[1] <= counted[2] < 1.2 * counted[0]
 
 
 @pytest.mark.parametrize("n_rows, length", [(1, 50), (4, 30)])
