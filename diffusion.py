@@ -42,7 +42,7 @@ def corrupt(ids, is_answer, mask_id, t=None, is_masked=None, generator=None):
     """Forward process: each answer token becomes [MASK] with probability t (Eq. 1, 2).
 
     ids, is_answer: (B, T) long and bool.  t: (B,) in (0, 1]; drawn when neither t nor is_masked
-    is given.  is_masked: (B, T) bool, to use masks drawn elsewhere (ELBO, VRPO).
+    is given.  is_masked: (B, T) bool, to use masks drawn elsewhere.
     Returns noisy ids (B, T) and is_masked (B, T); nothing outside is_answer is ever masked.
 
     Random numbers are drawn for answer tokens alone, row by row: padding a batch to another

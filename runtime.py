@@ -340,7 +340,7 @@ class Log:
             # here, because the package is optional
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(out)
+            self.board = SummaryWriter(out, purge_step=step + 1)
 
     def write(self, **entry):
         if self.file:

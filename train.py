@@ -141,7 +141,7 @@ def sft(context, micro):
 
 
 def vrpo(context, micro):
-    """Stage 4: Eq. 4, 5.  A "sample" is one draw of masks (Eq. 3 has n of them)."""
+    """Stage 4: Eq. 4, 5.  A "sample" is one draw of masks (Eq. 3 has K of them)."""
     model, batch = context.model, micro["batch"]
     chosen, rejected = data.part_of(batch, "chosen"), data.part_of(batch, "rejected")
     texts = {"chosen": chosen, "rejected": rejected}
@@ -152,8 +152,8 @@ def vrpo(context, micro):
             return model.adapt(*encoded, batch["n_frames"], context.stage)
 
     def elbo_of(name, audio, j=None):
-        # autocast keeps the bf16 copies of weights that it has made once; `swapped` changes the weights and
-        # not the copies, so the reference would compute with the policy's
+        # within a caller's autocast its bf16 copies of weights would outlive `swapped`, which changes the
+        # weights and not the copies: the reference would compute with the policy's
         with context.autocast(cache_enabled=False):
             predict = predictor(model, texts[name], audio, is_audio)
             return score(predict, texts[name]["ids"], masks[name], model.config.mask_id, j)
@@ -162,7 +162,7 @@ def vrpo(context, micro):
         encoded = model.encode(batch["mel"], batch["n_frames"])  # frozen: once for policy and reference
     audio, is_audio = adapted()
     # first pass, without gradients: the margins of Eq. 5 under one set of masks.  The reference model is the
-    # same network with the trained 1 % as it was before the stage: swapped in, and back again.
+    # same network with its trained parameters as they were before the stage: swapped in, and back again.
     with torch.no_grad():
         policy = [elbo_of(name, audio) for name in texts]  # chosen, rejected: (n, B) each
         with swapped(context.trained, context.reference):
@@ -183,8 +183,8 @@ class Loss:
 
     backward: Callable  # (context, micro-batch) -> losses (B,)
     encode: Callable  # data.encode_...: the texts of an example
-    # compares the model with a copy of what it was before the first step: there is no dropout (the margins of
-    # Eq. 5 then start at exactly 0) and no held-out loss, which is Eq. 2's
+    # True: compares the model with a copy of what it was before the first step.  There is then no dropout, so
+    # that the margins of Eq. 5 start at exactly 0, and no held-out loss, which is Eq. 2's
     has_reference: bool = False
 
 
@@ -208,7 +208,7 @@ class Stage:
     steps: int = 0  # this many steps whatever its size
     loss: Loss = SFT
     is_imitated: bool = False  # word embeddings in the place of audio (data.imitate_audio)
-    least_t: float = 0.0  # t is drawn from (least_t, 1]: decoding starts from nothing visible
+    least_t: float = 0.0  # t is drawn from (least_t, 1]; small t teaches little about the audio, see sft
     ctc: float = 0.0  # weight of CTC of the transcript on the semantic tokens
     weight_decay: float = 0.05  # the authors' script; the paper gives none
     beta2: float = 0.999  # AdamW's memory of squared gradients: some 1 / (1 - beta2) steps
@@ -226,7 +226,7 @@ TINY = {"least_t": 0.3, "beta2": 0.98, "muon": True}
 TINY_AUDIO = TINY | {"ctc": 0.5}
 
 STAGES = {
-    # paper, Table B.2.  Rates fall from stage to stage, for each has more to lose than the one before.  Stage
+    # paper, Table B.2.  No stage has a higher rate than the one before, for it has more to lose.  Stage
     # 1 has soft prompts where the acoustic tokens will be, so that its prompts have the later form.
     "diffa2": {
         1: Stage(("semantic.", "soft_prompts"), lr=1e-4, batch=1280, warmup=1000, epochs=12),
@@ -317,7 +317,8 @@ def orthogonalize(matrix, steps=5):
 
     With X = U S V^T, X X^T X is U S^3 V^T: products of X with itself change the singular values and nothing
     else.  So each round applies the odd polynomial a s + b s^3 + c s^5 to every singular value s at once,
-    without ever computing one.  Muon's a, b, c blow small values up quickest; they end between 0.7 and 1.2.
+    without ever computing one.  Muon's a, b, c blow small values up quickest: from 0.002 on they end between
+    0.7 and 1.2.
     """
     x = matrix / (matrix.norm() + 1e-7)  # all singular values at most 1
     is_tall = x.size(0) > x.size(1)
@@ -412,8 +413,8 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
     is_cuda, has_reference = device.type == "cuda", settings.loss.has_reference
     is_bf16 = args.precision == "bf16" if args.precision else is_cuda
 
-    # ---- what trains, and with what.  The reference of VRPO is the stage's own beginning: a copy of the
-    # trained 1 % is all it takes, for the rest of both models is the same.
+    # ---- what trains, and with what.  The reference of VRPO is the stage's own beginning: a copy of what
+    # trains (1 % of diffa2) is all it takes, for the rest of both models is the same.
     trained = freeze_all_but(model, settings.trains)
     parameters = tuple(trained.values())
     is_released = (model.base or {}).get("name") in weights.RELEASES
@@ -432,14 +433,15 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
             p.data.copy_(state["trained"][name])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        reference = tuple(r.to(device) for r in state["reference"])
+        reference = tuple(r.to(device, copy=True) for r in state["reference"])
         if len(state["random"]) == group.size:  # with another number of processes dropout starts anew
             torch.set_rng_state(state["random"][group.rank])
             if is_cuda and state["random_cuda"]:
                 torch.cuda.set_rng_state(state["random_cuda"][group.rank], device)
+        state.clear()  # all of it was copied: 1.2 GB of diffa2
 
-    # ---- how it computes.  Under autocast matrix products run in bf16, many times as fast on a GPU, while
-    # norms, softmax and the loss, which add up many numbers, stay in fp32.
+    # ---- how it computes.  Under autocast matrix products run in bf16, many times as fast on a GPU, and what
+    # adds up many numbers in fp32: the loss, RMSNorm and, on a GPU, softmax and LayerNorm.
     if args.recompute:
         recompute(model)
     if args.compile:
@@ -466,10 +468,10 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
     micro_batches = iter(loader)
 
     def save_checkpoint():
-        """All that the next step depends on; the frozen parts lie in files of their own."""
+        """All that the next step depends on beside the command line and the frozen parts' files."""
         now = {  # tensors, numbers and lists alone: it is read back with weights_only=True
             "step": step,  # the learning rate, and the place in the data
-            "stage": stage,
+            "run": run_of(args, settings, examples),
             "hours": audio_hours,
             "skipped": sorted(skipped_ids),
             "reference": list(reference),  # nobody else has it: the policy has moved away
@@ -507,7 +509,8 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
             audio_hours += all_seconds / 3600
             if n_skipped:  # a few broken clips are no reason to stop a run of days; many mean a wrong path
                 n_unusable = data.record_skipped(group, out, skipped, skipped_ids)
-                if n_unusable > max(args.skip_limit > 0, args.skip_limit * len(examples)):  # one is no share
+                # a single bad example stops no run, unless the limit is 0
+                if n_unusable > max(args.skip_limit > 0, args.skip_limit * len(examples)):
                     what = f"{n_unusable} of {len(examples)} examples cannot be used"
                     raise UserError(f"{what}, more than {args.skip_limit:.0%}: see {out}/skipped.jsonl")
 
@@ -515,7 +518,7 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
             # process takes it with the same numbers, so the copies of the model stay equal.
             lr = learning_rate(step, settings, steps)
             group.all_reduce_gradients(parameters)
-            for p in parameters:  # counted are examples that could be used: skipped ones dilute nothing
+            for p in parameters:  # by the examples that were used: skipped ones must not shrink the gradient
                 p.grad.div_(max(n_examples, 1))
             # the weight 1/t makes a rare gradient many times as long as the others.  Clipped to norm 1 (the
             # authors' script) it keeps its direction and does not rule AdamW's moments for many steps.
@@ -633,8 +636,8 @@ def settings_of(args, n_examples):
     """The row of the table with what the command line says otherwise, and the number of steps.
 
     A warm-up made for a hundred thousand steps would outlast a short run.  Unless --warmup says otherwise
-    it is at most a tenth of a run of the user's own, and of any run of which it would take a third.  (The
-    paper's stage 4 keeps its 200 steps: of 750, if there are 3,000 pairs.)
+    it is at most a tenth of a run with --init, --max-steps, --batch or --epochs, and of any run of which it
+    would take a third.  (The paper's stage 4 keeps its 200 steps: of 750, if there are 3,000 pairs.)
     """
     names = ("lr", "batch", "warmup", "weight_decay", "augment", "epochs")
     asked = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -652,9 +655,10 @@ def settings_of(args, n_examples):
 def memory_of(model, settings, args, n_rows, processes):
     """{what: bytes} of a process in bf16.  model: on the meta device, its parts frozen already."""
     c, length, meta = model.config, args.tokens // n_rows, {"device": "meta", "dtype": torch.bfloat16}
-    # saved_bytes tells attention's scores by their last size, which must be nothing else's
+    # saved_bytes finds attention's scores by their last size, so no other tensor may have that size
     length += length in (c.width, c.ffn, c.width // c.heads)
-    frozen_to_bf16(model)
+    if args.model in weights.RELEASES:
+        frozen_to_bf16(model)
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # in fp32: weights, gradients, AdamW's two moments, a buffer to sum gradients in, VRPO's reference
@@ -686,6 +690,8 @@ def dry_run(args, processes):
     freeze_all_but(model, settings.trains)
     init = args.init if args.init not in weights.RELEASES else None  # its tokenizer is LLaDA's
     folder = init or args.llada or weights.ASSETS.get(args.model, "")
+    if args.stage == 0 and not init:  # the manifest's own, as in start_from
+        folder = os.path.dirname(args.data[0]) or "."
     tokenizer, config = None, model.config
     if os.path.exists(os.path.join(folder, "tokenizer.json")):
         tokenizer = weights.load_tokenizer(folder)
@@ -723,8 +729,8 @@ def dry_run(args, processes):
 def run(args):
     """Trains one stage.  What can be wrong is found here, before a model of 8 billion parameters is read."""
     stage, name = args.stage, args.model
-    if stage not in STAGES.get(name, {}):
-        raise UserError(f"there is no stage {stage} for {name}; there are {sorted(STAGES.get(name, {}))}")
+    if stage not in STAGES[name]:
+        raise UserError(f"there is no stage {stage} for {name}; there are {sorted(STAGES[name])}")
     if args.init in weights.RELEASES and args.init != name:
         raise UserError(f"--init {args.init} goes with --model {args.init}")
     if args.objective == "ar" and (name in weights.RELEASES or stage == 4):
@@ -742,6 +748,12 @@ def run(args):
     # the lock first: a second run in the same folder would mix its checkpoints with the first one's
     with locked(args.out, args.wait), process_group(args.device) as group:
         return run_stage(group, args)
+
+
+def run_of(args, settings, examples):
+    """What must be the same in a run that goes on: another order or other masks would be another run."""
+    sizes = [list(share) for share in examples.shares]  # (examples, share) of each manifest
+    return {"stage": args.stage, "seed": args.seed, "batch": settings.batch, "data": sizes}
 
 
 def run_stage(group, args):
@@ -764,6 +776,10 @@ def run_stage(group, args):
         model.add_lora()
     default = os.path.join(os.path.dirname(args.data[0]), "held_out.jsonl")
     held_out_path = args.held_out or (default if os.path.exists(default) else None)
+    now = run_of(args, settings, examples)
+    for name, was in (state or {}).get("run", {}).items():
+        if was != now[name]:
+            raise UserError(f"{out}: the run that --resume goes on with has {name} {was}, not {now[name]}")
     is_read = held_out_path and not settings.loss.has_reference
     held_out = data.read_manifest(held_out_path, stage, check=False) if is_read else []
     parts = ", ".join(settings.trains).replace(".", "")
@@ -771,7 +787,7 @@ def run_stage(group, args):
     rate = f"learning rate {settings.lr:g} after {settings.warmup} steps"
     group.print(f"{what}, {steps} steps of {settings.batch}, {rate}, weight decay {settings.weight_decay:g}")
     if args.restart:  # not before all that the new run needs was found good
-        group.first_only(lambda: [os.remove(path) for path in old_states])
+        group.first_only(lambda: weights.remove_run(out))
     is_finished = train(group, model, tokenizer, examples, held_out, settings, steps, args, state)
     group.print(f"{out}: " + ("written" if is_finished else "stopped and saved; --resume goes on"))
 
@@ -780,27 +796,28 @@ def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("--stage", type=int, choices=range(5))
-    option("--model", default="diffa2", choices=sorted(PRESETS))
+    option("--model", default="diffa2", choices=sorted(STAGES))
     option("--objective", choices=sorted(OBJECTIVES), default="diffusion", help="ar: causal, next-token loss")
     option("--data", nargs="+", metavar="FILE[:SHARE]", help="all or a SHARE (default: data/stageN.jsonl)")
-    option("--held-out", help="manifest of held-out examples (default: held_out.jsonl beside --data)")
+    option("--held-out", help="stages 0 to 3: held-out examples (default: held_out.jsonl beside --data)")
     option("--init", help="folder to start from, or diffa2: the released model (default: see above)")
     option("--out", help="folder to write (default: out/MODEL/stageN)")
-    option("--llada", help="diffa1, diffa2: folder of LLaDA (docs/MODELS.md), instead of the hub's")
+    option("--llada", help="diffa2: folder of LLaDA (docs/MODELS.md), instead of the hub's")
     option("--whisper", help="the encoder's file, instead of the hub's or the shipped one")
     option("--diffa", help="with --init diffa2: the authors' pytorch_model.bin, instead of the hub's")
     option("--resume", action="store_true", help="go on with the run that --out holds")
     option("--restart", action="store_true", help="begin anew over the run that --out holds")
     option("--wait", action="store_true", help="wait until no other run is training in --out")
-    option("--dry-run", nargs="?", type=int, const=0, metavar="PROCESSES", help="only say what they would do")
+    option("--dry-run", nargs="?", type=int, const=0, metavar="PROCESSES", help="print the plan, and stop")
     # instead of the table's: fine-tuning on a few hundred clips wants other numbers than the paper's stages
     option("--lr", type=float, help="learning rate, instead of the table's")
     option("--batch", type=int, help="examples in a step, instead of the table's")
-    option("--epochs", type=float, help="times the manifest is read, instead of the table's")
-    option("--warmup", type=int, metavar="STEPS", help="instead of the table's (at most a tenth of the run)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--max-steps", type=int, help="end the stage, and its schedule, here")
+    length.add_argument("--epochs", type=float, help="times the manifest is read, instead of the table's")
+    option("--warmup", type=int, metavar="STEPS", help="instead of the table's, which a short run shortens")
     option("--weight-decay", type=float, help="instead of the table's")
     option("--augment", action=argparse.BooleanOptionalAction, help="speeds, levels, noise, SpecAugment")
-    option("--max-steps", type=int, help="end the stage, and its schedule, here")
     option("--no-dropout", action="store_false", dest="dropout")
     option("--seed", type=int, default=42, help="of masks, order, augmentation, dropout and fresh weights")
     # none of the rest changes what is learned, but for rounding

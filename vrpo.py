@@ -6,7 +6,7 @@ such estimates goes straight into the gradient.  VRPO (LLaDA 1.5) cuts the noise
 nothing:
 
   * policy and reference see the SAME (t, masks): what both find hard cancels in their difference;
-  * the budget goes to n different t with one mask each;
+  * the budget goes to n different numbers of hidden tokens, with one mask each;
   * counts are exact and stratified (diffusion.draw_counts).
 
     margin = (ELBO_policy(y+) - ELBO_ref(y+)) - (ELBO_policy(y-) - ELBO_ref(y-))
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from diffusion import draw_counts, elbo
 
 BETA = 0.2  # the authors' script; the paper gives none
-SAMPLES = 4  # n of Eq. 3
+SAMPLES = 4  # K of Eq. 3; n in this file, for every count of samples is
 
 
 def margin(policy_chosen, policy_rejected, reference_chosen, reference_rejected):

@@ -317,6 +317,14 @@ def list_states(out):
     return [os.path.join(out, name) for name in names if re.fullmatch(r"state-\d{7}\.pt", name)]
 
 
+def remove_run(out):
+    """Removes what a run has left in `out`: were its model to stay, the next stage could start from that."""
+    old = [os.path.join(out, name) for name in ("model.safetensors", "skipped.jsonl")]
+    for path in list_states(out) + old:
+        if os.path.exists(path):
+            os.remove(path)
+
+
 def read_state(path):
     """What write_state wrote, its tensors on the CPU: the run may go on on another GPU."""
     try:
@@ -768,7 +776,7 @@ def fetch(name, stage=None, llada=None, whisper=None, diffa=None, adapters=True)
     missing = [part for part in given if part not in found]
     size = sum(release[part][1] for part in missing)
     download = f"{size:.1f} GB to download, " if missing else ""
-    print(f"{name}: {download}about {release['memory']} GB of memory needed", file=sys.stderr)
+    print(f"{name}: {download}asking it takes about {release['memory']} GB of memory", file=sys.stderr)
     for part in missing:
         try:
             found[part] = snapshot_download(release[part][0], allow_patterns=patterns[part])

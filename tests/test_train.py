@@ -535,6 +535,26 @@ def test_a_folder_belongs_to_one_run(one, toured, tmp_path, capsys):
     assert waiting.returncode == 0, err[-2000:]
 
 
+@pytest.mark.parametrize(
+    "stage, more, says",
+    [
+        (1, ("--seed", "7"), "has seed 42, not 7"),
+        (1, ("--batch", "3"), "has batch "),
+        (1, ("--data", "{toured}/stage2.jsonl"), "has data [["),
+        (2, (), "has stage 1, not 2"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(one, toured, tmp_path, capsys, stage, more, says):
+    """Its order and its masks would be others: no run that was not interrupted would end there."""
+    argv = arguments(toured, tmp_path, 1, "--init", f"{one}/stage0", "--max-steps", "9")
+    assert main([*argv, "--stop-after", "1"]) == 0
+    other = arguments(toured, tmp_path, stage, "--init", f"{one}/stage1", "--max-steps", "9", "--resume")
+    other[other.index("--out") + 1] = f"{tmp_path}/stage1"
+    assert main([*other, *(word.format(toured=toured) for word in more)]) == 2
+    assert says in capsys.readouterr().err
+    assert main([*argv, "--resume"]) == 0
+
+
 def test_restart_removes_the_old_run_when_the_new_one_can_begin(one, toured, tmp_path):
     argv = arguments(toured, tmp_path, 1, "--init", f"{one}/stage0", "--stop-after", "2")
     assert main(argv) == 0
@@ -1076,6 +1096,8 @@ def test_saved_bytes_are_what_autograd_keeps(config, n_rows, length):
         (["--stage", "1", "--skip-limit", "2"], "between 0 and 1"),
         (["--stage", "1", "--batch", "0"], "at least 1"),
         (["--stage", "1", "--epochs", "-1"], "must be positive"),
+        (["--stage", "1", "--epochs", "1", "--max-steps", "5"], "not allowed with"),
+        (["--stage", "1", "--model", "diffa1"], "invalid choice"),
         (["--stage", "1", "--warmup", "0"], "at least 1"),
         (["--stage", "1", "--weight-decay", "-0.1"], "0 or more"),
     ],
