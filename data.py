@@ -27,6 +27,7 @@ import random
 import re
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -189,11 +190,11 @@ def parse_example(entry, id, where, folder, stage=None, check=True):
         raise UserError(f"{where}: rejected_response must be text")
     if not question.strip():
         raise UserError(f"{where}: the question is empty")
-    for text in (question, answer, rejected or ""):
-        refuse_special_tokens(text, where)
     facts = need(entry, "facts", where, dict) if "facts" in entry else {}
     if not all(isinstance(value, str) for value in facts.values()):
         raise UserError(f"{where}: facts must be text")
+    for text in (question, answer, rejected or "", *facts.values()):
+        refuse_special_tokens(text, where)
     if audio is not None:
         audio = os.path.join(folder, audio)
         if check and not os.path.isfile(audio):
@@ -251,7 +252,11 @@ def seconds_in(entry, field, where, default):
 
 
 def refuse_special_tokens(text, where):
-    """A question or answer that spells a control token would be read as one: it could end its own turn."""
+    """A text that spells a control token would be read as one: it could end its own turn.  Bytes that are not
+    UTF-8, which Python keeps as half of a letter, cannot be read at all.
+    """
+    if not isinstance(text, str) or any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"{where}: not text in UTF-8: {text!r}")
     for token in SPECIAL_TOKENS.values():
         if token in text:
             raise UserError(f"{where}: the text contains the control token {token}")
@@ -273,13 +278,17 @@ def load_audio(path, offset=0.0, duration=None, limit=None):
         raise UserError(f"{path}: is a folder, not a recording")
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
+    if not 0 <= offset < 1e9 or not 0 <= (duration or 0) < 1e9:  # NaN neither
+        raise UserError(f"{path}: offset {offset} s and duration {duration} s are no part of a clip")
     if os.path.getsize(path) == 0:
         raise UserError(f"{path}: the file is empty")
     try:
-        with soundfile.SoundFile(path) as f:
+        with soundfile.SoundFile(os.fsencode(path)) as f:  # a name need not be UTF-8
             if f.format in ("WAV", "WAVEX") and is_cut_wav(path):
                 raise UserError(f"{path}: the file is cut short")
             rate = f.samplerate
+            if rate < 1000:  # no recording: at 1 Hz a second file of samples is a day
+                raise UserError(f"{path}: has a rate of {rate} Hz")
             start = round(offset * rate)
             available = f.frames - start  # samples of each channel, as are all counts here
             if available < 0:
@@ -309,8 +318,9 @@ def load_audio(path, offset=0.0, duration=None, limit=None):
 
 def check_samples(audio, name):
     """Raises UserError for what is no 16 kHz mono clip (n,); name: of the clip, for the message."""
-    if audio.ndim != 1:
-        raise UserError(f"{name}: has shape {audio.shape}; one channel of samples (n,) is wanted")
+    if audio.ndim != 1 or audio.dtype.kind != "f":
+        found = f"{audio.dtype} of shape {audio.shape}"
+        raise UserError(f"{name}: samples must be floating-point numbers (n,) from -1 to 1, not {found}")
     if len(audio) == 0:  # none in the file, or too few to make one at 16 kHz
         raise UserError(f"{name}: holds no samples at 16 kHz")
     if not np.isfinite(audio).all():  # one NaN makes the whole log-mel NaN, through its maximum
@@ -794,9 +804,13 @@ def open_index(f, path):
         fcntl.flock(f, fcntl.LOCK_EX)
     changed = os.fstat(f.fileno()).st_mtime_ns
     for place in places:
-        with contextlib.suppress(OSError, ValueError, EOFError):  # there is none, or half of one
+        with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):  # none, or half of one
             index = np.load(place, mmap_mode="r")
-            if index.dtype == INDEX and os.stat(place).st_mtime_ns == changed:
+            if (
+                getattr(index, "dtype", None) == INDEX
+                and index.ndim == 1
+                and os.stat(place).st_mtime_ns == changed
+            ):
                 return index
     index = build_index(f, path)
     if not len(index):
@@ -851,8 +865,8 @@ class Mixture:
         self.manifests, self.shares, self.first_ids = [], [], [0]
         for source in sources:
             path, share = path_and_share(source)
-            if not share > 0:
-                raise UserError(f"{source}: the share must be above 0")
+            if not 0 < share <= 1000:
+                raise UserError(f"{source}: the share must be above 0, and 1000 at the most")
             manifest = Manifest(path, stage)
             if not round(len(manifest) * share):
                 raise UserError(f"{source}: this share of {len(manifest)} examples is none of them")

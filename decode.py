@@ -178,7 +178,7 @@ class Options:
                 raise UserError(f"steps {steps} is not a positive multiple of the {blocks} blocks")
             if steps > length:
                 raise UserError(f"steps {steps} exceeds the answer length {length}: some would keep nothing")
-        if not self.factor > 0:  # NaN is refused too
+        if not 0 < self.factor < 1e9:  # NaN is refused too
             raise UserError(f"factor {self.factor} must be positive")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise UserError(f"threshold {self.threshold} must lie between 0 and 1")
@@ -446,17 +446,26 @@ def ask(
     and answer exceed the context.
     """
     is_one = isinstance(audios, (str, os.PathLike, np.ndarray, torch.Tensor))
-    audios = [audios] if is_one else audios
-    questions = [questions] * len(audios) if isinstance(questions, str) else questions
+    audios = [audios] if is_one else list(audios)
+    questions = [questions] * len(audios) if isinstance(questions, str) else list(questions)
+    if len(questions) != len(audios):
+        raise UserError(f"{len(questions)} questions about {len(audios)} clips: give one, or one a clip")
+    if isinstance(generator, (list, tuple)) and len(generator) != len(audios):
+        raise UserError(f"{len(generator)} generators for {len(audios)} clips: give one, or one a clip")
     options, batch = dataclasses.replace(options, **fields), batch or max(16, len(audios))
+    if isinstance(options.answer_length, list):
+        raise UserError("answer_length must be a number or auto: lists are `generate`'s")
     window = window_samples(model.config)
     spans = []  # of each clip: [(start, end)] of its pieces, in samples
     pieces = []  # of all clips: (samples, question, generator)
     for n, audio in enumerate(audios):
         if isinstance(audio, (str, os.PathLike)):
             audio, _ = load_audio(os.fspath(audio))
-        audio = np.asarray(audio, dtype=np.float32)
+        if isinstance(audio, torch.Tensor):
+            audio = audio.detach().float().cpu()
+        audio = np.asarray(audio)
         check_samples(audio, f"clip {n + 1}")
+        audio = np.ascontiguousarray(audio, dtype=np.float32)
         spans.append(split_clip(audio, model.config) if long == "split" else [(0, min(len(audio), window))])
         own = generator[n] if isinstance(generator, (list, tuple)) else generator
         generators = [own]
@@ -660,6 +669,8 @@ def parse(argv):
     add("--json", action="store_true", help="one JSON object a clip")
     args = parser.parse_args(argv)
     # refused now, not after minutes of loading
+    if not 0 <= args.seed < 1 << 63:
+        raise UserError(f"--seed {args.seed} must lie between 0 and 2^63")
     if args.export is None or args.words:
         if len(args.words) < 2:
             raise UserError('give a recording and a question: python decode.py clip.wav "What do you hear?"')

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from whisper.model import AudioEncoder, sinusoids
 
 from adapters import AcousticAdapter, LoRALinear, SemanticAdapter, add_lora, count, replace_modules
-from runtime import UserError
+from runtime import UserError, return_memory
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,13 @@ class Config:
     eot_id: int = 126348
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            least = 0 if field.name.endswith("_id") or field.name in ("pad_to", "lora_rank") else 1
+            if kind is int and not (type(value) is int and value >= least):
+                raise ValueError(f"{field.name} is {value!r}")
+        if not self.taps or min(self.taps) < 0:
+            raise ValueError(f"taps are {self.taps}")
         if self.width % self.heads or self.audio_width % self.audio_heads:
             raise ValueError("a width must be a multiple of its number of heads")
         if max(self.taps) > self.audio_layers:
@@ -510,6 +517,7 @@ def quantise(model, device):
     def rounded(_, linear):
         new = Int8Linear(linear.merged() if isinstance(linear, LoRALinear) else linear, device)
         del linear.weight
+        return_memory()
         return new
 
     for part in (model.encoder, model.backbone):

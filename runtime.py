@@ -5,13 +5,15 @@
     torchrun             one process a GPU, all of which leave together (process_group, ProcessGroup)
     SIGTERM, Ctrl-C      are remembered until the step is done (StopSignal)
     a run's folder       belongs to one run (locked), and holds its log (Log, which draws the progress bar)
-    memory               what a training step keeps until its backward pass (saved_bytes)
+    memory               what a training step keeps until its backward pass (saved_bytes), what nobody needs
 
 A reader of the method can skip this file: each name says what the others rely on.
 """
 
 import argparse
 import contextlib
+import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -53,13 +55,29 @@ class Parser(argparse.ArgumentParser):
 
 def exit_status(program, run):
     """run() as a program: its status (None is 0); 2 and one line for a UserError, 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8 shows "?" for what it cannot
+            stream.reconfigure(errors="replace")
     try:
-        return run() or 0
+        status = run() or 0
+        sys.stdout.flush()  # here, where it can be told that this fails
+        return status
     except UserError as e:
-        print(f"{program}: {e}", file=sys.stderr)
-        return 2
+        why = e
     except KeyboardInterrupt:
         return 130
+    except UnicodeEncodeError as e:  # a name or a question that came as bytes
+        why = f"not UTF-8: {e.object!r}"
+    except OSError as e:
+        if e.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # nothing may be left for Python to flush at its end, which would fail once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if e.errno == errno.EPIPE:  # `| head` has seen enough
+            return 0
+        why = "the output cannot be written: no space left"
+    print(f"{program}: {why}", file=sys.stderr)
+    return 2
 
 
 def pick_device(name=None):
@@ -68,7 +86,9 @@ def pick_device(name=None):
     try:
         device = torch.device(name or found)
         torch.empty(0, device=device)  # a name may be well formed and its device not there: "cuda:9"
-    except (RuntimeError, AssertionError, ValueError) as e:
+        if device.type == "meta":
+            raise ValueError("it holds no numbers")
+    except (RuntimeError, AssertionError, ValueError, ImportError) as e:  # NotImplementedError is one of them
         raise UserError(f"device {name!r} cannot be used: {first_line(e)}") from None
     return device
 
@@ -87,6 +107,8 @@ def write_file(path, write):
 
     Raises UserError when it cannot be written, with what was there before still there.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # /dev/null, say: a rename would take its place
+        raise UserError(f"{path}: is not a file")
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name}.tmp")
     try:
@@ -95,7 +117,7 @@ def write_file(path, write):
         sync(temporary)
         os.replace(temporary, path)
         sync(folder or ".")  # the new name itself, which is an entry of the folder
-    except (OSError, SafetensorError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
+    except (OSError, SafetensorError, RuntimeError, ValueError) as e:  # torch's RuntimeError: a full disk
         why = getattr(e, "strerror", None) or first_line(e)
         raise UserError(f"{folder or '.'}: cannot be written ({why})") from None
     finally:
@@ -325,10 +347,9 @@ class Log:
         self.bar = tqdm(total=steps, initial=step, desc=title, unit=" steps", mininterval=1, disable=rank > 0)
         if rank:
             return
-        if os.path.exists(path) and step:
-            with open(path, encoding="utf-8") as f:
-                # a line that a kill cut short has no end
-                lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+        if os.path.isfile(path) and step:
+            with open(path, encoding="utf-8", errors="replace") as f:
+                lines = [line for line in f if self.is_up_to(step, line)]
 
         def write(temporary):
             with open(temporary, "w", encoding="utf-8") as f:
@@ -341,6 +362,14 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(out, purge_step=step + 1)
+
+    @staticmethod
+    def is_up_to(step, line):
+        """Whether a line of the log is of this step or an earlier one; False where a kill cut it short."""
+        try:
+            return line.endswith("\n") and json.loads(line)["step"] <= step
+        except (ValueError, TypeError, KeyError):
+            return False
 
     def write(self, **entry):
         if self.file:
@@ -376,6 +405,14 @@ class Log:
 
 # ---------------------------------------------------------------------------------------------
 # memory
+
+
+def return_memory():
+    """Gives the system back what was freed: glibc keeps large pieces for later, a tenth of the size of an
+    8-billion model by the time that it is read.  Does nothing beside another C library.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def saved_bytes(run, parameters, n_keys):

@@ -839,6 +839,8 @@ def parse(argv):
     bounds |= dict.fromkeys(("workers", "dry_run", "weight_decay"), (0, most, "be 0 or more"))
     bounds |= dict.fromkeys(("lr", "epochs"), (above_0, most, "be positive"))
     bounds["skip_limit"] = (0, 1, "lie between 0 and 1")
+    bounds["seed"] = (0, 1 << 40, "lie between 0 and 2^40")
+    bounds["tokens"] = (1, 1 << 30, "lie between 1 and 2^30")
     for name, (low, high, says) in bounds.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:

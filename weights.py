@@ -154,11 +154,14 @@ def load_checkpoint(name, device, dtype, given):
         fields = json.loads(header["config"])
         config = Config(**{**fields, "taps": tuple(fields["taps"])})  # JSON has no tuples
         stage, base = int(header["stage"]), json.loads(header.get("base", "{}"))
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: has no Config in its header; it was not written by this code") from None
-    # on "meta" a tensor has a shape and no memory: only what is loaded into it takes any
-    with torch.device("meta"):
-        model = DIFFA2(config, lora=any("lora_" in key for key in weights))
+        if base and base["name"] not in PRESETS:
+            raise ValueError(f"frozen parts of {base['name']!r}")
+        # on "meta" a tensor has a shape and no memory: only what is loaded into it takes any
+        with torch.device("meta"):
+            model = DIFFA2(config, lora=any("lora_" in key for key in weights))
+    except Exception as e:  # as many kinds of error as a header can have wrong values
+        raise UserError(f"{path}: no Config of this code in its header ({first_line(e)})") from None
+    check_tokenizer(tokenizer, config, folder)
     model.stage = stage
 
     # ---- the frozen parts: each from the command line, else from beside the checkpoint, else from where it
@@ -193,6 +196,16 @@ def load_checkpoint(name, device, dtype, given):
     load_strictly(model, weights, path, device, dtype, saved_part(model))
     fix_positions(model)
     return model.eval(), tokenizer
+
+
+def check_tokenizer(tokenizer, config, folder):
+    """Raises UserError for a tokenizer with other ids than the model's: its [MASK] would be some word."""
+    for field, token in SPECIAL_TOKENS.items():
+        found, wanted = tokenizer.token_to_id(token), getattr(config, field)
+        if found != wanted:
+            raise UserError(f"{folder}: the tokenizer has {token} at {found}, not {wanted}")
+    if tokenizer.get_vocab_size() > config.vocab:
+        raise UserError(f"{folder}: the tokenizer has more tokens than the model's {config.vocab}")
 
 
 def load_tiny_encoder(model, whisper=None, device=None, dtype=None):
@@ -328,7 +341,10 @@ def remove_run(out):
 def read_state(path):
     """What write_state wrote, its tensors on the CPU: the run may go on on another GPU."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not (state.get("finished") or state.keys() >= {"step", "trained", "optimizers", "random"}):
+            raise ValueError("parts are missing")
+        return state
     except Exception as e:  # a damaged file fails in as many ways as it has bytes
         raise UserError(f"{path}: not a checkpoint of a running stage ({first_line(e)})") from None
 
@@ -799,7 +815,7 @@ def load_frozen(model, llada, whisper, device, dtype, name):
     model.base = {"name": name, "llada": fingerprint(model.backbone), "whisper": fingerprint(model.encoder)}
 
 
-def assemble(config, llada, whisper, diffa, device, dtype, stage, name=None):
+def assemble(config, llada, whisper, diffa, device, dtype, stage, name="diffa2"):
     """LLaDA's folder + Whisper's file + DIFFA's pytorch_model.bin -> model, tokenizer.
 
     The module tree is built on the meta device; each tensor goes from its mapped file straight to
@@ -807,11 +823,7 @@ def assemble(config, llada, whisper, diffa, device, dtype, stage, name=None):
     diffa=None leaves adapters and LoRA empty (on no device) for the caller to fill.
     """
     tokenizer = load_tokenizer(llada)
-    for field, token in SPECIAL_TOKENS.items():
-        # another [MASK] would load, and be read as some word
-        found, wanted = tokenizer.token_to_id(token), getattr(config, field)
-        if found != wanted:
-            raise UserError(f"{llada}: the tokenizer has {token} at {found}, not {wanted}")
+    check_tokenizer(tokenizer, config, llada)
     with torch.device("meta"):
         model = DIFFA2(config, lora=stage >= 3)
     model.stage = stage

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -101,6 +102,21 @@ def test_offset_duration_and_limit(tmp_path):
     assert "2.0 s long" in notes[0] and "first 1 s" in notes[0]
     with pytest.raises(UserError, match="offset"):
         load_audio(path, offset=5.0)
+
+
+@pytest.mark.parametrize(
+    "part", [{"offset": math.nan}, {"duration": math.inf}, {"offset": -1.0}, {"duration": 1e300}]
+)
+def test_parts_that_are_none(tmp_path, part):
+    soundfile.write(tmp_path / "a.wav", np.zeros(8000), 16000)
+    with pytest.raises(UserError, match="no part of a clip"):
+        load_audio(str(tmp_path / "a.wav"), **part)
+
+
+def test_a_name_that_is_not_utf_8(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(16000), 16000)
+    os.rename(tmp_path / "a.wav", os.fsencode(tmp_path) + b"/\xff.wav")
+    assert len(load_audio(f"{tmp_path}/\udcff.wav")[0]) == 8000
 
 
 def test_silence_is_noted(tmp_path):
@@ -382,6 +398,10 @@ def test_authors_manifest(tmp_path, clip):
         ({"audio_filepath": "clips/a.wav", "text": "a", "duration": 1e305}, "duration"),
         ({"audio_filepath": "clips/a.wav", "text": "a", "offset": 10**400}, "offset"),
         ('{"text": ' + "9" * 5000 + "}", "not JSON"),
+        ({"audio_filepath": "clips/a.wav", "text": "\ud800"}, "not text in UTF-8"),
+        ({"messages": [user("\udce9?"), assistant("A")]}, "not text in UTF-8"),
+        ({"messages": [user("Q?"), assistant("A")], "facts": {"words": "\ud800"}}, "not text in UTF-8"),
+        ({"messages": [user("Q?"), assistant("A")], "facts": {"words": 5}}, "facts must be text"),
         ("[" * 100_000, "not JSON"),
     ],
 )
@@ -523,7 +543,12 @@ def test_shares_of_several_manifests(tmp_path):
 
 @pytest.mark.parametrize(
     "source, says",
-    [("a.jsonl:0", "above 0"), ("a.jsonl:0.1", "none of them"), ("a.jsonl:x", "no such manifest")],
+    [
+        ("a.jsonl:0", "above 0"),
+        ("a.jsonl:1" + "0" * 30, "at the most"),
+        ("a.jsonl:0.1", "none of them"),
+        ("a.jsonl:x", "no such manifest"),
+    ],
 )
 def test_a_share_that_makes_no_sense(source, says, tmp_path):
     write_numbered(tmp_path / "a.jsonl", "a", 3)

@@ -8,6 +8,8 @@ import math
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -35,6 +37,8 @@ from model import Cache, build, rope_table
 from runtime import UserError
 from tools.bench_decode import naive_generate
 from weights import load
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # ---------------------------------------------------------------------------------- a slow reference
 
@@ -689,6 +693,7 @@ BAD_CLIPS = {
     "zero samples": (lambda d: wav(f"{d}/z.wav", NOISE[:0]), "no samples"),
     "nan": (lambda d: wav(f"{d}/n.wav", nan(9000, np.nan), subtype="FLOAT"), "NaN"),
     "infinite": (lambda d: wav(f"{d}/i.wav", nan(0, np.inf), subtype="FLOAT"), "infinite"),
+    "a second a sample": (lambda d: wav(f"{d}/s.wav", NOISE, 1), "rate of 1 Hz"),
     "raw": (lambda d: written(f"{d}/r.raw", "1234"), "cannot be read"),
 }
 
@@ -730,6 +735,10 @@ def test_bad_clips(kind, tmp_path, small_folder, capsys):
         (["--answer-length", "auto", "--block", "0"], "one block"),
         (["--answer-length", "some"], "'some' is neither a number nor auto"),
         (["--block", "0"], "block 0"),
+        (["--seed", str(10**30)], "2^63"),
+        (["--factor", "1e30"], "factor"),
+        (["--device", "meta"], "meta"),
+        (["--device", "hpu"], "hpu"),
         (["--int8", "--compile"], "--compile cannot read"),
         (["--int8", "--export", "somewhere"], "leave --int8 out"),
         (["--int8", "--threshold", "2"], "threshold"),
@@ -840,12 +849,59 @@ def test_ask_takes_paths_arrays_one_or_many(small_folder, clip):
 
 @pytest.mark.parametrize(
     "samples, says",
-    [(NOISE[:0], "no samples"), (nan(3, np.nan), "NaN"), (np.stack([NOISE, NOISE]), r"shape \(2, 16000\)")],
+    [
+        (NOISE[:0], "no samples"),
+        (nan(3, np.nan), "NaN"),
+        (np.stack([NOISE, NOISE]), r"float64 of shape \(2, 16000\)"),
+        ((NOISE * 32767).astype(np.int16), "int16"),
+        (torch.zeros(9, dtype=torch.int16).numpy(), "int16"),
+        (None, "object"),
+        ("none.wav", "no such file"),
+    ],
 )
 def test_arrays_are_checked_as_files_are(small_folder, samples, says):
     model, tokenizer = load(small_folder)
-    with pytest.raises(UserError, match=f"clip 2: .*{says}"):
+    with pytest.raises(UserError, match=says):
         ask(model, tokenizer, [NOISE, samples], "Hm?", answer_length=8, block=8)
+
+
+def test_clips_of_other_libraries(small_folder):
+    """Views that run backwards, tensors in bf16, those with a gradient, and generators of clips."""
+    model, tokenizer = load(small_folder)
+    settings = {"answer_length": 8, "block": 8}
+    backwards, tensor = NOISE[::-1], torch.tensor(NOISE[::-1].copy(), requires_grad=True)
+    clips = (clip for clip in (backwards, tensor, tensor.detach().float().numpy(), tensor.bfloat16()))
+    texts = [answer.text for answer in ask(model, tokenizer, clips, "Hm?", **settings)]
+    assert len(texts) == 4 and texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"questions": ["Hm?"]}, "1 questions about 2 clips"),
+        ({"questions": ["Hm?"] * 3}, "3 questions about 2 clips"),
+        ({"generator": []}, "0 generators for 2 clips"),
+        ({"answer_length": [8, 8]}, "a number or auto"),
+        ({"questions": "caf\udce9?"}, "not text in UTF-8"),
+        ({"questions": [None, None]}, "not text in UTF-8"),
+    ],
+)
+def test_lists_that_do_not_match(small_folder, settings, says):
+    model, tokenizer = load(small_folder)
+    settings = {"questions": "Hm?", "answer_length": 8, "block": 8} | settings
+    with pytest.raises(UserError, match=says):
+        ask(model, tokenizer, [NOISE, NOISE], **settings)
+
+
+@pytest.mark.parametrize(
+    "target, status, says", [("| true", 0, ""), ("> /dev/full", 2, "no space left"), ("| cat", 0, "")]
+)
+def test_an_output_that_is_closed_full_or_not_utf_8(small_folder, clip, target, status, says):
+    command = f"{sys.executable} decode.py {clip} 'caf\u00e9?' --model {small_folder} --show {target}"
+    shell = ["bash", "-o", "pipefail", "-c", command]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(shell, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == status and "Traceback" not in done.stderr and says in done.stderr
 
 
 @pytest.mark.parametrize("options", [{}, {"steps": 4}, {"threshold": 0.9}, {"cache": "dual"}])

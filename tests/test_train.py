@@ -42,7 +42,7 @@ from data import (
 )
 from decode import ask
 from model import DIFFA2, PRESETS, build
-from runtime import saved_bytes
+from runtime import UserError, saved_bytes
 from train import (
     STAGES,
     Stage,
@@ -535,6 +535,23 @@ def test_a_folder_belongs_to_one_run(one, toured, tmp_path, capsys):
     assert waiting.returncode == 0, err[-2000:]
 
 
+@pytest.mark.parametrize("line", ["x", "{}", "null", "5", "[1]", '{"step": "x"}', "\udcff"])
+def test_a_broken_log_does_not_end_a_run(one, toured, tmp_path, line):
+    argv = arguments(toured, tmp_path, 1, "--init", f"{one}/stage0", "--max-steps", "3")
+    assert main([*argv, "--stop-after", "2"]) == 0
+    with open(tmp_path / "stage1/log.jsonl", "a", encoding="utf-8", errors="surrogateescape") as f:
+        f.write(line + "\n")
+    assert main([*argv, "--resume"]) == 0
+    assert [e["step"] for e in read_lines(tmp_path / "stage1/log.jsonl") if "loss" in e] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("state", [[1], 5, None, {}, {"step": 1}, torch.ones(2)])
+def test_a_checkpoint_of_something_else(tmp_path, state):
+    torch.save(state, tmp_path / "state-0000001.pt")
+    with pytest.raises(UserError, match="not a checkpoint of a running stage"):
+        read_state(str(tmp_path / "state-0000001.pt"))
+
+
 @pytest.mark.parametrize(
     "stage, more, says",
     [
@@ -704,16 +721,19 @@ def test_a_manifest_that_disappears_ends_the_run_in_one_line(one, toured, tmp_pa
     assert [read_state(path)["step"] for path in list_states(tmp_path / "stage1")][-1] >= 4
 
 
+WHOLE = {"trained": {}, "optimizers": [], "random": []}  # what a checkpoint has beside its step
+
+
 def test_a_full_disk_keeps_the_older_checkpoint(tmp_path):
     out = str(tmp_path)
-    write_state({"step": 1, "x": torch.zeros(10)}, out, 1)
+    write_state(WHOLE | {"step": 1}, out, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         # EFBIG; a full disk says ENOSPC through the same OSError
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
         old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         with pytest.raises(train.UserError, match="cannot be written .*older checkpoints are kept"):
-            write_state({"step": 2, "x": torch.zeros(10**6)}, out, 2)
+            write_state(WHOLE | {"step": 2, "x": torch.zeros(10**6)}, out, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, old)
@@ -722,7 +742,7 @@ def test_a_full_disk_keeps_the_older_checkpoint(tmp_path):
 
 def test_the_last_two_are_kept(tmp_path):
     for step in (5, 10, 15, 100):
-        write_state({"step": step}, str(tmp_path), step)
+        write_state(WHOLE | {"step": step}, str(tmp_path), step)
     assert [read_state(p)["step"] for p in list_states(str(tmp_path))] == [15, 100]
 
 
@@ -1096,6 +1116,8 @@ def test_saved_bytes_are_what_autograd_keeps(config, n_rows, length):
         (["--stage", "1", "--skip-limit", "2"], "between 0 and 1"),
         (["--stage", "1", "--batch", "0"], "at least 1"),
         (["--stage", "1", "--epochs", "-1"], "must be positive"),
+        (["--stage", "1", "--seed", str(10**30)], "2^40"),
+        (["--stage", "1", "--tokens", str(10**30)], "2^30"),
         (["--stage", "1", "--epochs", "1", "--max-steps", "5"], "not allowed with"),
         (["--stage", "1", "--model", "diffa1"], "invalid choice"),
         (["--stage", "1", "--warmup", "0"], "at least 1"),

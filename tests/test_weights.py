@@ -324,6 +324,24 @@ def test_unusable_checkpoints_are_named(tmp_path, small_folder):
     assert "shape (3, 3), not (32, 32)" in broken(lambda w, h: w.update({key: torch.zeros(3, 3)}))
     assert "extra.weight has no place" in broken(lambda w, h: w.update({"extra.weight": torch.zeros(1)}))
     assert "no Config" in broken(lambda w, h: h.clear())
+    config = json.loads(safe_open(os.path.join(small_folder, "model.safetensors"), "pt").metadata()["config"])
+    for change in (
+        {"heads": 0},
+        {"audio_heads": -1},
+        {"vocab": "many"},
+        {"n_frames": 0},
+        {"n_queries": None},
+        {"taps": [-1]},
+        {"taps": []},
+        {"width": True},
+        {"new": 1},
+    ):
+        text = json.dumps(config | change)
+        assert "no Config of this code" in broken(lambda w, h, text=text: h.update(config=text)), change
+    for base in ("5", '"x"', '{"foo": 1}', '{"llada": 1}', '{"name": "zzz"}', "["):
+        assert "no Config of this code" in broken(lambda w, h, base=base: h.update(base=base)), base
+    other = json.dumps(config | {"mask_id": config["mask_id"] + 1})
+    assert "the tokenizer has <|mdm_mask|> at" in broken(lambda w, h: h.update(config=other))
     whole = pathlib.Path(small_folder, "model.safetensors").read_bytes()
     for cut in (len(whole) // 2, 20, 0):
         (tmp_path / "broken" / "model.safetensors").write_bytes(whole[:cut])
