@@ -35,6 +35,7 @@ from tools.benchmarks import (
 )
 from tools.evaluate import PAPER, main, overall, read_answers
 from tools.prompts import LETTERS
+from tools.questions import write_lines, write_text
 
 MMAU = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "benchmarks", "mmau-test-mini.json")
 
@@ -481,6 +482,177 @@ def test_bad_input(toured, small_folder, tmp_path, capsys):
         assert main([*argv, "--model", small_folder]) == 2
         out, err = capsys.readouterr()
         assert err.count("\n") == 1 and says in err and err.startswith("evaluate: "), err
+
+
+def refused(argv, says, capsys):
+    """Whether it ends in one line, before a model is loaded: there is none of this name."""
+    assert main([*argv, "--model", "nonesuch"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and says in err and err.startswith("evaluate: "), err
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--batch", "-1"], "argument --batch: -1 must lie between 1"),
+        (["--batch", "0"], "argument --batch: 0 must"),
+        (["--batch", "x"], "invalid int value"),
+        (["--limit", "0"], "argument --limit: 0 must"),
+        (["--limit", "-3"], "argument --limit: -3 must"),
+        (["--allow-bad", "nan"], "argument --allow-bad: nan must lie between 0 and 1"),
+        (["--allow-bad", "-1"], "argument --allow-bad: -1 must"),
+        (["--allow-bad", "1.1"], "argument --allow-bad: 1.1 must"),
+        (["--steps", "0"], "steps 0"),
+        (["--factor", "0"], "factor 0.0 must be positive"),
+        (["--factor", "nan"], "factor nan must be positive"),
+        (["--block", "0"], "block 0 must be at least 1"),
+        (["--answer-length", "0"], "answer length 0"),
+        (["--answer-length", "auto", "--block", "0"], "one block"),
+        (["--judge", "http://localhost:9"], "--judge rates the answers of voicebench, not of exact"),
+    ],
+)
+def test_bad_options(options, says, toured, capsys):
+    refused(["exact", f"{toured}/test.jsonl", *options], says, capsys)
+
+
+@pytest.mark.parametrize("ending", ["", ".answers.jsonl", ".summary.json"])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_only_a_file_is_written_over(make, ending, toured, tmp_path, capsys):
+    """Renaming onto a device, as root, would put a file in its place; a FIFO stands for it here."""
+    path = str(tmp_path / "out") + ending
+    make(path)
+    before = os.lstat(path)
+    refused(["exact", f"{toured}/test.jsonl", "--out", str(tmp_path / "out")], "no regular file", capsys)
+    for write in (lambda: write_text("x", path), lambda: write_lines([{}], path)):
+        with pytest.raises(UserError, match="no regular file"):
+            write()
+    assert os.path.samestat(before, os.lstat(path)) and len(os.listdir(tmp_path)) == 1
+
+
+MISSING = object()
+EVERY = ("mmsu", "mmau", "mmar")
+AUDIO = {"mmsu": "audio_path", "mmau": "audio_id", "mmar": "audio_path"}
+ANSWER = {"mmsu": "answer_gt", "mmau": "answer", "mmar": "answer"}
+
+
+@pytest.mark.parametrize(
+    "names, field, values",
+    [
+        (EVERY, "question", ([], None, MISSING)),
+        (EVERY, "audio", (None, 5, ["a.wav"], MISSING)),
+        (EVERY, "answer", (None, 5, MISSING)),
+        (EVERY, "id", (None, [], True, "\ud800", MISSING)),
+        (("mmau", "mmar"), "choices", (None, 5, [], [5], ["x"] * 30, "yes", MISSING)),
+        (("mmsu", "mmar"), "category", (None, 5, ["x"])),
+        (("mmau",), "task", (None, 5, ["x"], MISSING)),
+        (("mmau", "mmsu"), "sub-category", (None, 5, ["x"])),
+        (("mmau",), "difficulty", (None,)),
+        (("mmar",), "modality", (None, MISSING)),
+        (("mmsu",), "choice_a", (None, 5, MISSING)),
+        (("mmsu",), "choice_d", (None, [])),
+        (("mmsu",), "sub-sub-category", (None,)),
+        (("mmsu",), "task_name", (5,)),
+    ],
+)
+def test_wrong_values_in_question_files(names, field, values, toured, tmp_path, capsys):
+    for name in names:
+        path, rows = question_file(toured, tmp_path, name)
+        key = {"audio": AUDIO, "answer": ANSWER}.get(field, {}).get(name, field)
+        for value in values:
+            row = {k: v for k, v in (rows[1] | {key: value}).items() if v is not MISSING}
+            pathlib.Path(path).write_text(json.dumps([rows[0], row]))
+            what = "question" if value == "\ud800" else "entry"
+            refused([name, path, "--out", str(tmp_path / "out")], f"{path}: {what} 2: ", capsys)
+
+
+@pytest.mark.parametrize("name", [*EVERY, "voicebench", "exact", "asr"])
+def test_entries_that_are_no_objects(name, tmp_path, capsys):
+    for value in (5, None, [], "text"):
+        (tmp_path / "q.jsonl").write_text(json.dumps(value))
+        if value != []:  # which is a file without questions
+            refused([name, str(tmp_path / "q.jsonl")], "not a JSON object", capsys)
+
+
+@pytest.mark.parametrize("name", ["exact", "asr"])
+def test_manifests_need_audio(name, tmp_path, capsys):
+    messages = [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "Rain."}]
+    path = tmp_path / "m.jsonl"
+    for audios, says in (([], "m.jsonl:1: has no audio"), (["\ud800.wav"], "question 1: holds half")):
+        path.write_text(json.dumps({"messages": messages, "audios": audios}))
+        refused([name, str(path)], says, capsys)
+
+
+def test_kaldi_in_latin_1(tmp_path, capsys):
+    (tmp_path / "wav.scp").write_text("a a.wav\nb b.wav\n")
+    (tmp_path / "text").write_bytes("a one\nb caf\u00e9\n".encode("latin-1"))
+    refused(["asr", str(tmp_path)], "text:2: not UTF-8", capsys)
+
+
+SETTINGS = {"benchmark": "exact", "questions": "0", "model": "m", "steps": None, "factor": 1.0}
+LINE = {"id": "a", "answer": "x", "calls": 1, "seconds": 1.0, "audio_seconds": 1.0, "right": True}
+
+
+def write_run(folder, lines=(LINE,), summary='{"right": 1.0, "n": 1}', settings=SETTINGS):
+    """A run's files in `folder` -> OUT."""
+    rows = [{"settings": settings}, *lines]
+    (folder / "out.answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "out.summary.json").write_bytes(summary if isinstance(summary, bytes) else summary.encode())
+    return str(folder / "out")
+
+
+WRONG_LINES = [5, None, [], {}, "settings", {"settings": 5}, {"settings": {}}, {"id": []}, {"id": "a"}]
+WRONG_LINES += [{"settings": SETTINGS | wrong} for wrong in ({"benchmark": []}, {"factor": "x"})]
+WRONG_LINES += [LINE | wrong for wrong in ({"id": 5}, {"answer": None}, {"calls": None}, {"judged": "4"})]
+WRONG_LINES += [LINE | {"answer": "\ud800"}]
+
+
+@pytest.mark.parametrize("line", WRONG_LINES, ids=str)
+def test_wrong_lines_in_files_of_answers(line, tmp_path, capsys):
+    out = write_run(tmp_path, (LINE, line))
+    for argv in (["--compare", out, out], ["--table", out]):
+        refused(argv, "out.answers.jsonl:3: ", capsys)
+
+
+def test_a_run_does_not_go_on_from_wrong_answers(toured, small_folder, tmp_path, capsys):
+    argv = ["exact", f"{toured}/test.jsonl", "--model", small_folder, "--limit", "2"]
+    argv += ["--answer-length", "8", "--out", str(tmp_path / "out")]
+    assert main([*argv, "--threshold", "0"]) == 0
+    journal = tmp_path / "out.answers.jsonl"
+    before = journal.read_bytes()
+    capsys.readouterr()
+    # the earlier run's settings have one name more
+    assert main(argv) == 2 and "threshold = 0.0, not nothing" in capsys.readouterr().err
+    journal.write_bytes(before + b"5\n")
+    assert main([*argv, "--threshold", "0"]) == 2 and ":4: not a line" in capsys.readouterr().err
+    # a kill in the middle of a letter: the whole lines stay
+    lines = before.splitlines(keepends=True)
+    journal.write_bytes(lines[0] + lines[1] + b'{"id": "b", "answer": "\xc3')
+    assert main([*argv, "--threshold", "0"]) == 0
+    assert read_lines(journal)[1]["seconds"] == json.loads(lines[1])["seconds"]
+
+
+@pytest.mark.parametrize(
+    "summary",
+    ["", "{", "[]", "null", "5", "{}", b"\xff", '{"right": null, "n": 1}', '{"right": 1.0}', '{"n": 1}']
+    + ['{"right": 1.0, "n": 1, "groups": []}', '{"right": 1.0, "n": 1, "groups": {"a": null}}'],
+)
+def test_wrong_summaries(summary, tmp_path, capsys):
+    out = write_run(tmp_path, summary=summary)
+    refused(["--table", out], "out.summary.json: not a summary", capsys)
+
+
+def test_tables_and_comparisons_of_too_little(tmp_path, capsys):
+    out = write_run(tmp_path, lines=())
+    refused(["--compare", out, out], "not finished", capsys)
+    out = write_run(tmp_path, lines=[LINE | {"right": 5}])
+    refused(["--compare", out, out], "not finished", capsys)
+    (tmp_path / "out.summary.json").unlink()
+    refused(["--table", out], "no summary", capsys)
+    os.mkfifo(tmp_path / "pipe.answers.jsonl")
+    for path in (tmp_path / "pipe", tmp_path / "none"):
+        refused(["--table", str(path)], "no file of answers", capsys)
+    out = write_run(tmp_path, summary='{"n": 1}', settings=SETTINGS | {"benchmark": "voicebench"})
+    assert main(["--table", out]) == 0  # most of its sets have no right and wrong
 
 
 def test_lmms_eval_adapter(small_folder):

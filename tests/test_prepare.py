@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 
 import numpy as np
+import pytest
 
 from data import load_audio, read_manifest
 from tools.compose import compose, mix, sequence
@@ -101,6 +102,35 @@ def test_bad_sources(tmp_path, corpora, capsys):
         out, err = capsys.readouterr()
         assert err.count("\n") == 1 and says in err and err.startswith("prepare: "), err
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["tour", "--audio", "AUDIO", "--out", "OUT", "--strings", "-5"], "--strings: -5 must lie"),
+        (["tour", "--audio", "AUDIO", "--out", "OUT", "--strings", "0"], "--strings: 0 must lie"),
+        (["toy", "--out", "OUT", "--each", "0"], "--each: 0 must lie"),
+        (["speak", "sentences", "x", "--out", "OUT", "--hours", "nan"], "--hours: nan must lie"),
+        (["speak", "sentences", "x", "--out", "OUT", "--limit", "0"], "--limit: 0 must lie"),
+        (["speak", "sentences", "x", "--out", "OUT", "--workers", "0"], "--workers: 0 must lie"),
+        (["answers", "x", "--out", "OUT", "--llm", "u", "--model", "m", "--limit", "-1"], "--limit: -1 must"),
+        (["answers", "x", "--out", "OUT", "--llm", "u", "--model", "m", "--timeout", "0"], "--timeout: 0"),
+        (["answers", "x", "--out", "OUT", "--llm", "u", "--model", "m", "--workers", "0"], "--workers: 0"),
+        (["check", "x", "--errors", "-1"], "--errors: -1 must lie"),
+        (["show", "x", "-n", "-1"], "-n: -1 must lie"),
+        (["fsdd", "AUDIO/fsdd", "--out", "FOLDER"], "no regular file"),
+        (["speak", "sentences", "x", "--out", "FOLDER", "--tts", "u", "--voices", "a"], "no regular file"),
+        (["answers", "x", "--out", "FOLDER", "--llm", "u", "--model", "m"], "no regular file"),
+    ],
+)
+def test_bad_options(argv, says, tmp_path, corpora, capsys):
+    (tmp_path / "folder").mkdir()
+    for name, path in (("AUDIO", corpora), ("OUT", f"{tmp_path}/out"), ("FOLDER", f"{tmp_path}/folder")):
+        argv = [word.replace(name, path) for word in argv]
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and says in err and err.startswith("prepare: "), err
+    assert os.listdir(tmp_path) == ["folder"]
 
 
 def test_one_corpus_to_a_manifest(tmp_path, corpora):
@@ -392,6 +422,8 @@ def test_check_finds_what_is_wrong(tmp_path, corpora, capsys):
     a, b = (os.path.join(corpora, f"fsdd/recordings/{n}_jackson_3.wav") for n in (1, 2))
     broken = tmp_path / "broken.wav"
     broken.write_bytes(b"RIFFxxxx")
+    os.mkfifo(tmp_path / "pipe.wav")
+    (tmp_path / "clip.raw").write_bytes(bytes(2000))
     cut = tmp_path / "cut.wav"
     cut.write_bytes(pathlib.Path(a).read_bytes()[:3000])
 
@@ -403,6 +435,10 @@ def test_check_finds_what_is_wrong(tmp_path, corpora, capsys):
     cases = [
         ([one(str(broken))], [], "not readable"),
         ([one(str(tmp_path / "gone.wav"))], [], "missing"),
+        ([one(str(tmp_path / "pipe.wav"))], [], "missing"),  # and not waited for
+        ([one(str(tmp_path / "clip.raw"))], [], "not readable"),
+        ([one("\ud800.wav")], [], "half a character"),
+        ([one("a\0.wav")], [], "missing"),
         ([one(a)], [asking(a, "What?", "One.")], "test manifest"),
         ([asking(a, options, "C.")], [], "option C"),
         ([asking(a, options, "A. Two.")], [], "option A"),

@@ -39,12 +39,28 @@ class Question:
 
 def need(entry, where, benchmark, *fields):
     """The entry's fields; says which benchmark the file looks like when they are not there."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: not a JSON object")
     missing = [f for f in fields if f not in entry]
     if missing:
         looks = [name for name, has in LOOKS.items() if name != benchmark and all(f in entry for f in has)]
         hint = f"; it looks like {looks[0]}'s" if looks else ""
         raise UserError(f"{where}: no {missing[0]!r}: not {benchmark}'s question file{hint}")
-    return [entry[f] for f in fields]
+    return [read_field(entry, f, where) for f in fields]
+
+
+def read_field(entry, field, where, default=None):
+    """One field of the right type; another would go into a prompt or a group as Python writes it: "None"."""
+    value = entry.get(field, default)
+    if field == "choices":
+        if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
+            raise UserError(f"{where}: choices must be a list of texts")
+        if not 1 <= len(value) <= len(LETTERS):
+            raise UserError(f"{where}: {len(value)} choices, not 1 to {len(LETTERS)}")
+        return tuple(value)
+    if not isinstance(value, str) and not (field == "id" and type(value) is int):
+        raise UserError(f"{where}: {field} must be text")
+    return str(value)
 
 
 LOOKS = {  # benchmark -> fields by which its question file is known
@@ -59,33 +75,34 @@ LOOKS = {  # benchmark -> fields by which its question file is known
 
 def read_mmsu(path, root):
     for where, e in read_entries(path):
-        fields = ("id", "audio_path", "question", "answer_gt", "category")
-        id_, audio, question, answer, category = need(e, where, "mmsu", *fields)
-        choices = tuple(str(e[k]) for k in ("choice_a", "choice_b", "choice_c", "choice_d") if k in e)
-        skill = e.get("sub-sub-category", "-")
-        if "para" in str(e.get("sub-category", "")).lower():
+        fields = ("id", "audio_path", "question", "answer_gt", "category", "choice_a")
+        id_, audio, question, answer, category, first = need(e, where, "mmsu", *fields)
+        others = [k for k in ("choice_b", "choice_c", "choice_d") if k in e]
+        choices = (first, *(read_field(e, k, where) for k in others))
+        skill = read_field(e, "sub-sub-category", where, "-")
+        if "para" in read_field(e, "sub-category", where, "").lower():
             skill = "Paralinguistics"
-        groups = ((category, skill), ("task", e.get("task_name", "-")))
+        groups = ((category, skill), ("task", read_field(e, "task_name", where, "-")))
         prompt = mmsu_prompt(question, choices)
-        yield Question(str(id_), os.path.join(root, audio), prompt, str(answer), choices, groups, e)
+        yield Question(id_, os.path.join(root, audio), prompt, answer, choices, groups, e)
 
 
 def read_mmau(path, root):
     for where, e in read_entries(path):
         fields = ("id", "audio_id", "question", "choices", "answer", "task")
         id_, audio, question, choices, answer, task = need(e, where, "mmau", *fields)
-        beside = tuple((heading, e.get(heading, "-")) for heading in ("difficulty", "sub-category"))
+        beside = tuple((k, read_field(e, k, where, "-")) for k in ("difficulty", "sub-category"))
         groups, prompt = (("task", task), *beside), mmau_prompt(question, choices)
-        yield Question(str(id_), os.path.join(root, audio), prompt, answer, tuple(choices), groups, e)
+        yield Question(id_, os.path.join(root, audio), prompt, answer, choices, groups, e)
 
 
 def read_mmar(path, root):
     for where, e in read_entries(path):
         fields = ("id", "audio_path", "question", "choices", "answer", "modality")
         id_, audio, question, choices, answer, modality = need(e, where, "mmar", *fields)
-        groups = (("modality", modality), ("category", e.get("category", "-")))
+        groups = (("modality", modality), ("category", read_field(e, "category", where, "-")))
         prompt = mmau_prompt(question, choices)
-        yield Question(str(id_), os.path.join(root, audio), prompt, answer, tuple(choices), groups, e)
+        yield Question(id_, os.path.join(root, audio), prompt, answer, choices, groups, e)
 
 
 def read_voicebench(path, root):
@@ -95,20 +112,31 @@ def read_voicebench(path, root):
     """
     for n, (where, e) in enumerate(read_entries(path)):
         audio, _ = need(e, where, "voicebench", "audio_path", "prompt")
-        answer = str(e.get("reference", e.get("output", "")))
+        answer = read_field(e, "reference" if "reference" in e else "output", where, "")
         prompt = "Answer what is said in the audio."
-        yield Question(str(e.get("id", n)), os.path.join(root, audio), prompt, answer, entry=e)
+        yield Question(read_field(e, "id", where, n), os.path.join(root, audio), prompt, answer, entry=e)
 
 
 def read_pairs(path):
     """A file of Kaldi's, one "key the rest" a line -> {key: rest}."""
     pairs = {}
-    with open(path, encoding="utf-8") as f:
-        for line in f:
-            if line.strip():
-                key, _, rest = line.partition(" ")
+    with open(path, "rb") as f:
+        for n, line in enumerate(f, 1):
+            try:
+                key, _, rest = line.decode().strip().partition(" ")
+            except UnicodeDecodeError:
+                raise UserError(f"{path}:{n}: not UTF-8") from None
+            if key:
                 pairs[key] = rest.strip()
     return pairs
+
+
+def with_audio(path, stage=None):
+    """A manifest's examples, each of which must have a clip (stage 0 reads text alone)."""
+    for e in read_manifest(path, stage, check=False):
+        if e.audio is None:
+            raise UserError(f"{e.where}: has no audio to be asked about")
+        yield e
 
 
 def read_asr(path, root):
@@ -125,7 +153,7 @@ def read_asr(path, root):
                 raise UserError(f"{path}/text: no line for {key}")
             yield Question(key, os.path.join(root, wav), ASR_QUESTION, texts[key])
         return
-    for e in read_manifest(path, 1, check=False):
+    for e in with_audio(path, 1):
         groups = (("corpus", e.dataset or "-"),)
         where = {"offset": e.offset, "duration": e.duration}
         yield Question(e.where, e.audio, ASR_QUESTION, e.answer, groups=groups, **where)
@@ -135,7 +163,7 @@ TRANSCRIPTS = "asr"  # the task whose answers also have a word error rate, for e
 
 
 def read_exact(path, root):
-    for e in read_manifest(path, check=False):
+    for e in with_audio(path):
         task = f"{TRANSCRIPTS} {e.dataset or '-'}" if e.task == TRANSCRIPTS else e.task or "all"
         where = {"offset": e.offset, "duration": e.duration}
         yield Question(e.where, e.audio, e.question, e.answer, groups=(("task", task),), **where)

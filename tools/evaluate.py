@@ -42,6 +42,7 @@ from tools.benchmarks import (
     wilson,
     word_errors,
 )
+from tools.checks import check_out, check_text, number
 from tools.questions import write_lines, write_text
 from tools.writer import Endpoint, strict_object
 from weights import load
@@ -62,17 +63,17 @@ def settings_of(args):
     if args.benchmark == "voicebench":
         length, block, steps = VOICEBENCH_DECODING.get(subset_of(args.file), (length, block, steps))
     if args.answer_length == "auto":  # one block that fits the clip
-        if args.steps or args.block:
+        if args.steps is not None or args.block is not None:
             raise UserError("--answer-length auto is one block, without --steps")
         length, steps = "auto", None
-    elif args.answer_length:
+    elif args.answer_length is not None:
         length, steps = args.answer_length, steps and args.answer_length
         block = min(block, length)
-    block = args.block or block
-    if args.steps:
+    block = block if args.block is None else args.block
+    if args.steps is not None:
         steps, factor = args.steps, 1.0
     elif args.factor is not None or args.threshold is not None or steps is None:
-        steps, factor = None, args.factor or 1.0
+        steps, factor = None, 1.0 if args.factor is None else args.factor
     else:
         factor = 1.0
     Options(length, block, steps, factor, args.threshold).check()
@@ -97,28 +98,49 @@ def settings_of(args):
     }
 
 
+def is_ours(entry):
+    """Whether a line of a file of answers has what is read of it; wrong types may raise an error instead."""
+    if "settings" in entry:
+        header = entry["settings"]
+        return header["benchmark"] in BENCHMARKS and {"questions", "model"} < header.keys() and how_of(header)
+    is_text = isinstance(entry["id"], str) and isinstance(entry["answer"], str)
+    is_spent = entry["calls"] + entry["seconds"] + entry["audio_seconds"] >= 0
+    return is_text and is_spent and isinstance(entry.get("judged"), int | float | None)
+
+
 def read_answers(path, settings=None):
     """A file of answers -> its settings, {id: line}, without the half line that a kill may have left."""
     found, header = {}, None
     try:
-        with open(path, encoding="utf-8") as f:
-            for line in f:
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue
-                if "settings" in entry:
-                    header = entry["settings"]
-                else:
-                    found[entry["id"]] = entry
-    except (OSError, UnicodeDecodeError):
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise OSError
+        with open(path, "rb") as f:  # bytes: the half line may end within a letter
+            raw = f.readlines()
+    except OSError:
         raise UserError(f"{path}: no file of answers; tools.evaluate writes one with --out") from None
+    for n, line in enumerate(raw, 1):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        try:
+            fits = is_ours(entry)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            fits = False
+        if not fits:
+            raise UserError(f"{path}:{n}: not a line that tools.evaluate wrote")
+        check_text(entry, f"{path}:{n}")
+        if "settings" in entry:
+            header = entry["settings"]
+        else:
+            found[entry["id"]] = entry
     if header is None:
         raise UserError(f"{path}: not a file of answers that tools.evaluate wrote")
     if settings is not None and header != settings:
-        name = next(k for k in settings if header.get(k) != settings[k])
-        held = f"{name} = {header.get(name)}"
-        raise UserError(f"{path}: holds answers with {held}, not {settings[name]}; give another --out")
+        # either may have a name that the other lacks: threshold, int8
+        both = {k: (header.get(k, "nothing"), settings.get(k, "nothing")) for k in settings | header}
+        name, held, wanted = next((k, a, b) for k, (a, b) in both.items() if a != b)
+        raise UserError(f"{path}: holds answers with {name} = {held}, not {wanted}; give another --out")
     return header, found
 
 
@@ -355,7 +377,7 @@ def load_result(path):
     """(settings, {id: line}) of a finished file of answers."""
     path = answers_of(path)
     settings, lines = read_answers(path)
-    if not all("right" in line for line in lines.values()):
+    if not lines or not all(isinstance(line.get("right"), bool) for line in lines.values()):
         raise UserError(f"{path}: not finished, or of a benchmark that has no right and wrong")
     return settings, lines
 
@@ -378,18 +400,19 @@ def compare(a, b):
     print(f"McNemar's exact p = {mcnemar(counts[True, False], counts[False, True]):.4g} ({n} questions)")
 
 
-def summaries_of(paths):
-    """[(path, settings, summary)] of finished runs."""
-    runs = []
-    for path in paths:
-        path = answers_of(path)
-        settings, _ = read_answers(path)
-        beside = path.removesuffix(".answers.jsonl") + ".summary.json"
-        if not os.path.exists(beside):
-            raise UserError(f"{path}: not finished: no summary beside it")
+def row_of(path):
+    """A finished run -> its benchmark, its row in the table."""
+    path = answers_of(path)
+    settings, _ = read_answers(path)
+    beside = path.removesuffix(".answers.jsonl") + ".summary.json"
+    if not os.path.isfile(beside):
+        raise UserError(f"{path}: not finished: no summary beside it")
+    try:
         with open(beside, encoding="utf-8") as f:
-            runs.append((path, settings, json.load(f)))
-    return runs
+            cells = " · ".join(scores_of(settings["benchmark"], json.load(f)))
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        raise UserError(f"{beside}: not a summary that tools.evaluate wrote") from None
+    return settings["benchmark"], f"| {settings['model']}, {how_of(settings)} | {cells} |"
 
 
 def scores_of(benchmark, summary):
@@ -406,24 +429,23 @@ def scores_of(benchmark, summary):
             and heading == "task"
         ):
             cells.append(f"{group} {100 * share:.2f}")
-    if "right" in summary:
+    if benchmark != "voicebench" or "right" in summary:  # some of its sets have no right and wrong
         cells.append(f"overall {100 * summary['right']:.2f} (n = {summary['n']})")
     return cells
 
 
 def table(paths):
     """Our runs beside the paper's rows, as Markdown."""
-    runs = summaries_of(paths)
-    for benchmark in sorted({settings["benchmark"] for _, settings, _ in runs}):
+    runs = [row_of(path) for path in paths]
+    for benchmark in sorted({name for name, _ in runs}):
         paper = PAPER.get(benchmark)
         source = f"{paper['table']}: {paper['columns']}" if paper else "no rows in the paper"
         print(f"**{benchmark}** ({source})\n\n| model | scores |\n|---|---|")
         for name, values in paper["rows"].items() if paper else ():
             print(f"| {name} (paper) | {' · '.join(values.split())} |")
-        for _, settings, summary in runs:
-            if settings["benchmark"] == benchmark:
-                cells = " · ".join(scores_of(benchmark, summary))
-                print(f"| {settings['model']}, {how_of(settings)} | {cells} |")
+        for name, row in runs:
+            if name == benchmark:
+                print(row)
         print()
 
 
@@ -502,6 +524,8 @@ def read_questions(args):
     questions = list(BENCHMARKS[args.benchmark].read(args.file, root))[: args.limit]
     if not questions:
         raise UserError(f"{args.file}: holds no question")
+    for n, q in enumerate(questions, 1):
+        check_text(vars(q), f"{args.file}: question {n}")
     if len({q.id for q in questions}) < len(questions):
         raise UserError(f"{args.file}: two questions have the same id")
     return questions
@@ -547,6 +571,10 @@ def run(args):
     settings = settings_of(args)
     questions = read_questions(args)
     is_voicebench = args.benchmark == "voicebench"
+    if args.judge and not is_voicebench:
+        raise UserError(f"--judge rates the answers of voicebench, not of {args.benchmark}")
+    for ending in ("", ".answers.jsonl", ".summary.json") if args.out else ():
+        check_out(args.out + ending)
     score = functools.partial(score_voicebench, subset) if is_voicebench else bench.score
     check_voicebench(args, is_voicebench and subset in OFFICIAL)
     with process_group(args.device) as group:
@@ -610,10 +638,13 @@ def main(argv=None):
     how.add_argument("--threshold", type=float, help="keep the tokens that are surer than this")
     parser.add_argument("--cache", choices=("none", "prefix", "dual"), default="none")
     parser.add_argument("--int8", action="store_true", help="as in decode.py")
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--limit", type=int, help="the first so many questions")
+    parser.add_argument("--batch", type=number(int, 1))
+    parser.add_argument("--limit", type=number(int, 1), help="the first so many questions")
     parser.add_argument(
-        "--allow-bad", type=float, default=0.01, help="share of clips that may be unreadable (default 0.01)"
+        "--allow-bad",
+        type=number(float, 0, 1),
+        default=0.01,
+        help="share of clips that may be unreadable (default 0.01)",
     )
     parser.add_argument("--device")
     parser.add_argument("--out", help="write the answers, and go on where an earlier run was")

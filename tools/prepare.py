@@ -31,6 +31,7 @@ from data import (
 )
 from model import PRESETS
 from runtime import Parser, UserError, exit_status
+from tools.checks import check_out, check_text, number
 from tools.corpora import CORPORA, read_corpus
 from tools.questions import ask, choices_in, make_folder, seconds_of, write_lines
 from tools.speech import choose_engine, speak_questions, speak_sentences
@@ -106,6 +107,7 @@ class Report:
         """One line of a manifest."""
         self.lines += 1
         try:
+            check_text(entry, where)
             example = parse_example(entry, self.lines, where, folder, None, check=False)
         except UserError as e:
             self.error(where, str(e).removeprefix(where + ": "))
@@ -126,7 +128,9 @@ class Report:
             self.add_audio(where, example, corpus, is_test, held_out)
 
     def add_audio(self, where, example, corpus, is_test, held_out):
-        clip = hash(os.path.realpath(example.audio))
+        # realpath raises an error for a name with NUL in it: only what is there can have two names
+        is_there = os.path.isfile(example.audio)
+        clip = hash(os.path.realpath(example.audio) if is_there else example.audio)
         if clip not in self.seconds:
             seconds = self.seconds[clip] = seconds_of(example.audio)
             self.hours[corpus] += (seconds or 0) / 3600
@@ -226,12 +230,17 @@ def build_parser():
     p.add_argument("--out", default="data")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
-        "--strings", type=int, default=3000, help="composed strings; all else in proportion (default 3000)"
+        "--strings",
+        type=number(int, 1),
+        default=3000,
+        help="composed strings; all else in proportion (default 3000)",
     )
 
     p = commands.add_parser("toy", help="a synthetic corpus and all manifests from it (needs espeak-ng)")
     p.add_argument("--out", default="toy", help="clips go to OUT/audio, manifests to OUT (default toy)")
-    p.add_argument("--each", type=int, default=24, help="clips of every word and sound (default 24)")
+    p.add_argument(
+        "--each", type=number(int, 1), default=24, help="clips of every word and sound (default 24)"
+    )
     p.add_argument("--seed", type=int, default=0)
 
     p = commands.add_parser(
@@ -252,12 +261,14 @@ def build_parser():
     )
     p.add_argument("--speakers", help="folder of recordings from which {speaker_wav} is drawn")
     p.add_argument("--empathetic", action="store_true", help="questions: ask for warm answers")
-    p.add_argument("--hours", type=float, help="sentences: stop after so many")
+    p.add_argument("--hours", type=number(float, 0), help="sentences: stop after so many")
     p.add_argument(
         "--test-voices", type=names, default=[], metavar="a,b", help="sentences: voices for testing only"
     )
-    p.add_argument("--limit", type=int, help="stop after so many clips")
-    p.add_argument("--workers", type=int, default=2, help="clips in the making at a time (default 2)")
+    p.add_argument("--limit", type=number(int, 1), help="stop after so many clips")
+    p.add_argument(
+        "--workers", type=number(int, 1, 1000), default=2, help="clips in the making at a time (default 2)"
+    )
     p.add_argument("--seed", type=int, default=0)
 
     for command, what in (
@@ -274,18 +285,20 @@ def build_parser():
             help="OpenAI-compatible endpoint, e.g. http://localhost:8000/v1 (key: OPENAI_API_KEY)",
         )
         p.add_argument("--model", required=True)
-        p.add_argument("--workers", type=int, default=8, help="questions in flight (default 8)")
-        p.add_argument("--timeout", type=float, default=60.0, help="seconds (default 60)")
-        p.add_argument("--limit", type=int)
+        p.add_argument(
+            "--workers", type=number(int, 1, 1000), default=8, help="questions in flight (default 8)"
+        )
+        p.add_argument("--timeout", type=number(float, 0.001), default=60.0, help="seconds (default 60)")
+        p.add_argument("--limit", type=number(int, 1))
 
     p = commands.add_parser("check", help="what manifests hold, and what is wrong with them")
     p.add_argument("manifests", nargs="+")
     p.add_argument("--decode", action="store_true", help="read every clip, not its header alone")
-    p.add_argument("--errors", type=int, default=5, help="how many errors to print (default 5)")
+    p.add_argument("--errors", type=number(int, 0), default=5, help="how many errors to print (default 5)")
 
     p = commands.add_parser("show", help="examples as the model sees them")
     p.add_argument("manifest")
-    p.add_argument("-n", type=int, default=5)
+    p.add_argument("-n", type=number(int, 1), default=5)
     p.add_argument("--tokenizer", help="folder of tokenizer.json (default: the manifest's)")
 
     p = commands.add_parser("demo", help="the clips of assets/demo (needs espeak-ng)")
@@ -318,6 +331,7 @@ def run_toy(args):
 
 
 def run_speak(args):
+    check_out(args.out)
     engine = choose_engine(args.tts, args.tts_model, args.voices, args.tts_command, args.speakers)
     if args.corpus == "sentences":
         n, hours = speak_sentences(
@@ -332,6 +346,7 @@ def run_speak(args):
 
 
 def run_writer(args):
+    check_out(args.out)
     endpoint = Endpoint(args.llm, args.model, args.timeout)
     n, unusable, silent = write_with_llm(
         args.manifest, args.out, endpoint, args.command, args.workers, args.limit

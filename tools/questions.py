@@ -18,6 +18,7 @@ import soundfile
 
 from data import ASR_QUESTION
 from runtime import UserError
+from tools.checks import check_out
 from tools.corpora import DIGITS
 from tools.prompts import LETTERS, capital, format_choices, mmau_prompt, mmsu_prompt
 
@@ -508,10 +509,12 @@ def choices_in(question):
 @functools.lru_cache(maxsize=100_000)
 def seconds_of(path):
     """Length by the file's header; None where there is none that can be read (check tells of it)."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        return None
     try:
         info = soundfile.info(path)
         return round(info.frames / info.samplerate, 4)
-    except (soundfile.LibsndfileError, OSError):
+    except (soundfile.LibsndfileError, OSError, TypeError):  # TypeError: .raw, which says no rate
         return None
 
 
@@ -536,6 +539,7 @@ def write_lines(lines, out, rng=None):
 
     rng: shuffles the lines on the disk; only their places are held in memory.
     """
+    check_out(out)
     temporary, shuffled, starts = out + ".tmp", out + ".shuffled.tmp", array("Q")
     try:
         make_folder(os.path.dirname(os.path.abspath(out)))
@@ -562,6 +566,7 @@ def write_lines(lines, out, rng=None):
 
 def write_text(text, out):
     """One file under a temporary name, renamed."""
+    check_out(out)
     try:
         with open(out + ".tmp", "w", encoding="utf-8") as f:
             f.write(text)
