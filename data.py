@@ -961,7 +961,7 @@ def schedule_of(shares, batch, seed, start=0):
 
     shares: (examples, share) of each manifest.  A global batch is drawn from all lengths alike, and
     micro-batches sort it: length tells corpora apart, and batches of one corpus each pull the model to
-    and fro.
+    and fro.  What is left at the end of an epoch is a batch of its own.
     """
     per_epoch = math.ceil(epoch_length(shares) / batch)
     for epoch in itertools.count(start // per_epoch):
