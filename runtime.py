@@ -97,6 +97,12 @@ def pick_device(name=None):
 # files
 
 
+def check_out(path):
+    """Refuses the name of a folder, a pipe or a device: a finished file is renamed, and would replace it."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: cannot be written (it is there, and no regular file)")
+
+
 def write_file(path, write):
     """write(temporary name), then syncs and renames: a reader finds the old file or the new, no half one.
 
@@ -107,8 +113,7 @@ def write_file(path, write):
 
     Raises UserError when it cannot be written, with what was there before still there.
     """
-    if os.path.exists(path) and not os.path.isfile(path):  # /dev/null, say: a rename would take its place
-        raise UserError(f"{path}: is not a file")
+    check_out(path)
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name}.tmp")
     try:

@@ -36,6 +36,7 @@ import re
 import struct
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
@@ -74,14 +75,10 @@ def save(model, tokenizer, folder, dtype=torch.bfloat16):
         header["base"] = json.dumps(model.base)
     state = model.state_dict()
     weights = {k: state[k].detach().to("cpu", dtype).contiguous() for k in saved_part(model)}
+    text = tokenizer.to_str(True)
     # the weights last: whoever looks for model.safetensors finds a folder that is complete
-    write_file(os.path.join(folder, "tokenizer.json"), lambda path: write_text(path, tokenizer.to_str(True)))
+    write_file(os.path.join(folder, "tokenizer.json"), lambda path: Path(path).write_text(text, "utf-8"))
     write_file(os.path.join(folder, "model.safetensors"), lambda path: save_sorted(weights, path, header))
-
-
-def write_text(path, text):
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(text)
 
 
 def save_sorted(weights, path, metadata):

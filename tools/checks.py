@@ -1,8 +1,7 @@
-"""What the tools refuse before they begin: numbers out of range, places and texts that cannot be written."""
+"""What the tools refuse before they begin: numbers out of range, texts that cannot be written."""
 
 import argparse
 import json
-import os
 
 from runtime import UserError
 
@@ -18,12 +17,6 @@ def number(kind, low, high=10**9):
 
     read.__name__ = kind.__name__  # argparse calls what is no number an "invalid int value"
     return read
-
-
-def check_out(path):
-    """Refuses the name of a folder, a pipe or a device: a finished file is renamed, and would replace it."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path}: cannot be written (it is there, and no regular file)")
 
 
 def check_text(entry, where):

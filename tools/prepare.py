@@ -30,8 +30,8 @@ from data import (
     read_manifest,
 )
 from model import PRESETS
-from runtime import Parser, UserError, exit_status
-from tools.checks import check_out, check_text, number
+from runtime import Parser, UserError, check_out, exit_status
+from tools.checks import check_text, number
 from tools.corpora import CORPORA, read_corpus
 from tools.questions import ask, choices_in, make_folder, seconds_of, write_lines
 from tools.speech import choose_engine, speak_questions, speak_sentences

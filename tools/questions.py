@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import soundfile
 
 from data import ASR_QUESTION
-from runtime import UserError
-from tools.checks import check_out
+from runtime import UserError, check_out
 from tools.corpora import DIGITS
 from tools.prompts import LETTERS, capital, format_choices, mmau_prompt, mmsu_prompt
 
