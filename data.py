@@ -6,28 +6,19 @@ rate, depth and channel count, resampled by soxr to 16 kHz mono.  The log-mel is
 computed clip by clip: on a batch it would take its maximum over all clips, and one loud clip
 would change another.
 
-The batch that leaves `collate` is clean.  Noise is added in the training step (diffusion.py).  The
-last third of this file is what a run of days needs beyond that: manifests that do not fit in memory,
-and an order that can be taken up in the middle.
+The batch that leaves `collate` is clean.  Noise is added in the training step (diffusion.py).  What a run
+of days needs beyond that is in runtime/loading.py: manifests that do not fit in memory, micro-batches, and
+an order that can be taken up in the middle.
 
 `python data.py CLIP [QUESTION]` shows what the model is given for a clip.
 """
 
-import bisect
-import contextlib
-import dataclasses
-import fcntl
-import hashlib
 import itertools
-import json
 import math
-import mmap
 import os
 import random
 import re
 import sys
-import tempfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -39,7 +30,8 @@ from torch.nn.utils.rnn import pad_sequence
 from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram
 
 from model import SPECIAL_TOKENS
-from runtime import UserError, exit_status, first_line, ignore_signals, write_file
+from runtime.errors import UserError, exit_status, first_line
+from runtime.manifests import read_entries
 
 SAMPLES_PER_FRAME = 2 * HOP_LENGTH  # an encoder frame is two mel frames: 20 ms
 RESPONSE_UNIT = 16  # a response is a multiple of this many tokens long
@@ -80,95 +72,13 @@ def read_manifest(path, stage=None, check=True):
 
     Each is JSONL, an object a line, or one JSON list, as the authors' files are.  Paths are relative to
     the manifest.  check: every audio file must exist.  Raises UserError naming file and line.
-    Training opens manifests without reading them, see Manifest.
+    Training opens manifests without reading them (runtime/loading.py).
     """
     entries = list(read_entries(path))
     if not entries:
         raise UserError(f"{path}: holds no example")
     folder = os.path.dirname(os.path.abspath(path))
     return [parse_example(entry, i, where, folder, stage, check) for i, (where, entry) in enumerate(entries)]
-
-
-def read_entries(path):
-    """The entries of a manifest -> (where, decoded JSON), one by one: memory does not grow with it."""
-    with open_manifest(path) as f:
-        is_list = starts_a_list(f)
-        for _, number, raw in scan(f, path):
-            where = where_in(path, number, is_list)
-            yield where, decode_entry(raw, where)
-
-
-def open_manifest(path):
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such manifest")
-    return open(path, "rb")  # bytes: the index counts in them, and text cannot be entered at any of them
-
-
-def starts_a_list(f):
-    """Whether an open manifest is one JSON list; else it is JSONL."""
-    start = f.read(4096).removeprefix(b"\xef\xbb\xbf")  # the mark that some Windows editors write in front
-    f.seek(0)
-    return start.lstrip().startswith(b"[")
-
-
-def where_in(path, number, is_list):
-    """How messages name an entry.  In a list, lines say nothing: all of it may be one."""
-    return f"{path}: entry {number}" if is_list else f"{path}:{number}"
-
-
-def decode_entry(raw, where):
-    """The bytes of an entry -> what they say.  Raises UserError."""
-    try:
-        return json.loads(raw)
-    except UnicodeDecodeError:
-        raise UserError(f"{where}: not a text file") from None
-    except (ValueError, RecursionError) as e:  # also of numbers too long and of lists nested too deeply
-        raise UserError(f"{where}: not JSON ({getattr(e, 'msg', first_line(e))})") from None
-
-
-def scan(f, path, chunk=1 << 16):
-    """Where the entries of an open manifest lie: (first byte, number of the line or entry, bytes).
-
-    Lines are cut and not decoded: one broken line must not end the reading of a million good ones.
-    """
-    if starts_a_list(f):
-        yield from scan_list(f, path, chunk)
-        return
-    start = 0
-    for number, line in enumerate(f, 1):
-        if line.strip():
-            yield start, number, line
-        start += len(line)
-
-
-def scan_list(f, path, chunk):
-    """`scan` of a JSON list, which may be larger than memory: json.load would hold all of it.
-
-    From each entry on, a piece of the mapped file is decoded, long enough for most.  As latin-1, since a
-    character is then a byte, and what JSON is made of is ASCII in any case.
-    """
-    decoder = json.JSONDecoder()
-    gap = re.compile(rb"[ \t\r\n,]*")  # between entries
-    with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-        at = whole.find(b"[") + 1
-        for number in itertools.count(1):
-            at = gap.match(whole, at).end()
-            if whole[at : at + 1] == b"]":
-                break
-            size = chunk
-            while True:
-                try:
-                    _, length = decoder.raw_decode(whole[at : at + size].decode("latin-1"))
-                    break
-                except (ValueError, RecursionError) as e:  # broken, or longer than the piece
-                    if at + size >= len(whole) or not isinstance(e, json.JSONDecodeError):
-                        why = getattr(e, "msg", first_line(e))
-                        raise UserError(f"{path}: entry {number}: not JSON ({why})") from None
-                    size *= 2
-            yield at, number, whole[at : at + length]
-            at += length
-        if whole[at + 1 :].strip():
-            raise UserError(f"{path}: something follows the list")
 
 
 def parse_example(entry, id, where, folder, stage=None, check=True):
@@ -720,297 +630,6 @@ class BatchBuilder:
         batch = self.batch_of(items) if items else None
         seconds = sum(item["seconds"] for item in items)
         return {"ids": ids, "epoch": epoch, "skipped": skipped, "seconds": seconds, "batch": batch}
-
-
-def size_of(example):
-    """Characters of an example's text, an answer's twice for its end marks; seconds of its clip or -1."""
-    n_characters = len(example.question) + 2 * len(example.answer) + 2 * len(example.rejected or "")
-    return n_characters, -1.0 if example.duration is None else example.duration
-
-
-def cost_of(size, config):
-    """About how many positions an example takes, from what a manifest says: nothing is tokenized or read.
-
-    size: size_of the example.  Four characters are about a token, a second of audio is 12.5 semantic
-    tokens (Section 3.1), and 55 stand for the fixed words of the prompt and the end marks.
-    """
-    n_characters, seconds = size
-    if not 0 <= seconds <= window_seconds(config):  # unknown counts as the longest: memory must suffice
-        seconds = window_seconds(config)
-    return 55 + n_characters // 4 + config.n_queries + round(12.5 * seconds)
-
-
-def bucket(ids, costs, budget):
-    """ids in batches of similar cost, each at most `budget` with its padding, or one example.
-
-    costs[i]: about how many positions example i takes.  Examples of like cost need little padding.
-    An empty list gives one empty batch: a process without examples has to end the step, too.
-    """
-    batches = []
-    for i in sorted(ids, key=lambda i: (costs[i], i)):
-        if batches and costs[i] * (len(batches[-1]) + 1) <= budget:  # costs ascend: i is the widest
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches or [[]]
-
-
-# ---------------------------------------------------------------------------------------------
-# manifests of any length.  The paper's stage 1 reads 11,000 hours (Section 4.1), some 8.5 million utterances:
-# as Python objects they would take gigabytes in each process that trains, and again in each of its loaders.
-
-# Where an entry lies, and what its cost is made of; 24 bytes an entry
-INDEX = np.dtype([("start", "i8"), ("size", "i4"), ("number", "i4"), ("characters", "i4"), ("seconds", "f4")])
-
-
-class Manifest:
-    """A manifest opened and not read: manifest[i] is the Example, parsed when asked for (UserError)."""
-
-    def __init__(self, path, stage=None):
-        self.path, self.stage = path, stage
-        self.folder = os.path.dirname(os.path.abspath(path))
-        with open_manifest(path) as f:
-            self.is_list = starts_a_list(f)
-            self.index = open_index(f, path)  # all that is in memory, shared by a machine's processes
-
-    def __len__(self):
-        return len(self.index)
-
-    def where(self, i):
-        return where_in(self.path, int(self.index["number"][i]), self.is_list)
-
-    def size(self, i):
-        """size_of example i, read off the index: no line is parsed."""
-        return int(self.index["characters"][i]), float(self.index["seconds"][i])
-
-    def __getitem__(self, i):
-        row = self.index[i]  # raises IndexError beyond the end, which ends a loop over the examples
-        with open_manifest(self.path) as f:  # anew: loader processes must not share a position in the file
-            f.seek(int(row["start"]))
-            entry = decode_entry(f.read(int(row["size"])), self.where(i))
-        return parse_example(entry, int(i), self.where(i), self.folder, self.stage, check=False)
-
-
-def open_index(f, path):
-    """The index of an open manifest (n,): mapped, or built and saved for the next time.
-
-    It lies beside the manifest or, where that cannot be written, in the temporary folder.  It has the
-    manifest's time of change: with any other, even an earlier one, the manifest has been replaced.
-    """
-    name = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16]
-    places = [f"{path}.index.npy", os.path.join(tempfile.gettempdir(), f"{name}.index.npy")]
-    # one process builds it, the others wait and find it built; where a disk cannot lock, several may build it
-    with contextlib.suppress(OSError):
-        fcntl.flock(f, fcntl.LOCK_EX)
-    changed = os.fstat(f.fileno()).st_mtime_ns
-    for place in places:
-        with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):  # none, or half of one
-            index = np.load(place, mmap_mode="r")
-            if (
-                getattr(index, "dtype", None) == INDEX
-                and index.ndim == 1
-                and os.stat(place).st_mtime_ns == changed
-            ):
-                return index
-    index = build_index(f, path)
-    if not len(index):
-        raise UserError(f"{path}: holds no example")
-
-    def write(temporary):
-        with open(temporary, "wb") as out:
-            np.save(out, index)
-        os.utime(temporary, ns=(changed, changed))
-
-    for place in places:
-        with contextlib.suppress(UserError):  # cannot be written
-            write_file(place, write)
-            break
-    return index
-
-
-def build_index(f, path):
-    """The index of an open manifest, in one pass over its lines."""
-    rows = ((start, len(raw), number, *largest_size(raw)) for start, number, raw in scan(f, path))
-    return np.fromiter(rows, dtype=INDEX)
-
-
-def largest_size(raw):
-    """size_of an entry, in the stage where that is largest: one index serves all stages."""
-    n_characters, seconds = 0, -1.0  # of what cannot be used, too: it is told of when it is asked for
-    stages = (None, 1, 4) if b'"audio_id"' in raw else (None,)  # they differ in the authors' format alone
-    for stage in stages:
-        with contextlib.suppress(*CANNOT_BE_USED):
-            example = parse_example(json.loads(raw), 0, "", "", stage, check=False)
-            n, seconds = size_of(example)
-            n_characters = max(n_characters, n)
-    return n_characters, seconds
-
-
-def path_and_share(source):
-    """ "FILE" or "FILE:SHARE" -> path, share.  A file whose name looks like the latter is a file."""
-    if not os.path.exists(source) and (match := re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", source)):
-        return match[1], float(match[2])
-    return source, 1.0
-
-
-class Mixture:
-    """Several manifests as one: mixture[i] is an Example of one of them, its id i.
-
-    sources: "FILE" or "FILE:SHARE".  A share of 0.05 is a twentieth of the manifest in each epoch, another
-    one each time; 2 is all of it twice, both times under the same masks.  The paper's stages 2 and 3 have a
-    part of stage 1's data among theirs (Section 3.2).  `shares` are what `schedule_of` draws the epochs by.
-    """
-
-    def __init__(self, sources, stage=None):
-        self.manifests, self.shares, self.first_ids = [], [], [0]
-        for source in sources:
-            path, share = path_and_share(source)
-            if not 0 < share <= 1000:
-                raise UserError(f"{source}: the share must be above 0, and 1000 at the most")
-            manifest = Manifest(path, stage)
-            if not round(len(manifest) * share):
-                raise UserError(f"{source}: this share of {len(manifest)} examples is none of them")
-            self.manifests.append(manifest)
-            self.shares.append((len(manifest), share))
-            self.first_ids.append(self.first_ids[-1] + len(manifest))
-
-    def __len__(self):
-        return self.first_ids[-1]
-
-    def place(self, i):
-        """The manifest that holds example i, and its place there."""
-        part = bisect.bisect_right(self.first_ids, i) - 1
-        return self.manifests[part], i - self.first_ids[part]
-
-    def where(self, i):
-        manifest, j = self.place(i)
-        return manifest.where(j)
-
-    def size(self, i):
-        manifest, j = self.place(i)
-        return manifest.size(j)
-
-    def __getitem__(self, i):
-        manifest, j = self.place(i)
-        return dataclasses.replace(manifest[j], id=i)
-
-    def read(self, ids):
-        """These examples, and what is to be told (`unusable`) of those whose lines cannot be used."""
-        examples, skipped = [], []
-        for i in ids:
-            try:
-                examples.append(self[i])
-            except CANNOT_BE_USED as e:
-                skipped.append(unusable(i, self.where(i), e))
-        return examples, skipped
-
-
-def record_skipped(group, out, skipped, seen):
-    """Appends what all processes skipped, and was not seen before, to out/skipped.jsonl.
-
-    seen: ids, kept by rank 0.  Returns how many different examples there are by now: a broken clip is met
-    again in every epoch, and must not count as many.
-    """
-    everything = itertools.chain.from_iterable(group.gather(skipped))
-
-    def write():
-        with open(os.path.join(out, "skipped.jsonl"), "a", encoding="utf-8") as f:
-            for entry in everything:
-                if entry["id"] not in seen:
-                    seen.add(entry["id"])
-                    f.write(json.dumps(entry) + "\n")
-        return len(seen)
-
-    return group.first_only(write)
-
-
-# ---------------------------------------------------------------------------------------------
-# the order of a run.  It follows from the seed and the number of the step alone, so a resumed run needs no
-# record of what was read, and every process knows what the others do without asking.
-
-
-def epoch_length(shares):
-    """Examples in an epoch.  shares: (examples, share) of each manifest of a Mixture."""
-    return sum(round(n * share) for n, share in shares)
-
-
-def epoch_order(shares, seed, epoch):
-    """The ids of an epoch, shuffled (n,): 68 MB for 8.5 million examples of manifests read whole.
-
-    A share of 2.25 is the manifest twice and a quarter of it.  The quarters of four epochs make the whole:
-    a walk through the manifest, in an order that is the run's, that each epoch takes up where the one
-    before ended.  Drawn anew each time, some examples would never be read.
-    """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    places = torch.randperm(epoch_length(shares), generator=generator)
-    if all(share == 1 for _, share in shares):
-        return places  # the place of an example among all is its id
-    ids, first_id = [], 0
-    for part, (n, share) in enumerate(shares):
-        times, rest = divmod(round(n * share), n)
-        ids += [torch.arange(first_id, first_id + n)] * times
-        if rest:
-            walk = torch.randperm(n, generator=torch.Generator().manual_seed(seed + part))
-            ids.append(first_id + walk[(epoch * rest + torch.arange(rest)) % n])
-        first_id += n
-    return torch.cat(ids)[places]
-
-
-def schedule_of(shares, batch, seed, start=0):
-    """(step, epoch, ids of the global batch) for ever, from step `start`: every example once an epoch.
-
-    shares: (examples, share) of each manifest.  A global batch is drawn from all lengths alike, and
-    micro-batches sort it: length tells corpora apart, and batches of one corpus each pull the model to
-    and fro.  What is left at the end of an epoch is a batch of its own.
-    """
-    per_epoch = math.ceil(epoch_length(shares) / batch)
-    for epoch in itertools.count(start // per_epoch):
-        order = epoch_order(shares, seed, epoch)
-        for step in range(max(start, epoch * per_epoch), (epoch + 1) * per_epoch):
-            first = (step - epoch * per_epoch) * batch
-            yield step, epoch, order[first : first + batch].tolist()
-
-
-@dataclass(eq=False)
-class MicroBatches(torch.utils.data.IterableDataset):
-    """What one process works on, micro-batch by micro-batch: "last" ends a step.
-
-    torch's DistributedSampler shares out single examples and begins at an epoch.  Here micro-batches are
-    cut to fit the memory, and a run begins at any step.
-    """
-
-    examples: Mixture
-    builder: BatchBuilder
-    batch: int  # examples in a step, of all processes together
-    rank: int  # of `size` processes
-    size: int
-    budget: int  # positions in a micro-batch
-    seed: int
-    start: int  # the first step
-    stop: int  # the one after the last
-
-    def plan(self):
-        """(step, epoch, ids, whether the step ends here) of every micro-batch."""
-        for step, epoch, ids in schedule_of(self.examples.shares, self.batch, self.seed, self.start):
-            if step >= self.stop:
-                return
-            mine = ids[self.rank :: self.size]
-            costs = {i: cost_of(self.examples.size(i), self.builder.config) for i in mine}
-            parts = bucket(mine, costs, self.budget)
-            for n, part in enumerate(parts, 1):
-                yield step, epoch, part, n == len(parts)
-
-    def __iter__(self):
-        # each loader makes the whole plan, which costs little, and works on its share of it; DataLoader
-        # asks the loaders in turn, so the micro-batches arrive in the order of the plan
-        first, stride = 0, 1
-        if worker := torch.utils.data.get_worker_info():
-            ignore_signals()
-            first, stride = worker.id, worker.num_workers
-        for step, epoch, ids, last in itertools.islice(self.plan(), first, None, stride):
-            examples, skipped = self.examples.read(ids)
-            micro = self.builder(examples, epoch)
-            yield micro | {"skipped": skipped + micro["skipped"], "step": step, "last": last}
 
 
 def main(argv):

@@ -30,7 +30,6 @@ import functools
 import itertools
 import json
 import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -52,7 +51,8 @@ from data import (
     window_seconds,
 )
 from model import Cache
-from runtime import Parser, UserError, exit_status
+from runtime.errors import Parser, UserError, exit_status
+from runtime.terminal import Screen, Stream
 from weights import load, save
 
 # ---------------------------------------------------------------------------------------------
@@ -567,59 +567,6 @@ def clock(start, end):
 
 # ---------------------------------------------------------------------------------------------
 # the command line
-
-
-class Screen:
-    """Redraws an answer as it emerges, coloured by confidence; plain lines when the output is no terminal."""
-
-    COLOURS = ((0.9, "32"), (0.5, "33"), (0.0, "31"))  # green above 0.9, yellow above 0.5, red below
-
-    def __init__(self, tokenizer, config, out):
-        self.tokenizer, self.config, self.out = tokenizer, config, out
-
-    def show(self, response, confidence, call):
-        """response, confidence (1, L), after network call `call`; `generate`'s on_step."""
-        is_terminal, c = self.out.isatty(), self.config
-        # a line that wraps cannot be drawn over: it ends where the terminal does
-        room = shutil.get_terminal_size().columns - 8 if is_terminal else sys.maxsize
-        line = f"{call:3}  "
-        for token, sure in zip(response[0].tolist(), confidence[0].tolist(), strict=True):
-            if token in (c.eos_id, c.eot_id):
-                continue
-            is_mask = token == c.mask_id
-            text = "_" if is_mask else self.tokenizer.decode([token]).replace("\n", " ")
-            room -= len(text)
-            if room < 0:
-                break
-            if is_terminal and not is_mask and "NO_COLOR" not in os.environ:
-                colour = next(code for least, code in self.COLOURS if sure >= least)
-                text = f"\033[{colour}m{text}\033[0m"
-            line += text
-        if is_terminal:
-            line = f"\r\033[K{line}"  # back to the first column, and what stood there is erased
-        is_drawn_over = is_terminal and (response == c.mask_id).any()  # by the next call
-        self.out.write(line if is_drawn_over else line + "\n")
-        self.out.flush()
-
-
-class Stream:
-    """Prints an answer's text as far as its blocks are final; what it has printed adds up to the answer.
-
-    The answer about each piece of a clip beyond the window is a line of its own.
-    """
-
-    def __init__(self, tokenizer, config, out):
-        self.tokenizer, self.config, self.out, self.printed = tokenizer, config, out, ""
-
-    def show(self, response, end):
-        """response (1, L): final before column `end`; `generate`'s on_block."""
-        is_last = end == response.size(1)
-        text = answer_text(self.tokenizer, response[0, :end].tolist(), self.config)
-        if not is_last:
-            text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # half of a letter: the rest is in the next block
-        self.out.write(text[len(self.printed) :] + "\n" * is_last)
-        self.out.flush()
-        self.printed = "" if is_last else text  # the answer about the next piece of the clip begins anew
 
 
 def length_option(text):

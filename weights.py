@@ -4,8 +4,7 @@
     load("out/tiny/stage4")            a folder that `save` wrote
     load("diffa2", whisper=FILE)       the released model; what is not given comes from the hub
 
-    python weights.py                                                 what the small model's files hold
-    python weights.py --whisper FILE --out assets/whisper-tiny.en     how the shipped encoder was made
+    python weights.py                  what the small model's files hold
 
 What is read, always as data, never as code:
 
@@ -33,9 +32,7 @@ import math
 import os
 import pickle
 import re
-import struct
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -45,8 +42,12 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from whisper.model import sinusoids
 
-from model import DIFFA2, PRESETS, SPECIAL_TOKENS, Config, Int8Linear, quantise
-from runtime import Parser, UserError, exit_status, first_line, pick_device, write_file
+from model import DIFFA2, PRESETS, SPECIAL_TOKENS, Config
+from runtime import ctranslate2
+from runtime.errors import UserError, first_line
+from runtime.files import write_file
+from runtime.int8 import Int8Linear, quantise
+from runtime.processes import pick_device
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ASSETS = {"tiny": os.path.join(HERE, "assets", "tiny")}  # presets whose weights come with the code
@@ -117,7 +118,7 @@ def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=
     a GPU; the released models bf16 everywhere); encoder and adapters of the released models stay
     in fp32.  stage, llada, whisper, diffa: see `assemble`; files not given are looked for beside the
     checkpoint (FOLDER/llada, FOLDER/whisper), then in the hub's cache, then on the hub.
-    int8: the matrices of encoder and backbone in int8, LoRA merged (model.quantise), for asking only.
+    int8: the matrices of encoder and backbone in int8, LoRA merged (runtime/int8.py), for asking only.
     Raises UserError with one line for anything wrong.
     """
     device = pick_device(device)
@@ -254,99 +255,6 @@ def trained_part(model):
 
 
 # ---------------------------------------------------------------------------------------------
-# checkpoints of a stage that is running: what trains, the optimizers, random states.  These are for
-# --resume alone and go when the stage is done.  They are torch's own format, for an optimizer's state is
-# no flat list of tensors; read back with weights_only=True they are data all the same.
-
-KEEP = 2  # the last ones: should a disk lose the newest, the one before goes on from a little earlier
-
-
-def write_state(state, out, step):
-    """Writes out/state-STEP.pt and drops all but the last KEEP.
-
-    Whatever moment the process dies at, a whole checkpoint is there: the old ones go only after the new
-    one has its name.  Raises UserError when the disk is full; the older checkpoints stay.
-    """
-
-    def write(path):
-        with open(path, "wb") as f:
-            torch.save(state, f)
-
-    try:
-        # seven digits, so that the order of names is the order of steps
-        write_file(os.path.join(out, f"state-{step:07}.pt"), write)
-    except UserError as e:
-        raise UserError(f"{e}; older checkpoints are kept") from None
-    for old in list_states(out)[:-KEEP]:
-        os.remove(old)
-
-
-def in_memory(thing):
-    """A copy, on the CPU, of the tensors in dicts and lists: training goes on changing the originals.
-
-    Without it the file would hold some tensors of this step and some of the next ones.
-    """
-    if torch.is_tensor(thing):
-        return thing.detach().to("cpu", copy=True)
-    if isinstance(thing, dict):
-        return {key: in_memory(value) for key, value in thing.items()}
-    if isinstance(thing, (list, tuple)):
-        return type(thing)(in_memory(value) for value in thing)
-    return thing
-
-
-class StateWriter:
-    """write_state in a thread: training waits for a copy in memory, not for the disk.
-
-    In stage 3 of diffa2 it is 1.2 GB (99 million parameters in fp32, and AdamW's two moments of each).  One
-    thread and one checkpoint at a time: a slow disk holds training up sooner than it fills the memory.
-    """
-
-    def __init__(self, out):
-        self.out, self.thread, self.last = out, ThreadPoolExecutor(1), None
-
-    def write(self, state, step):
-        self.wait()
-        self.last = self.thread.submit(write_state, in_memory(state), self.out, step)
-
-    def wait(self):
-        """Until the last checkpoint is on the disk.  What went wrong with it is raised here."""
-        if self.last is not None:
-            self.last.result()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.thread.shutdown()
-
-
-def list_states(out):
-    """Checkpoints in `out`, oldest first."""
-    names = sorted(os.listdir(out)) if os.path.isdir(out) else []
-    return [os.path.join(out, name) for name in names if re.fullmatch(r"state-\d{7}\.pt", name)]
-
-
-def remove_run(out):
-    """Removes what a run has left in `out`: were its model to stay, the next stage could start from that."""
-    old = [os.path.join(out, name) for name in ("model.safetensors", "skipped.jsonl")]
-    for path in list_states(out) + old:
-        if os.path.exists(path):
-            os.remove(path)
-
-
-def read_state(path):
-    """What write_state wrote, its tensors on the CPU: the run may go on on another GPU."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not (state.get("finished") or state.keys() >= {"step", "trained", "optimizers", "random"}):
-            raise ValueError("parts are missing")
-        return state
-    except Exception as e:  # a damaged file fails in as many ways as it has bytes
-        raise UserError(f"{path}: not a checkpoint of a running stage ({first_line(e)})") from None
-
-
-# ---------------------------------------------------------------------------------------------
 # opening files, and filling a model.  Both kinds are mapped: the operating system reads a page when a
 # number in it is looked at, and may drop it again.  What goes to a GPU then never fills the computer's own
 # memory, and what stays on the CPU in the type of the file takes none beside the disk's cache.
@@ -469,60 +377,7 @@ def ctranslate2_name(name):
 
 def read_ctranslate2(path):
     """The encoder in CTranslate2's model.bin of a Whisper -> {openai-whisper's name: tensor}."""
-    try:
-        with open(path, "rb") as f:
-            return parse_ctranslate2(f, path)
-    except struct.error:
-        raise UserError(f"{path}: cut short, or not a file of CTranslate2's") from None
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
-
-
-def parse_ctranslate2(f, path):
-    """read_ctranslate2 of an open file, by hand: CTranslate2 is an engine, and gives no tensors out.
-
-    The file is little-endian: version, name and revision of the model's kind, number of variables; each
-    variable's name, rank, sizes, type, bytes, data; then aliases, other names for the same data.  Nothing
-    follows.  Of the decoder only the headers are read.  struct.error: it ends too early.
-    """
-
-    def read(code):
-        layout = struct.Struct("<" + code)
-        return layout.unpack(f.read(layout.size))[0]
-
-    def read_string():
-        return read(f"{read('H')}s").rstrip(b"\0").decode(errors="replace")
-
-    version = read("I")
-    if version != 6:
-        raise UserError(f"{path}: not version 6 of CTranslate2's format (it begins with {version})")
-    kind = read_string()
-    if kind != "WhisperSpec":
-        raise UserError(f"{path}: holds a {kind[:40]!r}, not a WhisperSpec")
-    read("I")  # revision
-    weights = {}
-    for _ in range(read("I")):
-        name = read_string()
-        shape = [read("I") for _ in range(read("B"))]
-        dtype, n = read("B"), read("I")  # n bytes of data
-        is_scalar = not shape  # settings, such as the number of heads
-        if is_scalar or not name.startswith("encoder/") or name == "encoder/position_encodings/encodings":
-            f.seek(n, os.SEEK_CUR)
-            continue
-        # other types are integers, whose scales lie in variables of their own
-        dtypes = {0: torch.float32, 4: torch.float16, 5: torch.bfloat16}
-        if dtype not in dtypes:
-            how = "convert the model with --quantization float16"
-            raise UserError(f"{path}: {name} is of type {dtype}, quantised or unknown; {how}")
-        if n == 0 or n != math.prod(shape) * dtypes[dtype].itemsize:
-            raise UserError(f"{path}: {name} has {n} bytes for the shape {tuple(shape)}")
-        data = bytearray(read(f"{n}s"))  # a tensor wants memory that may be written to
-        weights[ctranslate2_name(name)] = torch.frombuffer(data, dtype=dtypes[dtype]).view(shape)
-    for _ in range(2 * read("I")):
-        read_string()
-    n_more = len(f.read())
-    if n_more:
-        raise UserError(f"{path}: {n_more} bytes follow the last alias")
+    weights = {ctranslate2_name(name): value for name, value in ctranslate2.read_encoder(path).items()}
     for name in [key for key in weights if ".attn.qkv." in key]:
         stacked = weights.pop(name)  # (3 * width, width), or a bias (3 * width,)
         if len(stacked) % 3:
@@ -576,28 +431,6 @@ def load_whisper(model, path, device, dtype):
     fix_positions(model)
 
 
-def export_encoder(whisper, folder):
-    """Writes folder/encoder.safetensors: the encoder of preset tiny in fp16, the type that it was found in.
-
-    The header names the source; the same source gives the same bytes.  Returns both files' SHA-256, for
-    the card: a reader can check where the shipped encoder is from.
-    """
-    whisper = whisper_file(whisper)
-    with torch.device("meta"):
-        model = DIFFA2(PRESETS["tiny"])
-    load_whisper(model, whisper, torch.device("cpu"), torch.float16)
-    weights = {k: v.contiguous() for k, v in model.state_dict().items() if k.startswith("encoder.")}
-    source = {"source": os.path.basename(whisper), "source_sha256": sha256(whisper)}
-    path = os.path.join(folder, "encoder.safetensors")
-    write_file(path, lambda temporary: save_sorted(weights, temporary, source))
-    return source["source_sha256"], sha256(path)
-
-
-def sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 # ---------------------------------------------------------------------------------------------
 # LLaDA's shards.  Our backbone has LLaDA's names, so there is no table: a prefix goes, another comes.
 
@@ -626,7 +459,7 @@ def load_llada(model, folder, device, dtype):
             if not key.startswith("model.transformer."):
                 raise UserError(f"{path}: {key} is not one of LLaDA's names")
             name = "backbone." + key.removeprefix("model.transformer.")
-            # a mapping for each tensor: who lets one go (model.quantise) gives its memory back
+            # a mapping for each tensor: who lets one go (runtime/int8.py) gives its memory back
             with open_safetensors(path) as f:
                 weights[name] = f.get_tensor(key)
     expected = [k for k in model.state_dict() if k.startswith("backbone.") and "lora_" not in k]
@@ -831,20 +664,7 @@ def assemble(config, llada, whisper, diffa, device, dtype, stage, name="diffa2")
 
 
 # ---------------------------------------------------------------------------------------------
-# the command line
-
-
-def main(argv=None):
-    parser = Parser(prog="weights.py", description="Whisper tiny.en's encoder as preset tiny reads it.")
-    parser.add_argument("--whisper", required=True, help="tiny.en: .pt, .safetensors or model.bin")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where encoder.safetensors is written")
-
-    def run():
-        args = parser.parse_args(argv)
-        source, result = export_encoder(args.whisper, args.out)
-        print(f"{source}  {args.whisper}\n{result}  {os.path.join(args.out, 'encoder.safetensors')}")
-
-    return exit_status("weights.py", run)
+# what a checkpoint holds
 
 
 def tutorial():
@@ -868,8 +688,7 @@ def tutorial():
         ("the authors' adapters", released_name, "acoustic_connector.proj.1.weight"),
     ):
         print(f"  {format:24}{key:38}-> {rename(key)}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main() if len(sys.argv) > 1 else tutorial())
+    tutorial()

@@ -17,7 +17,7 @@ from conftest import SMALL
 
 import model
 import train
-import weights
+from runtime import checkpoints
 
 # the stages of `tiny` in their order and kinds, a few steps of a few examples
 SMALL_STAGES = {
@@ -77,7 +77,7 @@ def slow_saves(pipe):
         def __exit__(self, *error):
             self.file.close()
 
-    weights.open = lambda path, mode="r", **kw: (
+    checkpoints.open = lambda path, mode="r", **kw: (
         Halting(real_open(path, mode, **kw)) if str(path).endswith(".pt.tmp") else real_open(path, mode, **kw)
     )
     os.fsync = tell("sync", os.fsync)

@@ -52,7 +52,8 @@ LEAN = """
 import json, sys, torch
 sys.path.insert(0, {root!r})
 from tools.measure import Peak, anonymous_bytes
-from model import DIFFA2, Config, quantise
+from model import DIFFA2, Config
+from runtime.int8 import quantise
 from weights import assemble
 with torch.device("meta"):
     DIFFA2(Config())  # what torch imports at the first use of this device is no part of the weights

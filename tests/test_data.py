@@ -16,38 +16,32 @@ import torch
 import whisper.audio
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-import data as data_module
 from data import (
     ASR_QUESTION,
     RESPONSE_UNIT,
     BatchBuilder,
     Example,
-    Manifest,
-    Mixture,
     answer_ids,
     answer_text,
-    bucket,
     build_prompt,
     collate,
-    cost_of,
     encode_pair,
     encode_question,
     encode_text,
-    epoch_length,
     is_transcription,
     load_audio,
     log_mel,
     prompt_text,
     read_manifest,
     response_length,
-    scan,
-    schedule_of,
-    size_of,
     split_clip,
     window_seconds,
 )
 from model import PRESETS, SPECIAL_TOKENS
-from runtime import UserError
+from runtime import loading
+from runtime.errors import UserError
+from runtime.loading import Manifest, Mixture, bucket, cost_of, epoch_length, schedule_of, size_of
+from runtime.manifests import scan
 from tools.compose import loudest
 
 
@@ -591,13 +585,13 @@ def test_a_segment_of_a_long_recording_is_sought(tmp_path, extension, subtype):
 def test_the_index_is_built_once_and_again_when_it_must(tmp_path, monkeypatch):
     path, built = tmp_path / "m.jsonl", []
     write_entries(path, lines_in("messages"), "messages")
-    real = data_module.build_index
+    real = loading.build_index
 
     def counted(*args):
         built.append(1)
         return real(*args)
 
-    monkeypatch.setattr(data_module, "build_index", counted)
+    monkeypatch.setattr(loading, "build_index", counted)
     index = tmp_path / "m.jsonl.index.npy"
     assert len(Manifest(str(path))) == len(Manifest(str(path))) == 4 and len(built) == 1
     index.write_bytes(index.read_bytes()[:-10])  # cut
@@ -658,7 +652,7 @@ def test_which_questions_are_transcriptions():
 
 @pytest.mark.parametrize("argv, says", [([], "give a clip"), (["none.wav"], "no such file")])
 def test_the_program_refuses_bad_input_in_one_line(argv, says):
-    command = [sys.executable, data_module.__file__, *argv]
+    command = [sys.executable, os.path.join(os.path.dirname(__file__), "..", "data.py"), *argv]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
 

@@ -19,7 +19,6 @@ import torch
 from data import load_audio, split_clip
 from decode import (
     Options,
-    Stream,
     ask,
     choose,
     close_after_end,
@@ -34,7 +33,8 @@ from decode import (
     schedule,
 )
 from model import Cache, build, rope_table
-from runtime import UserError
+from runtime.errors import UserError
+from runtime.terminal import Stream
 from tools.bench_decode import naive_generate
 from weights import load
 

@@ -15,7 +15,7 @@ import soundfile
 from conftest import read_lines
 
 from data import read_manifest
-from runtime import UserError
+from runtime.errors import UserError
 from tools import evaluate
 from tools.benchmarks import (
     BENCHMARKS,

@@ -7,11 +7,11 @@ import torch
 import torch.nn as nn
 from test_released import CLIPS, released  # noqa: F401 - a fixture
 
-import model as network
 from adapters import LoRALinear, merge_lora
 from decode import ask
-from model import Int8Linear, quantise, round_rows
-from runtime import UserError
+from runtime import int8
+from runtime.errors import UserError
+from runtime.int8 import Int8Linear, quantise, round_rows
 from weights import assemble, load, save
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def linear_of(n_in, n_out, bias=False, seed=0):
 @pytest.mark.parametrize("levels", [127, 63])
 def test_a_product_is_within_its_bound(levels, monkeypatch):
     """The bound of Int8Linear's docstring, element by element, and the same integers as in float64."""
-    monkeypatch.setattr(network, "input_levels", lambda: levels)
+    monkeypatch.setattr(int8, "input_levels", lambda: levels)
     linear = linear_of(96, 5000)  # more rows than are rounded at once
     x = torch.randn(2, 7, 96) * torch.logspace(-3, 3, 7)[:, None]  # rows of very different sizes
     x[0, 3] = 0

@@ -22,7 +22,7 @@ from model import (
     rotate,
     splice_order,
 )
-from runtime import UserError
+from runtime.errors import UserError
 
 LLAMA = {  # our name of a part of a block -> transformers'
     "attn_out": "self_attn.o_proj",

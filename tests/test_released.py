@@ -31,7 +31,7 @@ from data import build_prompt, log_mel
 from decode import ask, generate, main
 from diffusion import sft_loss
 from model import PRESETS, Config
-from runtime import UserError
+from runtime.errors import UserError
 from weights import assemble, load, load_released, released_name, save
 
 SIZES = {

@@ -18,7 +18,7 @@ import soundfile
 from conftest import read_lines
 
 from data import load_audio, read_manifest
-from runtime import UserError
+from runtime.errors import UserError
 from tools.corpora import read_corpus
 from tools.prepare import main
 from tools.speech import (

@@ -16,17 +16,15 @@ from whisper.model import AudioEncoder
 import weights
 from adapters import merge_lora
 from model import DIFFA2, PRESETS, Encoder, build
-from runtime import UserError
+from runtime.errors import UserError
+from tools.encoder import export_encoder, main, sha256
 from weights import (
     TINY_ENCODER,
-    export_encoder,
     load,
     load_tiny_encoder,
     load_whisper,
-    main,
     read_ctranslate2,
     save,
-    sha256,
     whisper_name,
 )
 

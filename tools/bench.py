@@ -18,7 +18,7 @@ bench_data.py, bench_int8.py, bench_page.py, bench_decode.py.
 import argparse
 import sys
 
-from runtime import Parser, exit_status
+from runtime.errors import Parser, exit_status
 from tools.bench_data import data_bench
 from tools.bench_decode import decode_bench
 from tools.bench_int8 import int8_bench

@@ -15,17 +15,8 @@ import soundfile
 import soxr
 import torch
 
-from data import (
-    SAMPLE_RATE,
-    BatchBuilder,
-    MicroBatches,
-    Mixture,
-    encode_question,
-    load_audio,
-    log_mel,
-    schedule_of,
-    window_seconds,
-)
+from data import SAMPLE_RATE, BatchBuilder, encode_question, load_audio, log_mel, window_seconds
+from runtime.loading import MicroBatches, Mixture, schedule_of
 from tools.measure import SIZES, anonymous_bytes, machine, spread
 from weights import load_tokenizer
 

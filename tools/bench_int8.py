@@ -10,8 +10,8 @@ import statistics
 import torch
 import torch.nn as nn
 
-from model import Int8Linear
-from runtime import UserError
+from runtime.errors import UserError
+from runtime.int8 import Int8Linear
 from tools.measure import clock, machine, spread
 
 MATRICES, ROWS = 8, (1, 16, 128, 480)  # 16: an answer beside a cache; 480: a whole row with its audio

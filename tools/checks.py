@@ -1,22 +1,8 @@
 """What the tools refuse before they begin: numbers out of range, texts that cannot be written."""
 
-import argparse
 import json
 
-from runtime import UserError
-
-
-def number(kind, low, high=10**9):
-    """An argparse type: an int or a float from low to high; NaN lies nowhere and is refused with the rest."""
-
-    def read(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} must lie between {low} and {high}")
-        return value
-
-    read.__name__ = kind.__name__  # argparse calls what is no number an "invalid int value"
-    return read
+from runtime.errors import UserError
 
 
 def check_text(entry, where):

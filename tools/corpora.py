@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from runtime import UserError
+from runtime.errors import UserError
 from tools.prompts import LETTERS, capital, format_choices
 from tools.side_files import (
     esc50_side,

@@ -33,8 +33,9 @@ import torch
 
 from adapters import merge_lora
 from data import SAMPLE_RATE, load_audio, log_mel, split_clip
-from decode import CACHES, Options, Stream, ask, clock
-from runtime import Parser, UserError, exit_status
+from decode import CACHES, Options, ask, clock
+from runtime.errors import Parser, UserError, exit_status
+from runtime.terminal import Stream
 from tools.figures import Frames, new_figure
 from weights import load
 

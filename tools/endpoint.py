@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 
-from runtime import UserError
+from runtime.errors import UserError
 
 TRY_AGAIN = (408, 409, 429)  # statuses below 500 that pass by themselves
 

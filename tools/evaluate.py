@@ -29,7 +29,9 @@ from tqdm import tqdm
 from adapters import merge_lora
 from data import SAMPLE_RATE, is_transcription, load_audio, window_seconds
 from decode import Options, ask, length_option
-from runtime import Parser, UserError, check_out, exit_process, exit_status, process_group
+from runtime.errors import Parser, UserError, exit_status, number
+from runtime.files import check_out
+from runtime.processes import exit_process, process_group
 from tools.benchmarks import (
     BENCHMARKS,
     OFFICIAL,
@@ -42,7 +44,7 @@ from tools.benchmarks import (
     wilson,
     word_errors,
 )
-from tools.checks import check_text, number
+from tools.checks import check_text
 from tools.questions import write_lines, write_text
 from tools.writer import Endpoint, strict_object
 from weights import load

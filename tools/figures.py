@@ -21,7 +21,8 @@ import sys
 from adapters import merge_lora
 from data import load_audio, window_seconds
 from decode import ask
-from runtime import Parser, UserError, exit_status, write_file
+from runtime.errors import Parser, UserError, exit_status
+from runtime.files import write_file
 from tools.benchmarks import wilson
 from train import STAGES, VRPO
 from weights import load

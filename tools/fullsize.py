@@ -23,7 +23,7 @@ from adapters import count, merge_lora
 from data import SAMPLE_RATE
 from decode import ask
 from model import DIFFA2, PRESETS, SPECIAL_TOKENS
-from runtime import UserError
+from runtime.errors import UserError
 from tools.measure import Laps, Peak
 from weights import load, released_name
 

@@ -15,7 +15,7 @@ import torch
 from adapters import merge_lora
 from data import answer_text, build_prompt, imitate_audio, pad_imitations, read_manifest
 from decode import generate
-from runtime import Parser, exit_status
+from runtime.errors import Parser, exit_status
 from tools.benchmarks import normalise, wilson, word_errors
 from weights import load
 

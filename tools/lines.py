@@ -10,6 +10,8 @@ import os
 import sys
 import tokenize
 
+from runtime.errors import exit_status
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -38,7 +40,7 @@ def measures(path):
 def main():
     total = {}
     print(f"{'file':32}{'lines':>8}{'explaining in 100':>20}{'longest line':>14}")
-    for folder in ("", "tools", "tests"):
+    for folder in ("", "runtime", "tools", "tests"):
         for path in sorted(glob.glob(os.path.join(ROOT, folder, "*.py"))):
             n, share, longest = measures(path)
             total[folder] = total.get(folder, 0) + n
@@ -49,4 +51,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status("tools.lines", main))

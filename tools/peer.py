@@ -17,7 +17,7 @@ import whisper
 from tqdm import tqdm
 
 from data import load_audio, read_manifest
-from runtime import Parser, UserError, exit_status, first_line
+from runtime.errors import Parser, UserError, exit_status, first_line
 from tools.benchmarks import TRANSCRIPTS, normalise, word_errors
 from tools.corpora import DIGITS
 

@@ -21,17 +21,12 @@ from collections import Counter
 
 from tqdm import tqdm
 
-from data import (
-    build_prompt,
-    encode_text,
-    load_audio,
-    parse_example,
-    read_entries,
-    read_manifest,
-)
+from data import build_prompt, encode_text, load_audio, parse_example, read_manifest
 from model import PRESETS
-from runtime import Parser, UserError, check_out, exit_status
-from tools.checks import check_text, number
+from runtime.errors import Parser, UserError, exit_status, number
+from runtime.files import check_out
+from runtime.manifests import read_entries
+from tools.checks import check_text
 from tools.corpora import CORPORA, read_corpus
 from tools.questions import ask, choices_in, make_folder, seconds_of, write_lines
 from tools.speech import choose_engine, speak_questions, speak_sentences

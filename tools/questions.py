@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import soundfile
 
 from data import ASR_QUESTION
-from runtime import UserError, check_out
+from runtime.errors import UserError
+from runtime.files import check_out
 from tools.corpora import DIGITS
 from tools.prompts import LETTERS, capital, format_choices, mmau_prompt, mmsu_prompt
 

@@ -23,7 +23,7 @@ import soxr
 from tqdm import tqdm
 
 from data import SAMPLE_RATE, load_audio
-from runtime import UserError
+from runtime.errors import UserError
 from tools.compose import write_clip
 from tools.corpora import Clip, audio_files
 from tools.endpoint import post_json

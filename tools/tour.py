@@ -20,15 +20,10 @@ from collections import defaultdict
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from data import (
-    ASR_QUESTION,
-    BEFORE_AUDIO,
-    SYSTEM,
-    prompt_text,
-    read_entries,
-)
+from data import ASR_QUESTION, BEFORE_AUDIO, SYSTEM, prompt_text
 from model import SPECIAL_TOKENS
-from runtime import UserError
+from runtime.errors import UserError
+from runtime.manifests import read_entries
 from tools.compose import mix, strings
 from tools.corpora import DIGITS, plain, read_corpus
 from tools.prompts import LETTERS, mmau_prompt, mmsu_prompt

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from data import parse_example, read_entries
-from runtime import UserError
+from data import parse_example
+from runtime.errors import UserError
+from runtime.manifests import read_entries
 from tools.endpoint import post_json
 from tools.questions import make_folder, write_lines
 

@@ -1,0 +1,68 @@
+"""The variables in a file of CTranslate2's, the engine of faster-whisper: it gives no tensors out itself."""
+
+import math
+import os
+import struct
+
+import torch
+
+from runtime.errors import UserError
+
+
+def read_encoder(path):
+    """The encoder's tensors in the model.bin of a Whisper, by CTranslate2's names.  Raises UserError."""
+    try:
+        with open(path, "rb") as f:
+            return parse(f, path)
+    except struct.error:
+        raise UserError(f"{path}: cut short, or not a file of CTranslate2's") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+
+
+def parse(f, path):
+    """read_encoder of an open file.  struct.error: it ends too early.
+
+    The file is little-endian: version, name and revision of the model's kind, number of variables; each
+    variable's name, rank, sizes, type, bytes, data; then aliases, other names for the same data.  Nothing
+    follows.  Of the decoder only the headers are read.
+    """
+
+    def read(code):
+        layout = struct.Struct("<" + code)
+        return layout.unpack(f.read(layout.size))[0]
+
+    def read_string():
+        return read(f"{read('H')}s").rstrip(b"\0").decode(errors="replace")
+
+    version = read("I")
+    if version != 6:
+        raise UserError(f"{path}: not version 6 of CTranslate2's format (it begins with {version})")
+    kind = read_string()
+    if kind != "WhisperSpec":
+        raise UserError(f"{path}: holds a {kind[:40]!r}, not a WhisperSpec")
+    read("I")  # revision
+    tensors = {}
+    for _ in range(read("I")):
+        name = read_string()
+        shape = [read("I") for _ in range(read("B"))]
+        dtype, n = read("B"), read("I")  # n bytes of data
+        is_scalar = not shape  # settings, such as the number of heads
+        if is_scalar or not name.startswith("encoder/") or name == "encoder/position_encodings/encodings":
+            f.seek(n, os.SEEK_CUR)
+            continue
+        # other types are integers, whose scales lie in variables of their own
+        dtypes = {0: torch.float32, 4: torch.float16, 5: torch.bfloat16}
+        if dtype not in dtypes:
+            how = "convert the model with --quantization float16"
+            raise UserError(f"{path}: {name} is of type {dtype}, quantised or unknown; {how}")
+        if n == 0 or n != math.prod(shape) * dtypes[dtype].itemsize:
+            raise UserError(f"{path}: {name} has {n} bytes for the shape {tuple(shape)}")
+        data = bytearray(read(f"{n}s"))  # a tensor wants memory that may be written to
+        tensors[name] = torch.frombuffer(data, dtype=dtypes[dtype]).view(shape)
+    for _ in range(2 * read("I")):
+        read_string()
+    n_more = len(f.read())
+    if n_more:
+        raise UserError(f"{path}: {n_more} bytes follow the last alias")
+    return tensors

@@ -1,0 +1,93 @@
+"""`train.py --dry-run`: what a run would be, and the memory that it would take."""
+
+import os
+
+import torch
+
+import weights
+from data import BatchBuilder
+from runtime.loading import MicroBatches, epoch_length
+
+
+def dry_run(args, model, settings, steps, examples, processes):
+    """Says what the run would be, and reads one batch; neither the weights nor a GPU are needed.
+
+    model: on the meta device, its parts frozen as they will be.
+    """
+    n_examples = epoch_length(examples.shares)
+    init = args.init if args.init not in weights.RELEASES else None  # its tokenizer is LLaDA's
+    folder = init or args.llada or weights.ASSETS.get(args.model, "")
+    if args.stage == 0 and not init:  # the manifest's own, as in train.start_from
+        folder = os.path.dirname(args.data[0]) or "."
+    tokenizer, config = None, model.config
+    if os.path.exists(os.path.join(folder, "tokenizer.json")):
+        tokenizer = weights.load_tokenizer(folder)
+        config = config.with_tokenizer(tokenizer)
+    how = (settings.loss.encode, args.seed, settings.is_imitated, settings.augment)
+    builder = BatchBuilder(tokenizer, config, *how)
+    batches = MicroBatches(examples, builder, settings.batch, 0, processes, args.tokens, args.seed, 0, 1)
+    sizes = [len(ids) for _, _, ids, _ in batches.plan()]  # of rank 0 in the first step
+    epochs = steps * settings.batch / n_examples
+    print(f"{args.model}, stage {args.stage}, {processes} processes")
+    print(f"  examples            {len(examples):,} in {len(args.data)} manifests")
+    print(f"  examples an epoch   {n_examples:,}")
+    print(f"  steps               {steps:,} of {settings.batch}: {epochs:.2f} epochs")
+    print(f"  learning rate       {settings.lr:g} after {settings.warmup:,} steps")
+    print(f"  weight decay        {settings.weight_decay:g}")
+    print(f"  a process, a step   {sum(sizes)} examples, {len(sizes)} micro-batches, --tokens {args.tokens}")
+    print("memory of a process in GB, without the encoder's passing states, logits and CUDA itself:")
+    for what, size in memory_of(model, settings, args, max(1, *sizes), processes).items():
+        print(f"  {size / 1e9:8.2f}  {what}")
+    if tokenizer is None:
+        print("no batch was read: LLaDA's tokenizer is not here; --llada FOLDER")
+        return
+    micro = next(iter(batches))
+    for entry in micro["skipped"]:
+        print(f"skipped: {entry['where']}: {entry['why']}")
+    print(f"read {len(micro['ids'])} examples, {micro['seconds']:.0f} s of audio:")
+    for name, tensor in (micro["batch"] or {}).items():
+        print(f"  {name:20}{tuple(tensor.shape)}")
+
+
+def memory_of(model, settings, args, n_rows, processes):
+    """{what: bytes} of a process in bf16.  model: on the meta device, its parts frozen already."""
+    c, length, meta = model.config, args.tokens // n_rows, {"device": "meta", "dtype": torch.bfloat16}
+    # saved_bytes finds attention's scores by their last size, so no other tensor may have that size
+    length += length in (c.width, c.ffn, c.width // c.heads)
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # in fp32: weights, gradients, AdamW's two moments, a buffer to sum gradients in, VRPO's reference
+    copies = 4 + (processes > 1) + settings.loss.has_reference
+    # activations are what the forward pass leaves for the backward pass: nothing where no gradient goes
+    model.to(torch.bfloat16)
+    x = torch.empty(n_rows, length, c.width, **meta, requires_grad=True)
+    backbone = saved_bytes(lambda: model.backbone(x, None), model.parameters(), length)
+    if args.recompute:  # each block's input, and the inside of one of them
+        backbone = c.layers * x.nbytes + backbone // c.layers
+    taps = torch.empty(n_rows, len(c.taps), c.n_frames, c.audio_width, **meta)
+    acoustic = saved_bytes(lambda: model.acoustic(taps), model.parameters(), c.n_frames)
+    return {
+        "frozen weights": frozen,
+        f"{n_trained:,} trained: weights, gradients, moments, copies": 4 * n_trained * copies,
+        "activations of the backbone" + ", --recompute" * args.recompute: backbone,
+        "activations of the acoustic adapter": acoustic,
+        "in all": frozen + 4 * n_trained * copies + backbone + acoustic,
+    }
+
+
+def saved_bytes(run, parameters, n_keys):
+    """Bytes that autograd keeps of run() until its backward pass, beside the parameters themselves.
+
+    On the meta device nothing is computed or allocated, so this works for a model of any size.  Scores of
+    attention (.., queries, keys), which are formed there, are left out: a GPU's fused attention keeps none.
+    """
+    ours, kept = {p.untyped_storage()._cdata for p in parameters}, {}
+
+    def keep(x):
+        if x.dim() < 3 or x.size(-1) != n_keys:
+            kept[x.untyped_storage()._cdata] = x  # the tensor too: an address that is free is used again
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        run()
+    return sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in ours)
