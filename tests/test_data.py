@@ -42,7 +42,6 @@ from runtime import loading
 from runtime.errors import UserError
 from runtime.loading import Manifest, Mixture, bucket, cost_of, epoch_length, schedule_of, size_of
 from runtime.manifests import scan
-from tools.compose import loudest
 
 
 def tone(rate, seconds=0.5, hertz=440.0, channels=1):
@@ -143,15 +142,6 @@ def test_the_word_data_before_the_samples_is_no_header(tmp_path, n_bytes):
     path.write_bytes((whole[:at] + chunk + whole[at:])[:-100])
     with pytest.raises(UserError, match="cut short"):
         load_audio(str(path))
-
-
-@pytest.mark.parametrize("n", [1, 7, 99, 100, 300])
-def test_the_loudest_stretch(n):
-    """Against every stretch there is; of a clip that is too short all."""
-    audio = np.random.default_rng(n).standard_normal(100).astype(np.float32)
-    found = loudest(audio, n)
-    sums = [(audio[i : i + n] ** 2).sum() for i in range(max(100 - n, 0) + 1)]
-    assert len(found) == min(n, 100) and np.isclose((found**2).sum(), max(sums))
 
 
 def test_mel_is_whispers_clip_by_clip():

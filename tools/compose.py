@@ -1,4 +1,4 @@
-"""New clips out of clips: strings of words, sounds one after the other, speech over sounds.
+"""New clips out of clips: strings of words, speech over sounds.
 
 All that is drawn is drawn from an `rng` that the caller gives: the same seed writes the same samples.
 """
@@ -9,7 +9,7 @@ import numpy as np
 import soundfile
 
 from data import SAMPLE_RATE, load_audio
-from tools.corpora import DIGITS, Clip
+from tools.corpora import Clip
 from tools.questions import by_fact
 
 
@@ -26,14 +26,6 @@ def silence(rng, low, high):
 def write_clip(audio, path):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     soundfile.write(path, audio.clip(-1, 1), SAMPLE_RATE)
-
-
-def loudest(audio, n):
-    """The n samples in a row of most energy: a bark may stand anywhere in its clip."""
-    n = min(len(audio), n)
-    energy = np.cumsum(np.concatenate([[0.0], audio.astype(np.float64) ** 2]))
-    start = int(np.argmax(energy[n:] - energy[: len(energy) - n]))
-    return audio[start : start + n]
 
 
 def loop(sound, n, voice, decibels):
@@ -72,32 +64,14 @@ def compose(clips, rng, path):
     return Clip(path, clips[0].dataset + "_strings", {"words": words})
 
 
-def sequence(sounds, rng, path):
-    """Sounds one after the other, a second or two of each; writes a FLAC at `path`."""
-    parts = []
-    for clip in sounds:
-        part = loudest(load_audio(clip.path)[0], int(rng.uniform(1.0, 2.5) * SAMPLE_RATE))
-        parts.append(level(part, rng))
-        parts.append(silence(rng, 0.05, 0.4))
-    write_clip(np.concatenate(parts), path)
-    names = [clip.facts["sound"] for clip in sounds]
-    facts = {"first_sound": names[0], "last_sound": names[-1], "sound_count": DIGITS[len(names)]}
-    return Clip(path, "sequences", facts)
-
-
-def mix(speech, sound, rng, path, music=None, low=-6.0, high=9.0, seconds=8.0):
-    """Speech low..high dB above a sound, music if given 0-6 dB below that; writes a FLAC at `path`."""
+def mix(speech, sound, rng, path, low=-6.0, high=9.0, seconds=8.0):
+    """Speech low..high dB above a sound; writes a FLAC at `path`."""
     voice = load_audio(speech.path, limit=seconds)[0]
     under = load_audio(sound.path, limit=seconds)[0]
     mixed, start, ratio = lay_under(voice, under, rng, low, high)
-    facts = speech.facts | {"background": sound.facts["sound"]} | louder(ratio)
-    if music is not None:
-        mixed = mixed + loop(
-            load_audio(music.path, limit=seconds)[0], len(mixed), voice, ratio + rng.uniform(0, 6)
-        )
-        facts["music"] = music.facts["instrument"]
     mixed[start : start + len(voice)] += voice
     write_clip(level(mixed, rng), path)
+    facts = speech.facts | {"background": sound.facts["sound"]} | louder(ratio)
     return Clip(path, "mixtures", facts)
 
 

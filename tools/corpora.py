@@ -49,8 +49,7 @@ class Clip:
 
     Kinds: words (what is said), sound (environmental), instrument (or object), emotion, intensity, sex,
     age (child or adult), speaker, accent, nationality, genre, caption, speed, background (the sound under
-    speech), music (under both), louder (voice or background), first_sound, last_sound, sound_count (of
-    several in a row).
+    speech), louder (voice or background).
     """
 
     path: str

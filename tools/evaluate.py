@@ -340,10 +340,6 @@ def judge(questions, lines, endpoint, times=1):
     return [lines[q.id]["judged"] for q in questions]
 
 
-TABLE_C1 = ("alpacaeval", "commoneval", "sd-qa", "mmsu", "openbookqa", "ifeval", "advbench")
-LEADERBOARD = (*TABLE_C1, "wildvoice", "bbh")
-
-
 def official_score(folder, subset, path):
     """What VoiceBench's own script prints for a file of answers; it runs in its checkout."""
     command = [sys.executable, "evaluate.py", "--src_file", os.path.abspath(path), "--evaluator", subset]
@@ -352,18 +348,6 @@ def official_score(folder, subset, path):
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(f"{folder}/evaluate.py failed on {path} ({last}); the answers are written")
     return done.stdout.strip()
-
-
-def overall(scores, columns):
-    """Mean over VoiceBench's columns, 1-5 scores times 20; None if one is missing.
-
-    Table C.1 has 7 columns, the leaderboard 9.
-    """
-    if any(c not in scores for c in columns):
-        return None
-    return sum(
-        scores[c] * (20 if c in ("alpacaeval", "commoneval", "wildvoice") else 1) for c in columns
-    ) / len(columns)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def domain_of(entry):
     facts = entry.get("facts") or {}
     if "background" in facts:
         return "mixture"
-    if facts.keys() & {"sound", "first_sound"}:
+    if "sound" in facts:
         return "sound"
     return "music" if "instrument" in facts else "speech"
 

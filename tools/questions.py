@@ -150,12 +150,6 @@ TASKS = {
         "Beside the voice, what can be heard?",
         "In the background there is {}.",
     ),
-    "music": task_of(
-        "music",
-        "Which instrument or object plays under it? What music is behind the voice? "
-        "What else is played in the background?",
-        "Behind it there is {}.",
-    ),
     "louder": task_of(
         "louder",
         "Which is louder, the voice or the background? Is the voice or the background louder? "
@@ -165,21 +159,6 @@ TASKS = {
         "speed",
         "Does the speaker talk slowly or fast? How fast is the speech? Is the speech slow or fast?",
         "The speech is {}.",
-    ),
-    "first_sound": task_of(
-        "first_sound",
-        "Which sound comes first? What is heard first? What is the first sound?",
-        "First there is {}.",
-    ),
-    "last_sound": task_of(
-        "last_sound",
-        "Which sound comes last? What is heard last? What is the last sound?",
-        "At the end there is {}.",
-    ),
-    "sound_count": task_of(
-        "sound_count",
-        "How many sounds follow each other? How many different sounds are there? Count the sounds.",
-        "There are {} sounds.",
     ),
     "any": task_of(
         "any",
@@ -225,7 +204,7 @@ def derived(facts):
     description = description_of(facts)
     if description:
         facts["description"] = description
-    if facts.keys() & {"sound", "instrument", "first_sound"}:
+    if facts.keys() & {"sound", "instrument"}:
         facts["layer"] = "a sound"
     elif words or "speaker" in facts:
         facts["layer"] = "speech"
@@ -293,16 +272,12 @@ def description_of(facts):
     if "caption" in facts:
         return None
     person = PERSON.get((facts.get("age"), facts.get("sex")), "someone")
-    if "first_sound" in facts and "last_sound" in facts:
-        return f"First there is {facts['first_sound']}, and at the end {facts['last_sound']}."
     if "sound" in facts or "instrument" in facts:
         heard = facts.get("sound") or facts["instrument"]
         if "sex" not in facts:
             return None
         return capital(f"{heard} from {person}.")
-    told = [
-        kind for kind in (*OF_A_VOICE, "background", "music") if kind in facts and facts[kind] != "normal"
-    ]
+    told = [kind for kind in (*OF_A_VOICE, "background") if kind in facts and facts[kind] != "normal"]
     if len(told) < 2 or not set(told) & set(OF_A_VOICE):
         return None
     sentence = person
@@ -330,8 +305,6 @@ def description_of(facts):
             if sound in HAPPENS
             else f"{comma} with {sound} in the background"
         )
-    if "music" in facts:
-        sentence += f"{comma} over {facts['music']}"
     return capital(sentence + ".")
 
 
