@@ -1,14 +1,12 @@
 """From files to tensors: manifests, audio, THE prompt, and batches.
 
-One prompt builder serves training, decoding and evaluation, because a model answers the prompt
-it was trained on.  One audio reader serves all of them too: any format libsndfile knows, any
-rate, depth and channel count, resampled by soxr to 16 kHz mono.  The log-mel is openai-whisper's,
-computed clip by clip: on a batch it would take its maximum over all clips, and one loud clip
-would change another.
+One prompt builder serves training, decoding and evaluation, because a model answers the prompt it was
+trained on.  One audio reader serves all of them too: any format libsndfile knows, any rate, depth and
+channel count, resampled by soxr to 16 kHz mono.  The log-mel is openai-whisper's, computed clip by clip:
+on a batch it would take its maximum over all clips, and one loud clip would change another.
 
-The batch that leaves `collate` is clean.  Noise is added in the training step (diffusion.py).  What a run
-of days needs beyond that is in runtime/loading.py: manifests that do not fit in memory, micro-batches, and
-an order that can be taken up in the middle.
+The batch that leaves `collate` is clean: noise is added in the training step (diffusion.py).  What a run of
+days needs beyond that, for manifests that do not fit in memory, is in runtime/loading.py.
 
 `python data.py CLIP [QUESTION]` shows what the model is given for a clip.
 """
@@ -16,7 +14,6 @@ an order that can be taken up in the middle.
 import itertools
 import math
 import os
-import random
 import re
 import sys
 from collections.abc import Callable
@@ -27,15 +24,17 @@ import soundfile
 import soxr
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram
+from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram, pad_or_trim
 
 from model import SPECIAL_TOKENS
 from runtime.errors import UserError, exit_status, first_line
 from runtime.manifests import read_entries
+from runtime.variations import augment, imitate_audio, mask_mel
 
 SAMPLES_PER_FRAME = 2 * HOP_LENGTH  # an encoder frame is two mel frames: 20 ms
 RESPONSE_UNIT = 16  # a response is a multiple of this many tokens long
 MAX_TEXT = 2048  # tokens of prompt and answer in training, as in the authors' code
+MAX_SECONDS = 1e9  # 30 years: infinity and NaN, which Python's JSON allows, are not below it either
 ASR_QUESTION = "Please transcribe the audio to text."  # the first of the paper's 25 (Figure A.1)
 
 
@@ -72,7 +71,6 @@ def read_manifest(path, stage=None, check=True):
 
     Each is JSONL, an object a line, or one JSON list, as the authors' files are.  Paths are relative to
     the manifest.  check: every audio file must exist.  Raises UserError naming file and line.
-    Training opens manifests without reading them (runtime/loading.py).
     """
     entries = list(read_entries(path))
     if not entries:
@@ -87,13 +85,10 @@ def parse_example(entry, id, where, folder, stage=None, check=True):
         raise UserError(f"{where}: not a JSON object")
     if "messages" in entry:
         audio, question, answer, rejected = parse_messages(entry, where)
-    elif "audio_filepath" not in entry:
-        raise UserError(f"{where}: has neither 'messages' nor 'audio_filepath'")
-    elif "text" in entry:
-        audio, answer = need(entry, "audio_filepath", where), need(entry, "text", where)
-        question, rejected = ASR_QUESTION, None
+    elif "audio_filepath" in entry:
+        audio, question, answer, rejected = parse_fields(entry, where, stage)
     else:
-        audio, question, answer, rejected = parse_authors(entry, where, stage)
+        raise UserError(f"{where}: has neither 'messages' nor 'audio_filepath'")
     if stage == 4 and rejected is None:
         raise UserError(f"{where}: stage 4 needs a rejected_response")
     if not isinstance(rejected, str | None):
@@ -132,8 +127,10 @@ def parse_messages(entry, where):
     return audios[0] if audios else None, question, answer, entry.get("rejected_response")
 
 
-def parse_authors(entry, where, stage):
-    """The authors' format -> the same.  One file of theirs serves several stages, by other fields."""
+def parse_fields(entry, where, stage):
+    """NeMo's format or the authors' -> the same.  One file of the authors' serves several stages."""
+    if "text" in entry:
+        return need(entry, "audio_filepath", where), ASR_QUESTION, need(entry, "text", where), None
     need(entry, "audio_id", where, (str, int))
     question = entry.get("input")
     if not isinstance(question, str) or not question.strip():
@@ -156,15 +153,14 @@ def seconds_in(entry, field, where, default):
     if entry.get(field) is None:
         return default
     value = need(entry, field, where, (int, float))
-    if not 0 <= value < 1e9:  # Python's JSON allows NaN and infinity; 1e9 s are 30 years
+    if not 0 <= value < MAX_SECONDS:
         raise UserError(f"{where}: {field} is {value}")
     return value
 
 
 def refuse_special_tokens(text, where):
-    """A text that spells a control token would be read as one: it could end its own turn.  Bytes that are not
-    UTF-8, which Python keeps as half of a letter, cannot be read at all.
-    """
+    """A text that spells a control token would be read as one: it could end its own turn."""
+    # Python keeps bytes that are not UTF-8 as halves of letters, which no tokenizer can read
     if not isinstance(text, str) or any("\ud800" <= c <= "\udfff" for c in text):
         raise UserError(f"{where}: not text in UTF-8: {text!r}")
     for token in SPECIAL_TOKENS.values():
@@ -181,14 +177,12 @@ def load_audio(path, offset=0.0, duration=None, limit=None):
 
     offset, duration: seconds, to read a part; GigaSpeech's clips are parts of recordings of hours, so the
     place is sought and not read up to.  limit: at most this many seconds are returned.
-    Returns samples (n,) and a list of notes for the user (clip was cut, clip is silent).
-    Raises UserError for what is no usable recording.
+    Returns samples (n,) and notes for the user (clip was cut, clip is silent).  UserError: no recording.
     """
-    if os.path.isdir(path):
-        raise UserError(f"{path}: is a folder, not a recording")
     if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file")
-    if not 0 <= offset < 1e9 or not 0 <= (duration or 0) < 1e9:  # NaN neither
+        why = "is a folder, not a recording" if os.path.isdir(path) else "no such file"
+        raise UserError(f"{path}: {why}")
+    if not 0 <= offset < MAX_SECONDS or not 0 <= (duration or 0) < MAX_SECONDS:
         raise UserError(f"{path}: offset {offset} s and duration {duration} s are no part of a clip")
     if os.path.getsize(path) == 0:
         raise UserError(f"{path}: the file is empty")
@@ -265,9 +259,8 @@ def window_seconds(config):
 def split_clip(audio, config, quiet=0.3):
     """A clip that may be longer than the window -> [(start, end)], samples, cut at its quietest moments.
 
-    Each piece fits the window, none is shorter than a quarter of it but the last, and every sample is in one
-    piece.  A cut lies in the middle of the `quiet` seconds of least energy after that quarter: a pause
-    between sentences is worth more than a piece as long as can be.
+    Each piece fits the window, and none but the last is shorter than a quarter of it.  A cut lies in the
+    middle of the `quiet` seconds of least energy after that quarter: a pause is worth more than a long piece.
     """
     window, width = window_samples(config), round(quiet * SAMPLE_RATE)
     # running sums, so that the energy of any stretch is one difference; fp64, for the sums grow large
@@ -285,14 +278,12 @@ def split_clip(audio, config, quiet=0.3):
 def log_mel(audio, config):
     """Whisper's log-mel of one clip, padded with silence to the encoder's window.
 
-    audio (n,) 16 kHz.  Returns mel (n_mels, 2 * n_frames) and the number of encoder frames that
-    hold real audio: mel frames of 160 samples, halved by the encoder's stride.  Whisper was trained on
-    padded windows and needs them; the adapters read the real frames alone.
+    audio (n,) 16 kHz.  Returns mel (n_mels, 2 * n_frames) and the number of encoder frames that hold real
+    audio.  Whisper was trained on padded windows and needs them; the adapters read the real frames alone.
     """
-    audio = torch.as_tensor(audio, dtype=torch.float32)[: window_samples(config)]
-    n_frames = math.ceil(len(audio) / SAMPLES_PER_FRAME)
-    padded = torch.nn.functional.pad(audio, (0, window_samples(config) - len(audio)))
-    return log_mel_spectrogram(padded, n_mels=config.n_mels), n_frames
+    n_frames = min(math.ceil(len(audio) / SAMPLES_PER_FRAME), config.n_frames)
+    window = pad_or_trim(torch.as_tensor(audio, dtype=torch.float32), window_samples(config))
+    return log_mel_spectrogram(window, n_mels=config.n_mels), n_frames
 
 
 # ---------------------------------------------------------------------------------------------
@@ -341,9 +332,8 @@ def answer_ids(tokenizer, answer, config):
 
 def answer_text(tokenizer, ids, config):
     """What is printed: everything before the first end of turn or end mark, specials removed."""
-    ends = (config.eot_id, config.eos_id)
-    ids = list(itertools.takewhile(lambda token: token not in ends, ids))
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+    ids = itertools.takewhile(lambda token: token not in (config.eot_id, config.eos_id), ids)
+    return tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -360,30 +350,24 @@ def response_length(n, extra):
 
 
 def encode_text(example, tokenizer, config, generator=None):
-    """Prompt, answer and end marks of one example -> {"ids", "is_answer", "audio_at"}.
+    """The item of an example in stages 0 to 3: encode_answer with a response of random length.
 
-    The length of the response depends on the example and `generator` alone, never on the batch's longest.
-    It varies, since decoding fixes one that is mostly too long (Table B.4), and the rest must become end
-    marks.  Raises UserError when too long.
+    That depends on the example and `generator` alone, never on the batch's longest.  It varies, since
+    decoding fixes one that is mostly too long (Table B.4), and the rest must become end marks.
     """
-    ids, audio_at = build_prompt(tokenizer, example.question)
-    reply = answer_ids(tokenizer, example.answer, config)
-    length = response_length(len(reply), int(torch.randint(3, (1,), generator=generator)))
-    return join(example, ids, audio_at, reply, length, config)
+    # a causal model stops at the first end mark and needs no more of them
+    extra = None if config.causal else int(torch.randint(3, (1,), generator=generator))
+    return encode_answer(example, example.answer, tokenizer, config, extra)
 
 
-def encode_closely(example, answer, tokenizer, config):
-    """Prompt, answer, first end mark, no more: what VRPO scores (Eq. 3) and a causal model learns."""
+def encode_answer(example, answer, tokenizer, config, extra=None):
+    """Prompt, answer and end marks -> {"ids", "is_answer", "audio_at"}, an item for `collate`.
+
+    extra: of response_length; None: one end mark, no more.  Raises UserError when too long to train on.
+    """
     ids, audio_at = build_prompt(tokenizer, example.question)
     reply = answer_ids(tokenizer, answer, config)
-    return join(example, ids, audio_at, reply, len(reply) + 1, config)
-
-
-def join(example, ids, audio_at, reply, length, config):
-    """A prompt and a reply, with end marks up to `length`, as one item for `collate`.
-
-    Raises UserError when that is too long to train on.
-    """
+    length = len(reply) + 1 if extra is None else response_length(len(reply), extra)
     n_text = len(ids) + len(reply)
     if n_text > MAX_TEXT:
         raise UserError(f"{example.where}: {n_text} tokens of text; at most {MAX_TEXT} in training")
@@ -391,23 +375,19 @@ def join(example, ids, audio_at, reply, length, config):
     if len(ids) + config.n_queries + config.n_frames // 4 + length > config.context:
         raise UserError(f"{example.where}: text and audio do not fit the model's {config.context} positions")
     response = reply + [config.eos_id] * (length - len(reply))
-    is_answer = [False] * len(ids) + [True] * len(response)
+    is_answer = [False] * len(ids) + [True] * length
     return {"ids": ids + response, "is_answer": is_answer, "audio_at": audio_at}
 
 
 def encode_question(example, tokenizer, config, generator):
     """The texts of an example in stages 0 to 3, by name."""
-    if config.causal:  # it stops at the first end mark and needs no more of them
-        return {"text": encode_closely(example, example.answer, tokenizer, config)}
     return {"text": encode_text(example, tokenizer, config, generator)}
 
 
 def encode_pair(example, tokenizer, config, generator):
-    """The texts of an example in stage 4, by name."""
-    return {
-        "chosen": encode_closely(example, example.answer, tokenizer, config),
-        "rejected": encode_closely(example, example.rejected, tokenizer, config),
-    }
+    """The texts of an example in stage 4, by name: answer and first end mark are what VRPO scores (Eq. 3)."""
+    answers = {"chosen": example.answer, "rejected": example.rejected}
+    return {name: encode_answer(example, answer, tokenizer, config) for name, answer in answers.items()}
 
 
 def pad_rows(rows, fill=0):
@@ -416,10 +396,9 @@ def pad_rows(rows, fill=0):
 
 
 def collate(items, config):
-    """Clean batch from items of encode_text: a dict of tensors.
+    """Items of encode_answer -> a clean batch: ids, valid and is_answer (B, T), audio_at (B,).
 
-    ids (B, T), valid (B, T) (False on padding: never read it off the ids, the end mark is also the
-    padding id), is_answer (B, T), audio_at (B,).
+    valid: False on padding.  Never read it off the ids: the end mark is also the padding id.
     """
     return {
         "ids": pad_rows([item["ids"] for item in items], config.eos_id),
@@ -435,20 +414,15 @@ def pad_imitations(items):
     return batch | {"valid": pad_rows([[True] * len(item["ids"]) for item in items])}
 
 
-def with_prefix(name, tensors):
-    """Tensors under names of their own: a batch is one flat dict, which a line moves to a GPU."""
-    return {f"{name}.{k}": v for k, v in tensors.items()}
-
-
 def part_of(batch, name="text"):
-    """The inverse: the tensors of one text of a batch, or of "imitated", by name."""
+    """The tensors of one text of a batch, or of "imitated", by name: BatchBuilder puts NAME. in front."""
     return {k.removeprefix(name + "."): v for k, v in batch.items() if k.startswith(name + ".")}
 
 
 # ---------------------------------------------------------------------------------------------
-# training's variations of a clip, and the clip in words that stage 0 reads
+# examples -> micro-batches
 
-NOT_ACOUSTIC = ("words", "speaker", "caption")  # facts that no acoustic token stands for
+CANNOT_BE_USED = (UserError, OSError, ValueError, RuntimeError)  # a line or a clip that raises one is skipped
 
 
 def generator_for(seed, epoch, example_id, stream=0):
@@ -456,115 +430,6 @@ def generator_for(seed, epoch, example_id, stream=0):
     # digits of one number.  Beyond a million examples two may share their draws, but in different epochs
     number = ((seed * 2 + stream) * 1_000_003 + epoch) * 1_000_003 + example_id
     return torch.Generator().manual_seed(number % (1 << 63))
-
-
-def augment(audio, config, generator, facts):
-    """Another speed, level, a moment of silence in front, a little noise: for few recordings."""
-    use_speed, speed, level, pause, use_noise, noise = torch.rand(6, generator=generator).tolist()
-    if use_speed < 0.5:
-        # a voice's sex and feeling are in its pitch, which the speed changes; a sound alone bears more
-        spread = 0.25 if facts.keys() & {"sound", "instrument"} else 0.1
-        rate = SAMPLE_RATE * (1 + spread * (2 * speed - 1))
-        audio = soxr.resample(audio, SAMPLE_RATE, rate, quality="QQ")  # soxr's quickest
-    audio = audio * 10 ** ((level - 0.5) * 0.8)  # 8 dB up or down
-    if pause < 0.5:
-        audio = np.pad(audio, (int(pause * 0.6 * SAMPLE_RATE), 0))  # up to 0.3 s
-    if use_noise < 0.5:
-        hiss = 10 ** (-4 + 2 * noise) * torch.randn(len(audio), generator=generator).numpy()
-        audio = audio + hiss * max(np.abs(audio).max(), 1e-3)  # 80 to 40 dB below the peak
-    return audio[: window_samples(config)].astype(np.float32)
-
-
-def mask_mel(mel, generator):
-    """Another microphone: treble up or down by 6 dB, bass the other way; then SpecAugment.
-
-    That blanks out bands of time and of frequency with the mean (Park et al., 2019), so that an answer
-    cannot rest on one moment or one pitch.
-    """
-    tilt = 0.15 * (2 * torch.rand((), generator=generator) - 1)  # Whisper's log-mel has four decades in 1
-    mel = mel + tilt * torch.linspace(-1, 1, len(mel))[:, None]
-    mean = mel.mean()
-    # two bands below 25 mel frames of 10 ms, then two below 8 of frequency's bins
-    for axis, widest in ((1, 25), (1, 25), (0, 8), (0, 8)):
-        width = int(torch.randint(widest, (1,), generator=generator))
-        start = int(torch.randint(mel.size(axis) - width, (1,), generator=generator))
-        mel.narrow(axis, start, width).fill_(mean)
-    return mel
-
-
-def imitate_audio(facts, tokenizer, config, generator, is_transcript=False):
-    """Imitates the audio tokens of a clip by word embeddings: the facts known of it.
-
-    LLaDA-8B can answer questions about a description before it hears anything, and the adapters only
-    have to learn to describe.  A small backbone learns this from text alone (stage 0) if the description
-    looks as adapters write: mixtures of facts for acoustic tokens, pieces of the transcript for semantic
-    ones, all of them louder or softer than words, under noise.
-
-    Returns ids (A, 2), weights (A, 2), both mixed as weights @ embeddings, and noise (A, width) in
-    units of the embeddings' root mean square.  is_transcript: the answer is the words alone, so now and
-    then the other facts are hidden.
-    """
-    # seeded by torch's generator, for it can shuffle and choose
-    rng = random.Random(int(torch.randint(1 << 62, (1,), generator=generator)))
-    pieces = tokenizer.encode(facts.get("words", ""), add_special_tokens=False).ids
-    known = []
-    for kind, value in facts.items():
-        if kind not in NOT_ACOUSTIC:
-            known += tokenizer.encode(" " + value, add_special_tokens=False).ids
-    tokens = imitate_acoustic(known, config, rng, is_transcript)
-    tokens += [(piece, piece, 1.0) for piece in imitate_semantic(pieces, config, rng)]
-    tokens = tokens[: config.n_queries + config.n_frames // 4]  # as many as a clip can have
-    loudness = torch.tensor([rng.uniform(0.4, 1.4) for _ in tokens])
-    noise = rng.uniform(0.0, 0.8) * torch.randn(len(tokens), config.width, generator=generator)
-    first, second, share = map(torch.tensor, zip(*tokens, strict=True))
-    weights = torch.stack([share, 1 - share], 1) * loudness[:, None]
-    return {"ids": torch.stack([first, second], 1), "weights": weights, "noise": noise}
-
-
-def imitate_acoustic(known, config, rng, is_transcript):
-    """-> (id, another id, share of the first) for each acoustic token; known: ids of what the facts say.
-
-    In no order, for which query of a Q-Former says what is not known before it is trained.  From facts in a
-    fixed order the adapters learned nothing acoustic (docs/LOG.md).
-    """
-    blank = config.eos_id
-    rng.shuffle(known)
-    if is_transcript and rng.random() < 0.25:
-        tokens = [(blank, blank, 1.0)] * config.n_soft_prompts  # stage 1 shows soft prompts and no facts
-    else:
-        tokens = []
-        for place in range(config.n_queries):
-            first = known[place % len(known)] if known else blank  # in turn: none is left out
-            tokens.append((first, rng.choice(known) if known else blank, rng.uniform(0.5, 1.0)))
-    rng.shuffle(tokens)
-    return tokens
-
-
-def imitate_semantic(pieces, config, rng):
-    """-> an id for each semantic token: the transcript's pieces between blanks, as CTC aligns them.
-
-    There are 12.5 tokens a second, more than pieces are spoken, so most are blanks and a piece may stand
-    twice; equal pieces are parted by a blank.  The blank is the end mark, as in train.py's CTC loss.
-    """
-    blank = config.eos_id
-    gap = rng.choice((1, 2, 3, 4))  # slow speech has more blanks
-    ids = [blank] * rng.randint(0, 4)
-    for piece in pieces:
-        ids += [blank] * rng.randint(int(ids[-1:] == [piece]), gap)
-        ids += [piece] * rng.choice((1, 1, 1, 1, 2))
-    ids += [blank] * rng.randint(0, 4)
-    if not pieces:  # a sound makes the semantic adapter write anything
-        is_talkative = rng.random() < 0.5
-        for _ in range(rng.randint(4, 40)):
-            is_piece = is_talkative and rng.random() < 0.3
-            ids.append(rng.randrange(config.vocab) if is_piece else blank)
-    return ids
-
-
-# ---------------------------------------------------------------------------------------------
-# examples -> micro-batches
-
-CANNOT_BE_USED = (UserError, OSError, ValueError, RuntimeError)  # a line or a clip that raises one is skipped
 
 
 def unusable(id, where, error):
@@ -595,7 +460,7 @@ class BatchBuilder:
             raise UserError("has no audio")
         audio, _ = load_audio(example.audio, example.offset, example.duration, window_seconds(c))
         if self.is_augmented:
-            audio = augment(audio, c, generator, example.facts)
+            audio = augment(audio, generator, example.facts)[: window_samples(c)]
         mel, n_frames = log_mel(audio, c)
         if self.is_augmented:
             mel = mask_mel(mel, generator)
@@ -604,9 +469,10 @@ class BatchBuilder:
         return item | {"mel": mel, "n_frames": n_frames, "seconds": len(audio) / SAMPLE_RATE}
 
     def batch_of(self, items):
-        """Items -> one flat dict of tensors."""
+        """Items -> one flat dict of tensors, which a line moves to a GPU."""
+        batch, parts = {}, {}
         if self.is_imitated:
-            batch = with_prefix("imitated", pad_imitations([item["imitated"] for item in items]))
+            parts["imitated"] = pad_imitations([item["imitated"] for item in items])
         else:
             batch = {
                 "mel": torch.stack([item["mel"] for item in items]),
@@ -615,7 +481,9 @@ class BatchBuilder:
                 "transcript_length": torch.tensor([len(item["transcript"]) for item in items]),
             }
         for name in items[0]["texts"]:
-            batch |= with_prefix(name, collate([item["texts"][name] for item in items], self.config))
+            parts[name] = collate([item["texts"][name] for item in items], self.config)
+        for part, tensors in parts.items():
+            batch |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
         return batch
 
     def __call__(self, examples, epoch):
@@ -633,19 +501,17 @@ class BatchBuilder:
 
 
 def main(argv):
-    """Shows what the model is given for a clip."""
     from weights import load
 
-    if not argv:
-        raise UserError("give a clip: python data.py CLIP [QUESTION]")
     model, tokenizer = load("tiny")
     config = model.config
-    audio, notes = load_audio(argv[0], limit=window_seconds(config))
+    clip, *question = argv or [os.path.join(os.path.dirname(__file__), "assets", "demo", "seven.wav")]
+    audio, notes = load_audio(clip, limit=window_seconds(config))
     mel, n_frames = log_mel(audio, config)
-    ids, audio_at = build_prompt(tokenizer, " ".join(argv[1:]) or "What do you hear?")
-    n_semantic = max(n_frames // 4, 1)
+    ids, audio_at = build_prompt(tokenizer, " ".join(question) or "What do you hear?")
     seconds = f"{len(audio) / SAMPLE_RATE:.2f} s at 16 kHz"
     print(*notes, f"{seconds} -> mel {tuple(mel.shape)} -> {n_frames} encoder frames", sep="\n")
+    n_semantic = max(n_frames // 4, 1)
     print(f"-> {config.n_queries} acoustic + {n_semantic} semantic tokens before token {audio_at}:\n")
     # a byte-level tokenizer writes a space as Ġ and a line feed as Ċ
     tokens = [tokenizer.id_to_token(i).replace("Ġ", "_").replace("Ċ", "\\n") for i in ids]

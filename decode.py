@@ -15,10 +15,7 @@ How many stay is the whole difference between the samplers:
 
 Cheaper calls: --cache prefix keeps keys and values of prompt and audio while a block is filled, --cache
 dual those of later blocks too.  Fewer: --answer-length auto fits a transcript's length to the clip's.  Half
-the memory: --int8.
-
-A clip beyond the window (30 s; 10 s of the small model) is answered piece by piece, see --long.  With
---block below --answer-length, --stream prints each block as soon as it is final.
+the memory: --int8.  A clip beyond the window (30 s; 10 s of the small model) is answered in pieces (--long).
 
 Two defects of the released sampler are mended: it keeps a block's last candidate even where that fails
 Eq. 8, and where an answer ends early it leaves [MASK]s in the blocks behind.
@@ -28,11 +25,9 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import sys
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -52,7 +47,7 @@ from data import (
 )
 from model import Cache
 from runtime.errors import Parser, UserError, exit_status
-from runtime.terminal import Screen, Stream
+from runtime.terminal import Printer, clock
 from weights import load, save
 
 # ---------------------------------------------------------------------------------------------
@@ -102,18 +97,13 @@ def most_confident(confidence, counter):
 
 
 def schedule(masks, steps):
-    """Tokens that each of `steps` steps keeps: floor(masks / steps), the first few one more."""
+    """LLaDA's remasking (Section 3.6): floor(masks / steps) stay in each step, in the first few one more."""
     return [masks // steps + (i < masks % steps) for i in range(steps)]
 
 
 # A sampling rule says how many of a block's masked tokens stay after a call, (B,).  It reads their
 # confidences (B, n), sorted in descending order and -inf behind the last one, and its option.  At least one
 # token must stay, or the decoder would ask the same question for ever.
-
-
-def count_by_schedule(confidence, count):
-    """LLaDA's low-confidence remasking (Section 3.6): as many as the schedule says, sure or not."""
-    return torch.full((len(confidence),), count, device=confidence.device)
 
 
 def count_by_threshold(confidence, threshold):
@@ -140,7 +130,7 @@ def count_by_factor(confidence, factor):
 CACHES = ("none", "prefix", "dual")  # what is not computed anew at each call of a block, see BlockReader
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Options:
     """How answers are decoded; the paper's settings are in Table B.4."""
 
@@ -161,9 +151,7 @@ class Options:
         return self.answer_length if isinstance(self.answer_length, int) else max(self.answer_length)
 
     def check(self):
-        """Raises UserError for blocks that do not tile the answer, steps that do not tile the blocks, or a
-        value out of its range.
-        """
+        """Raises UserError for a value out of its range, or where blocks or steps do not tile the answer."""
         length, block, steps = self.longest, self.block, self.steps
         if length < 1 or block < 1:
             raise UserError(f"answer length {length} and block {block} must be at least 1")
@@ -191,65 +179,15 @@ class Options:
 
 
 def count_to_keep(confidence, options, step):
-    """How many stay, (B,), by the rule that `options` ask for; a new rule gets its two lines here.
-
-    confidence (B, n): sorted, as the rules read it.  step: the call's number in the block.
-    """
-    if isinstance(options.steps, list):
-        return count_by_schedule(confidence, options.steps[step])
+    """How many stay, (B,), in a block's call `step` by the rule that `options` ask for; new rules go here."""
     if options.steps is not None:
-        steps_per_block = options.steps * options.block // options.longest
-        return count_by_schedule(confidence, schedule(options.block, steps_per_block)[step])
+        counts = options.steps  # in each call of a block
+        if not isinstance(counts, list):
+            counts = schedule(options.block, options.steps * options.block // options.longest)
+        return torch.full((len(confidence),), counts[step], device=confidence.device)
     if options.threshold is not None:
         return count_by_threshold(confidence, options.threshold)
     return count_by_factor(confidence, options.factor)
-
-
-# ---------------------------------------------------------------------------------------------
-# caches
-
-
-class BlockReader:
-    """The network calls that fill one block, with what a cache saves of them (Fast-dLLM, Wu et al. 2025).
-
-    The block's first call runs the whole row and fills the cache.  The calls after it recompute the block
-    alone ("dual"), or the block and all behind it ("prefix"), and take the keys and values of the other
-    columns from the cache: most of the work, with 32 answer tokens behind some 480 of prompt and audio.
-
-    A causal model's cache is exact: no token sees what comes after it.  Here every token sees every token,
-    so from the second layer on even the audio's keys and values change a little with each token that is
-    filled in.  The cache leaves them as they were in the last full pass, hence `refresh`.  The first call of
-    a block is exact in every case.
-    """
-
-    def __init__(self, model, inputs, first, options):
-        """inputs: of `lay_out`.  first: the block's first column in inputs["ids"]."""
-        self.model, self.inputs, self.first, self.options = model, inputs, first, options
-        self.live = slice(first, first + options.block if options.cache == "dual" else None)
-        # the network counts columns with the audio among them, and the audio stands before every response
-        self.start = first if inputs["audio"] is None else first + inputs["audio"].size(1)
-        self.cache = self.cached_rows = None  # cached_rows: rows of the batch whose keys and values it holds
-
-    def logits(self, rows, row, column, step):
-        """Logits (N, vocab) of the block's N masked tokens.
-
-        rows (n,): rows of the batch that still have masked tokens in this block, ascending.  row, column
-        (N,): where the tokens are, counted among these rows and from the block's first column.  step: the
-        call's number in the block.
-        """
-        is_cached, refresh = self.options.cache != "none", self.options.refresh
-        if not is_cached or step == 0 or (refresh is not None and step % refresh == 0):
-            self.cache = Cache() if is_cached else None
-            self.cached_rows = rows
-            inputs = {name: None if x is None else x[rows] for name, x in self.inputs.items()}
-            where = (row, self.first + column)
-            # read_from: the last layer computes nothing before the block, since nobody reads it
-            return self.model(**inputs, where=where, cache=self.cache, read_from=self.start)
-        if len(rows) < len(self.cached_rows):  # some rows have finished: the cache lets them go as well
-            self.cache.keep(torch.searchsorted(self.cached_rows, rows))
-            self.cached_rows = rows
-        ids = self.inputs["ids"][rows][:, self.live]
-        return self.model(ids, None, (row, column), cache=self.cache, start=self.start)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -291,6 +229,50 @@ def close_after_end(response, mask_id, eos_id):
     response[ended] = eos_id
 
 
+class BlockReader:
+    """The network calls that fill one block, with what a cache saves of them (Fast-dLLM, Wu et al. 2025).
+
+    The block's first call runs the whole row and fills the cache.  The calls after it recompute the block
+    alone ("dual"), or the block and all behind it ("prefix"), and take the keys and values of the other
+    columns from the cache: most of the work, with 32 answer tokens behind some 480 of prompt and audio.
+
+    A causal model's cache is exact: no token sees what comes after it.  Here every token sees every token,
+    so from the second layer on even the audio's keys and values change a little with each token that is
+    filled in.  The cache leaves them as they were in the last full pass, hence `refresh`.  The first call of
+    a block is exact in every case.
+    """
+
+    def __init__(self, model, inputs, first, options):
+        """inputs: of `lay_out`.  first: the block's first column in inputs["ids"]."""
+        self.model, self.inputs, self.first, self.options = model, inputs, first, options
+        self.live = slice(first, first + options.block if options.cache == "dual" else None)
+        # the network counts columns with the audio among them, and the audio stands before every response
+        self.start = first if inputs["audio"] is None else first + inputs["audio"].size(1)
+        self.cache = self.cached_rows = None  # cached_rows: rows of the batch whose keys and values it holds
+
+    def logits(self, masked, step):
+        """Logits (N, vocab) of the block's N masked tokens, in row-major order.
+
+        masked (B, block), on the CPU: where they are.  step: the call's number in the block.
+        """
+        rows = masked.any(1).nonzero()[:, 0]  # (n,): rows that are done cost nothing more
+        row, column = masked[rows].nonzero(as_tuple=True)  # (N,) each, row counted among these n
+        device, refresh = self.inputs["ids"].device, self.options.refresh
+        rows, row, column = (x.to(device, non_blocking=True) for x in (rows, row, column))
+        if self.cache is None or (refresh is not None and step % refresh == 0):
+            self.cache = None if self.options.cache == "none" else Cache()
+            self.cached_rows = rows
+            inputs = {name: None if x is None else x[rows] for name, x in self.inputs.items()}
+            where = (row, self.first + column)
+            # read_from: the last layer computes nothing before the block, since nobody reads it
+            return self.model(**inputs, where=where, cache=self.cache, read_from=self.start)
+        if len(rows) < len(self.cached_rows):  # some rows have finished: the cache lets them go as well
+            self.cache.keep(torch.searchsorted(self.cached_rows, rows))
+            self.cached_rows = rows
+        ids = self.inputs["ids"][rows][:, self.live]
+        return self.model(ids, None, (row, column), cache=self.cache, start=self.start)
+
+
 @torch.no_grad()
 def generate(
     model,
@@ -308,8 +290,7 @@ def generate(
 
     prompts: B lists of token ids.  audio (B, A, D), is_audio (B, A), audio_at (list of B): as
     model.adapt and data.build_prompt give them; audio=None is text alone.
-    options: an Options; single fields of it may be given by name.
-    generator: one, or a list of B, for temperatures above 0.
+    options: an Options; single fields may be given by name.  generator: one, or a list of B, for sampling.
     on_step(response (B, L), confidence (B, L), call): after each; call: the most that any row has had.
     on_block(response (B, L), end): when a block is final; columns before `end` change no more.
     Returns answers (B, L), L the longest length, and the number of network calls each row needed (B,).
@@ -324,8 +305,8 @@ def generate(
         raise UserError("answers of different lengths go with factor or threshold and a single block")
     inputs = lay_out(prompts, lengths, c.mask_id, c.eos_id, audio, is_audio, audio_at, device)
     response = inputs["ids"][:, P:]  # a view: what is written here is what the next call reads
-    confidence = torch.zeros(B, L, device=device)
-    calls = torch.zeros(B, dtype=torch.long)
+    confidence = torch.zeros(B, L, device=device)  # of each token when it was kept
+    calls = torch.zeros(B, dtype=torch.long)  # on the CPU, as `masked` is
     # LLaDA's semi-autoregressive decoding: a block is filled in any order, and before the next is begun.  A
     # model trained on responses padded with end marks is surest of those, and would keep many of them before
     # a word of a long answer is there.
@@ -334,25 +315,23 @@ def generate(
         for step in itertools.count():
             # (B, block), on the CPU: the one place of a step that waits for the device
             masked = (response[:, first : first + block] == c.mask_id).cpu()
-            rows = masked.any(1).nonzero()[:, 0]  # (n,): rows that are done cost nothing more
-            if not len(rows):
+            if not masked.any():
                 break
             # a call keeps a token of each row, but none whose confidence is NaN: the next would ask the same
             left, before = masked.sum(1), left
-            if step and (left == before)[rows].any():
+            if step and ((left == before) & (left > 0)).any():
                 raise UserError("the network's output is NaN: weights or audio are not finite")
-            calls[rows] += 1
+            calls += left > 0
             # Eq. 6: predict all masked tokens of the block at once
-            row, column = masked[rows].nonzero(as_tuple=True)  # (N,) each: the masked tokens
-            rows, row, column = (x.to(device, non_blocking=True) for x in (rows, row, column))
-            logits = reader.logits(rows, row, column, step)
-            token, sure = choose(logits, c.mask_id, options.temperature, rows[row], generator)
+            row, column = (x.to(device, non_blocking=True) for x in masked.nonzero(as_tuple=True))  # (N,)
+            logits = reader.logits(masked, step)
+            token, sure = choose(logits, c.mask_id, options.temperature, row, generator)  # (N,) each
             # keep the surest of each row, mask the others again
-            candidates = torch.full((len(rows), block), float("-inf"), device=device)
+            candidates = torch.full((B, block), float("-inf"), device=device)
             candidates[row, column] = sure
             counter = functools.partial(count_to_keep, options=options, step=step)
             keep = most_confident(candidates, counter)[row, column]  # (N,)
-            place = (rows[row], first + column)
+            place = (row, first + column)
             response[place] = torch.where(keep, token, c.mask_id)
             confidence[place] = torch.where(keep, sure, 0.0)
             close_after_end(response, c.mask_id, c.eos_id)
@@ -379,22 +358,18 @@ def generate_ar(
     n_audio = 0 if audio is None else audio.size(1)
     inputs = lay_out(prompts, [answer_length] * B, c.eos_id, c.eos_id, audio, is_audio, audio_at, device)
     ids, cache = inputs["ids"], Cache()
-    calls = torch.zeros(B, dtype=torch.long, device=device)
-    is_open = torch.ones(B, dtype=torch.bool, device=device)
     every, zero = torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device)
-    for column in range(P, P + answer_length):
-        if column == P:  # the logits at the prompt's last column are those of the response's first
-            # the response's columns are computed with the prompt, and overwritten before anyone may see them
-            logits = model(**inputs, where=(every, zero + P - 1), cache=cache)
-        else:
-            newest = ids[:, column - 1 : column]
-            logits = model(newest, None, (every, zero), cache=cache, start=n_audio + column - 1)
+    calls, is_open = zero.clone(), zero == 0  # (B,) each; is_open: no end mark yet
+    # the response's columns are computed with the prompt, and overwritten before anyone may see them
+    logits = model(**inputs, where=(every, zero + P - 1), cache=cache)  # (B, vocab), of the first token
+    for column in range(P, ids.size(1)):
         token, _ = choose(logits, c.mask_id, temperature, every, generator)
         ids[:, column] = torch.where(is_open, token, c.eos_id)
         calls += is_open
         is_open &= token != c.eos_id
-        if not is_open.any():
+        if column + 1 == ids.size(1) or not is_open.any():
             break
+        logits = model(ids[:, column : column + 1], None, (every, zero), cache=cache, start=n_audio + column)
     return ids[:, P:].clone(), calls
 
 
@@ -402,7 +377,7 @@ def generate_ar(
 # asking about a clip
 
 
-@dataclass
+@dataclasses.dataclass
 class Answer:
     """What a clip was answered, and what it cost."""
 
@@ -447,42 +422,42 @@ def ask(
     """
     is_one = isinstance(audios, (str, os.PathLike, np.ndarray, torch.Tensor))
     audios = [audios] if is_one else list(audios)
-    questions = [questions] * len(audios) if isinstance(questions, str) else list(questions)
-    if len(questions) != len(audios):
-        raise UserError(f"{len(questions)} questions about {len(audios)} clips: give one, or one a clip")
-    if isinstance(generator, (list, tuple)) and len(generator) != len(audios):
-        raise UserError(f"{len(generator)} generators for {len(audios)} clips: give one, or one a clip")
-    options, batch = dataclasses.replace(options, **fields), batch or max(16, len(audios))
+    n = len(audios)
+    questions = [questions] * n if isinstance(questions, str) else list(questions)
+    generators = generator if isinstance(generator, (list, tuple)) else [generator] * n
+    for given, what in ((questions, "questions about"), (generators, "generators for")):
+        if len(given) != n:
+            raise UserError(f"{len(given)} {what} {n} clips: give one, or one a clip")
+    options, batch = dataclasses.replace(options, **fields), batch or max(16, n)
     if isinstance(options.answer_length, list):
         raise UserError("answer_length must be a number or auto: lists are `generate`'s")
-    window = window_samples(model.config)
     spans = []  # of each clip: [(start, end)] of its pieces, in samples
     pieces = []  # of all clips: (samples, question, generator)
-    for n, audio in enumerate(audios):
+    for audio, question, clip_generator in zip(audios, questions, generators, strict=True):
         if isinstance(audio, (str, os.PathLike)):
             audio, _ = load_audio(os.fspath(audio))
         if isinstance(audio, torch.Tensor):
             audio = audio.detach().float().cpu()
-        audio = np.asarray(audio)
-        check_samples(audio, f"clip {n + 1}")
+        check_samples(np.asarray(audio), f"clip {len(spans) + 1}")
         audio = np.ascontiguousarray(audio, dtype=np.float32)
-        spans.append(split_clip(audio, model.config) if long == "split" else [(0, min(len(audio), window))])
-        own = generator[n] if isinstance(generator, (list, tuple)) else generator
-        generators = [own]
-        if len(spans[n]) > 1:
+        if long == "cut":
+            audio = audio[: window_samples(model.config)]
+        spans.append(split_clip(audio, model.config))
+        own = [clip_generator]
+        if len(spans[-1]) > 1:
             # a piece draws from a generator of its own, so that its answer does not depend on the others
-            seed = int(torch.randint(2**62, (), generator=own))
-            generators = [torch.Generator().manual_seed(seed + k) for k in range(len(spans[n]))]
-        for (start, end), piece_generator in zip(spans[n], generators, strict=True):
-            pieces.append((audio[start:end], questions[n], piece_generator))
+            seed = int(torch.randint(2**62, (), generator=clip_generator))
+            own = [torch.Generator().manual_seed(seed + k) for k in range(len(spans[-1]))]
+        for (start, end), piece_generator in zip(spans[-1], own, strict=True):
+            pieces.append((audio[start:end], question, piece_generator))
     # pieces of long clips and whole short ones pass the network side by side
     answers = []
     for i in range(0, len(pieces), batch):
         answers += ask_pieces(model, tokenizer, pieces[i : i + batch], stage, options, on_step, on_block)
-    remaining = iter(answers)
     joined = []
     for clip_spans, question in zip(spans, questions, strict=True):
-        joined.append(join_pieces([next(remaining) for _ in clip_spans], clip_spans, question))
+        own, answers = answers[: len(clip_spans)], answers[len(clip_spans) :]
+        joined.append(join_pieces(own, clip_spans, question))
     return joined[0] if is_one else joined
 
 
@@ -506,7 +481,7 @@ def ask_pieces(model, tokenizer, pieces, stage, options, on_step, on_block):
     prompts, audio_at = zip(*(build_prompt(tokenizer, question) for question in questions), strict=True)
     n_frames = torch.tensor(n_frames, device=weight.device)
     taps, final = model.encode(torch.stack(mels).to(weight.device, weight.dtype), n_frames)
-    audio, is_audio = model.adapt(taps, final, n_frames, stage or model.stage)
+    audio, is_audio = model.adapt(taps, final, n_frames, stage or model.stage)  # (B, A, D), (B, A)
     if options.answer_length == "auto":
         lengths = [length_for(len(samples) / SAMPLE_RATE) for samples in audios]
         options = dataclasses.replace(options, answer_length=lengths, block=max(lengths))
@@ -531,8 +506,8 @@ def ask_pieces(model, tokenizer, pieces, stage, options, on_step, on_block):
     for row, samples in enumerate(audios):
         tokens = ids[row].tolist()
         text = answer_text(tokenizer, tokens, c)
-        ends = [i for i, token in enumerate(tokens) if token in (c.eot_id, c.eos_id)]
-        n = ends[0] + 1 if ends else len(tokens)  # tokens up to the end mark
+        ends = [i for i, token in enumerate(tokens, 1) if token in (c.eot_id, c.eos_id)]
+        n = min(ends, default=len(tokens))  # tokens up to the end mark
         confidence = [] if c.causal else last_confidence[row, :n].tolist()
         answers.append(Answer(text, int(calls[row]), seconds, len(samples) / SAMPLE_RATE, confidence, []))
     return answers
@@ -542,9 +517,8 @@ def join_pieces(answers, spans, question):
     """The Answers about a clip's pieces, at spans [(start, end)] in samples, as one."""
     if len(answers) == 1:
         return answers[0]
-    pieces = []
-    for (start, end), answer in zip(spans, answers, strict=True):
-        pieces.append((start / SAMPLE_RATE, end / SAMPLE_RATE, answer.text))
+    times = [(start / SAMPLE_RATE, end / SAMPLE_RATE) for start, end in spans]
+    pieces = [(*time, answer.text) for time, answer in zip(times, answers, strict=True)]
     if is_transcription(question):
         text = " ".join(said for *_, said in pieces if said)
     else:
@@ -558,11 +532,6 @@ def join_pieces(answers, spans, question):
         confidence=[c for answer in answers for c in answer.confidence],
         pieces=pieces,
     )
-
-
-def clock(start, end):
-    """[minutes:seconds - minutes:seconds]."""
-    return f"[{int(start) // 60}:{int(start) % 60:02} - {int(end) // 60}:{int(end) % 60:02}]"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -594,12 +563,7 @@ def parse(argv):
     add("--export", metavar="DIR", help="write the model as a compact bf16 checkpoint")
     # how it decodes: up to --temperature the fields of Options, by the same names
     add("--answer-length", type=length_option, default=32, metavar="N", help="tokens (default 32), or auto")
-    add(
-        "--block",
-        type=int,
-        metavar="N",
-        help="tokens (default 32 if the answer is a multiple of it, else all)",
-    )
+    add("--block", type=int, metavar="N", help="tokens (default 32 if they tile the answer, else all)")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--steps", type=int, metavar="N", help="fixed-step remasking in N network calls")
     how.add_argument("--factor", type=float, default=1.0, metavar="F", help="factor decoding (default, 1)")
@@ -612,17 +576,16 @@ def parse(argv):
     # what is printed
     live = parser.add_mutually_exclusive_group()
     live.add_argument("--show", action="store_true", help="watch the answer emerge")
-    live.add_argument("--stream", action="store_true", help="print each block as soon as it is final")
+    live.add_argument("--stream", action="store_true", help="print each --block as soon as it is final")
     add("--json", action="store_true", help="one JSON object a clip")
     args = parser.parse_args(argv)
     # refused now, not after minutes of loading
     if not 0 <= args.seed < 1 << 63:
         raise UserError(f"--seed {args.seed} must lie between 0 and 2^63")
-    if args.export is None or args.words:
-        if len(args.words) < 2:
-            raise UserError('give a recording and a question: python decode.py clip.wav "What do you hear?"')
-        if not args.words[-1].strip():
-            raise UserError("the question is empty")
+    if len(args.words) < 2 and (args.words or args.export is None):
+        raise UserError('give a recording and a question: python decode.py clip.wav "What do you hear?"')
+    if args.words and not args.words[-1].strip():
+        raise UserError("the question is empty")
     if args.answer_length == "auto" and (args.block is not None or args.steps is not None):
         raise UserError("--answer-length auto is one block, without --steps")
     if args.int8 and args.compile:
@@ -668,30 +631,17 @@ def run(args):
             notes.append(f"{path}: {seconds:.1f} s long; answered in pieces of at most {limit:g} s")
         for text in notes:
             note(text)
-    is_streamed = args.stream and not model.config.causal  # that one has no blocks
-    size = 1 if args.show or is_streamed else 16  # what is watched is watched one by one
-    settings = {"stage": args.stage, "options": args.options, "long": args.long, "batch": size}
-    if args.show:
-        settings["on_step"] = Screen(tokenizer, model.config, sys.stderr if args.json else sys.stdout).show
-    if is_streamed:
-        settings["on_block"] = Stream(tokenizer, model.config, sys.stdout).show
+    printer = Printer(args, tokenizer, model.config)
+    size = 1 if printer.live else 16  # what is watched is watched one by one
+    settings = {"stage": args.stage, "options": args.options, "long": args.long, "batch": size} | printer.live
     # a batch at a time: the first answers are printed before the last clips are asked
     for i in range(0, len(clips), size):
-        batch = clips[i : i + size]
         # a generator for each clip: an answer does not depend on which clips are asked beside it
-        generators = [torch.Generator().manual_seed(args.seed) for _ in batch]
-        if is_streamed and len(paths) > 1:
-            print(f"{paths[i]}: ", end="")
-        answers = ask(model, tokenizer, batch, question, generator=generators, **settings)
+        settings["generator"] = [torch.Generator().manual_seed(args.seed) for _ in clips[i : i + size]]
+        printer.begin(paths[i])
+        answers = ask(model, tokenizer, clips[i : i + size], question, **settings)
         for path, answer in zip(paths[i : i + size], answers, strict=True):
-            if args.json:
-                line = {"audio": path, "question": question, "answer": answer.text, "calls": answer.calls}
-                line |= {"seconds": round(answer.seconds, 4), "rtf": round(answer.rtf, 4)}
-                if answer.pieces:
-                    line["pieces"] = [{"start": a, "end": b, "answer": text} for a, b, text in answer.pieces]
-                print(json.dumps(line))
-            elif not is_streamed:  # else it stands there already
-                print(f"{path}: {answer.text}" if len(paths) > 1 else answer.text)
+            printer.end(path, question, answer)
 
 
 def main(argv=None):
@@ -703,15 +653,9 @@ def tutorial():
     confidence = torch.tensor([[0.99, 0.97, 0.93, 0.85, 0.6, 0.3]])
     print("Six [MASK]s were guessed with these confidences:", *(f"{c:.2f}" for c in confidence[0]))
     print("Each rule says how many of them stay; the others are masked again.\n")
-    rules = {
-        "--steps 3 of 6 (two a call)": Options(6, 6, steps=3),
-        "--factor 0.5 (Eq. 8)": Options(6, 6, factor=0.5),
-        "--factor 1": Options(6, 6, factor=1.0),
-        "--factor 2": Options(6, 6, factor=2.0),
-        "--threshold 0.9": Options(6, 6, threshold=0.9),
-    }
-    for name, options in rules.items():
-        print(f"  {name:30} keeps {int(count_to_keep(confidence, options, step=0))}")
+    for name, value in (("steps", 3), ("factor", 0.5), ("factor", 1.0), ("factor", 2.0), ("threshold", 0.9)):
+        options = Options(6, 6, **{name: value})
+        print(f"  --{name} {value}".ljust(20), f"keeps {int(count_to_keep(confidence, options, step=0))}")
     clip = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "demo", "digits.wav")
     print(f"\nThe small model, {os.path.basename(clip)}, call by call (_ is a [MASK]):\n")
     return main([clip, "What is said?", "--model", "tiny", "--show"])

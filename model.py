@@ -394,7 +394,7 @@ class DIFFA2(nn.Module):
         return taps, final
 
     def embed_imitation(self, ids, weights, noise):
-        """Audio tokens imitated by words (data.imitate_audio): weighted sums of embeddings plus noise.
+        """Audio tokens imitated by words (runtime/variations.py): weighted sums of embeddings plus noise.
 
         ids, weights (B, A, 2), noise (B, A, D) in units of the embeddings' root mean square -> (B, A, D).
         """

@@ -11,7 +11,7 @@
 
 Stages 2 to 4 start from the folder that the one before wrote (out/MODEL/stageN), or from --init; stage 1
 from LLaDA and Whisper as published, or from the small backbone and Whisper tiny.en that lie in assets.
-Stage 0 makes that backbone, on text with word embeddings in the place of audio (data.imitate_audio).
+Stage 0 makes that backbone, on text with word embeddings in the place of audio (runtime/variations.py).
 
 A batch is a list of examples; rank r takes ids[r::world].  What an example is masked and augmented
 with is seeded by (seed, epoch, example): apart from dropout and rounding, the number of processes and
@@ -210,7 +210,7 @@ class Stage:
     epochs: float = 0  # over the manifest, or
     steps: int = 0  # this many steps whatever its size
     loss: Loss = SFT
-    is_imitated: bool = False  # word embeddings in the place of audio (data.imitate_audio)
+    is_imitated: bool = False  # word embeddings in the place of audio (runtime/variations.py)
     least_t: float = 0.0  # t is drawn from (least_t, 1]; small t teaches little about the audio, see sft
     ctc: float = 0.0  # weight of CTC of the transcript on the semantic tokens
     weight_decay: float = 0.05  # the authors' script; the paper gives none

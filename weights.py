@@ -16,7 +16,7 @@ What is read, always as data, never as code:
 
 Loading is strict: each tensor of a file has a place and each place gets a tensor of its shape, or the
 message names the one that is wrong.  A network with one random matrix still runs and still answers, only
-badly, and nobody would look for the reason here.  Each format's names turn into ours in one function.
+badly, and nobody would look for the reason here.
 A model is built on the meta device and filled from mapped files, so no second copy of 8 B parameters
 exists at any time; `from_pretrained` of transformers does the same for one library's own format.
 A checkpoint leaves out what was never trained and lies elsewhere: the small model's holds no Whisper, the
@@ -24,11 +24,11 @@ released ones' neither Whisper nor LLaDA.  It says what they are (`model.base`: 
 the weights), never where they lie, so that it can be given to somebody else.
 """
 
+import contextlib
 import dataclasses
 import glob
 import hashlib
 import json
-import math
 import os
 import pickle
 import re
@@ -62,12 +62,11 @@ TINY_FINGERPRINT = "c7311073ee9e7c16"  # its `fingerprint`
 
 
 def save(model, tokenizer, folder, dtype=torch.bfloat16):
-    """Writes folder/model.safetensors (Config and stage in its header) and folder/tokenizer.json.
+    """Writes folder/model.safetensors and folder/tokenizer.json.
 
-    Of a model with frozen parts from other files only the rest is written, and what those are: the small
-    model without its encoder, a released one as the 99 million parameters of Table B.3 (200 MB in bf16)
-    instead of 8.75 billion.  bf16 halves a file to be given away; a stage that another one goes on from is
-    saved in fp32, or its last small steps would be rounded off.
+    A released model is written as the 99 million parameters of Table B.3 (200 MB in bf16) instead of 8.75
+    billion.  bf16 halves a file to be given away; a stage that another one goes on from is saved in fp32,
+    or its last small steps would be rounded off.
     """
     if any(isinstance(module, Int8Linear) for module in model.modules()):
         raise UserError(f"{folder}: a model in int8 is not written, its LoRA is merged; load it without int8")
@@ -101,22 +100,18 @@ def save_sorted(weights, path, metadata):
 
 def load_tokenizer(folder):
     """The tokenizer that a model was trained with: the same ids mean other words under another one."""
-    path = os.path.join(folder, "tokenizer.json")
-    if not os.path.exists(path):
-        raise UserError(f"{folder}: no tokenizer.json beside the weights")
     try:
-        return Tokenizer.from_file(path)
-    except Exception as e:  # the library raises a bare Exception for every kind of bad file
-        raise UserError(f"{path}: not a tokenizer file ({e})") from None
+        return Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
+    except Exception as e:  # the library raises a bare Exception for a missing file and every kind of bad one
+        raise UserError(f"{folder}: no tokenizer.json that can be read ({first_line(e)})") from None
 
 
 def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=None, diffa=None, int8=False):
     """A preset ("tiny", "diffa1", "diffa2") or a checkpoint folder -> model, tokenizer.
 
-    Strict: every key and shape is accounted for.  LoRA, if the checkpoint has it, is kept apart;
-    adapters.merge_lora(model) folds it in.  dtype: the backbone's (default fp32 on a CPU, bf16 on
-    a GPU; the released models bf16 everywhere); encoder and adapters of the released models stay
-    in fp32.  stage, llada, whisper, diffa: see `assemble`; files not given are looked for beside the
+    LoRA, if the checkpoint has it, is kept apart; adapters.merge_lora(model) folds it in.  dtype: the
+    backbone's (default fp32 on a CPU, bf16 on a GPU; the released models bf16 everywhere, their encoder and
+    adapters fp32).  stage, llada, whisper, diffa: see `assemble`; files not given are looked for beside the
     checkpoint (FOLDER/llada, FOLDER/whisper), then in the hub's cache, then on the hub.
     int8: the matrices of encoder and backbone in int8, LoRA merged (runtime/int8.py), for asking only.
     Raises UserError with one line for anything wrong.
@@ -128,11 +123,10 @@ def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=
         model, tokenizer = load(name_or_path, "cpu", dtype, stage, llada, whisper, diffa)
         return quantise(model, device).to(device), tokenizer
     if name_or_path in RELEASES:
-        # bf16 on a CPU too: in fp32 LLaDA alone would take 32 GB
         # two of the authors' files: after stage 1, and after the last; stages 2 to 4 read audio alike
         file_stage = 1 if stage == 1 else 4
         files = fetch(name_or_path, file_stage, llada, whisper, diffa)
-        dtype = dtype or torch.bfloat16
+        dtype = dtype or torch.bfloat16  # on a CPU too: in fp32 LLaDA alone would take 32 GB
         return assemble(PRESETS[name_or_path], *files, device, dtype, file_stage, name_or_path)
     return load_checkpoint(name_or_path, device, dtype, {"llada": llada, "whisper": whisper, "diffa": diffa})
 
@@ -142,8 +136,7 @@ def load_checkpoint(name, device, dtype, given):
     folder = ASSETS.get(name, name)
     path = os.path.join(folder, "model.safetensors")
     if not os.path.exists(path):
-        known = ", ".join(PRESETS)
-        raise UserError(f"no model {name!r}: give one of {known}, or a folder that holds model.safetensors")
+        raise UserError(f"no model {name!r}: give {', '.join(PRESETS)} or a folder with a model.safetensors")
     tokenizer = load_tokenizer(folder)
     with open_safetensors(path) as f:
         header = f.metadata() or {}
@@ -151,16 +144,16 @@ def load_checkpoint(name, device, dtype, given):
     try:
         fields = json.loads(header["config"])
         config = Config(**{**fields, "taps": tuple(fields["taps"])})  # JSON has no tuples
-        stage, base = int(header["stage"]), json.loads(header.get("base", "{}"))
-        if base and base["name"] not in PRESETS:
+        base = json.loads(header.get("base", "{}"))
+        if base and base["name"] not in (RELEASES if "llada" in base else PRESETS):
             raise ValueError(f"frozen parts of {base['name']!r}")
         # on "meta" a tensor has a shape and no memory: only what is loaded into it takes any
         with torch.device("meta"):
             model = DIFFA2(config, lora=any("lora_" in key for key in weights))
+        model.stage = int(header["stage"])
     except Exception as e:  # as many kinds of error as a header can have wrong values
         raise UserError(f"{path}: no Config of this code in its header ({first_line(e)})") from None
     check_tokenizer(tokenizer, config, folder)
-    model.stage = stage
 
     # ---- the frozen parts: each from the command line, else from beside the checkpoint, else from where it
     # is published.  base says which they were when this checkpoint was trained.
@@ -174,11 +167,9 @@ def load_checkpoint(name, device, dtype, given):
         beside = os.path.join(folder, part)
         files[part] = where or (beside if os.path.exists(beside) else None)
     if "llada" in base:
-        if files["llada"] is None or files["whisper"] is None:
-            found = fetch(base["name"], None, files["llada"], files["whisper"], adapters=False)
-            files["llada"], files["whisper"], _ = found
-        frozen_dtype = dtype or torch.bfloat16
-        load_frozen(model, files["llada"], files["whisper"], device, frozen_dtype, base["name"])
+        llada, whisper, _ = fetch(base["name"], None, files["llada"], files["whisper"], adapters=False)
+        load_frozen(model, llada, whisper, device, dtype or torch.bfloat16, base["name"])
+        files = {"llada": llada, "whisper": whisper}
         dtype = torch.float32  # of all that was trained: see LoRALinear
     else:
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -192,7 +183,6 @@ def load_checkpoint(name, device, dtype, given):
             raise UserError(f"{where}: not the weights that {name} was trained on {which}")
 
     load_strictly(model, weights, path, device, dtype, saved_part(model))
-    fix_positions(model)
     return model.eval(), tokenizer
 
 
@@ -206,15 +196,13 @@ def check_tokenizer(tokenizer, config, folder):
         raise UserError(f"{folder}: the tokenizer has more tokens than the model's {config.vocab}")
 
 
-def load_tiny_encoder(model, whisper=None, device=None, dtype=None):
+def load_tiny_encoder(model, whisper=None, device="cpu", dtype=None):
     """Gives a model of preset tiny the shipped encoder of Whisper tiny.en, or that of another file.
 
     model.base then says which it is, and `save` leaves it out: it would be the same 30 MB in the
     checkpoint of every stage.  The shipped one goes by its name, any other by its fingerprint.
     """
-    weight = model.encoder.conv1.weight
-    shipped = os.path.join(HERE, "assets", TINY_ENCODER)
-    load_whisper(model, whisper or shipped, device or weight.device, dtype or weight.dtype)
+    load_whisper(model, whisper or os.path.join(HERE, "assets", TINY_ENCODER), device, dtype)
     found = fingerprint(model.encoder)
     model.base = {"name": "tiny", "whisper": TINY_ENCODER if found == TINY_FINGERPRINT else found}
 
@@ -246,9 +234,9 @@ def saved_part(model):
 
 
 def trained_part(model):
-    """Names of what the authors' files and our compact checkpoints hold: adapters, soft prompts, LoRA.
+    """Names of what the paper trains (Section 3.3): adapters, soft prompts, LoRA; 1.1 % of the whole.
 
-    It is what the paper trains (Section 3.3; 1.1 % of the whole, Table B.3).
+    The authors' files and our checkpoints of the released models hold these and nothing else.
     """
     trained = ("semantic.", "acoustic.", "soft_prompts")
     return [k for k in model.state_dict() if k.startswith(trained) or "lora_" in k]
@@ -275,29 +263,23 @@ def open_pickle(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as e:
-        what = "holds code or objects beside tensors, and is not opened"
-        raise UserError(f"{path}: {what} ({first_line(e)})") from None
+        raise UserError(f"{path}: holds code or objects, and is not opened ({first_line(e)})") from None
     except (RuntimeError, OSError, EOFError, ValueError) as e:
         raise UserError(f"{path}: cut short or not a file of weights ({first_line(e)})") from None
 
 
-def read_json(folder, name):
-    """The object in a JSON file that LLaDA's folder must have."""
+def read_json(folder, name, key):
+    """What stands under a key of a JSON file that LLaDA's folder must have."""
     try:
-        with open(os.path.join(folder, name), encoding="utf-8") as f:
-            found = json.load(f)
-    except (OSError, ValueError) as e:
-        raise UserError(f"{folder}: no {name}, or not JSON ({first_line(e)})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{folder}: {name} holds no object")
-    return found
+        return json.loads(Path(folder, name).read_text("utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{folder}: no {name} that has {key} ({first_line(e)})") from None
 
 
 def load_strictly(model, weights, path, device, dtype, expected):
     """Gives the places named by `expected` their weights; each key and shape is checked before any moves.
 
-    Tensors already of the right type and device are taken as they are: what safetensors has mapped
-    from the disk stays there, and no second copy exists at any time.
+    dtype=None: each in the type of its place.  What is of the right type and on the device is not copied.
     """
     state = model.state_dict()
     for key in expected:
@@ -309,26 +291,21 @@ def load_strictly(model, weights, path, device, dtype, expected):
     unknown = weights.keys() - set(expected)
     if unknown:
         raise UserError(f"{path}: {min(unknown)} has no place in this model")
-    moved = {k: v.to(device, dtype) for k, v in weights.items()}
+    moved = {k: v.to(device, dtype or state[k].dtype) for k, v in weights.items()}
     # assign: the tensors themselves take the places, also those on "meta", which have no memory to copy to.
     # strict=False: the rest of the model comes from other files; what this one owes was checked above.
     model.load_state_dict(moved, strict=False, assign=True)
-
-
-def fix_positions(model):
-    """The encoder's sinusoids are computed, not loaded: a shorter window takes the first of Whisper's.
-
-    They are no part of any file of ours, so a model that was built on the meta device has none until now.
-    """
-    c, weight = model.config, model.encoder.conv1.weight
-    model.encoder.positional_embedding = sinusoids(c.n_frames, c.audio_width).to(weight.device, weight.dtype)
+    if "encoder.conv1.weight" in moved:
+        # the encoder's positions are computed, not loaded: a shorter window takes the first of Whisper's.
+        # They are in no file of ours, so a model that was built on "meta" has none until now.
+        positions = sinusoids(model.config.n_frames, model.config.audio_width)
+        model.encoder.positional_embedding = positions.to(moved["encoder.conv1.weight"])
 
 
 # ---------------------------------------------------------------------------------------------
 # Whisper's encoder.  Three projects publish the same tensors under three sets of names, and a reader may have
 # any of them on the disk already; large-v3 is 3 GB.  The decoder, more than half of every size, is not read:
 # LLaDA takes its place (Section 3.1).
-
 
 WHISPER_NAMES = {  # a module of a layer: transformers' name -> openai-whisper's
     "self_attn.q_proj": "attn.query",
@@ -350,13 +327,16 @@ WHISPER_NAMES = {  # a module of a layer: transformers' name -> openai-whisper's
 
 
 def whisper_name(key):
-    """transformers' name of an encoder tensor -> ours; None for the positions, which are computed.
+    """Any project's name of a tensor -> ours; None for the decoder and for the positions, which are computed.
 
     Ours are openai-whisper's and pass unchanged.  So does a name that nobody knows: the strict loading
     that follows says that it has no place.
     """
-    if key.startswith("embed_positions"):
+    key = key.replace("/", ".").removeprefix("model.").removeprefix("encoder.")
+    if key.startswith(("decoder.", "proj_out.", "embed_positions.", "positional_embedding")):
         return None
+    # CTranslate2's: encoder/layer_0/ffn/layer_norm/gamma
+    key = re.sub(r"^layer_(\d+)", r"layers.\1", key).replace(".gamma", ".weight").replace(".beta", ".bias")
     found = re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", key)
     if found:
         n, module, leaf = found.groups()
@@ -364,21 +344,10 @@ def whisper_name(key):
     return "encoder." + key.replace("layer_norm", "ln_post")
 
 
-def ctranslate2_name(name):
-    """CTranslate2's name of an encoder tensor -> ours.
-
-    encoder/layer_0/ffn/layer_norm/gamma is a path in a tree of modules, as transformers' names are, so it is
-    written as one of those first.
-    """
-    key = name.removeprefix("encoder/").replace("/", ".")
-    key = re.sub(r"^layer_(\d+)", r"layers.\1", key)
-    return whisper_name(key.replace(".gamma", ".weight").replace(".beta", ".bias"))
-
-
 def read_ctranslate2(path):
     """The encoder in CTranslate2's model.bin of a Whisper -> {openai-whisper's name: tensor}."""
-    weights = {ctranslate2_name(name): value for name, value in ctranslate2.read_encoder(path).items()}
-    for name in [key for key in weights if ".attn.qkv." in key]:
+    weights = {whisper_name(name): value for name, value in ctranslate2.read_encoder(path).items()}
+    for name in [key for key in weights if key and ".attn.qkv." in key]:
         stacked = weights.pop(name)  # (3 * width, width), or a bias (3 * width,)
         if len(stacked) % 3:
             raise UserError(f"{path}: {name} has {len(stacked)} rows, which are not q, k and v")
@@ -394,41 +363,29 @@ def read_ctranslate2(path):
 def whisper_file(path):
     """The file itself, or the first of these in a folder: the hub's name, ours, CTranslate2's."""
     known = ("model.safetensors", "encoder.safetensors", "model.bin")
-    for name in known:
-        if os.path.isfile(os.path.join(path, name)):
-            return os.path.join(path, name)
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file, nor a folder with one of {', '.join(known)}")
-    return path
+    for file in (path, *(os.path.join(path, name) for name in known)):
+        if os.path.isfile(file):
+            return file
+    raise UserError(f"{path}: no such file, nor a folder with one of {', '.join(known)}")
 
 
 def load_whisper(model, path, device, dtype):
-    """The encoder from a file of any of four kinds, or from a folder that holds one.
-
-    openai-whisper's .pt; transformers' .safetensors, of the whole model or the encoder; CTranslate2's
-    model.bin; our own encoder.safetensors, whose names are openai-whisper's.  The ending tells which.
-    """
+    """The encoder from a file of any kind, of the whole model or the encoder alone, or from its folder."""
     path = whisper_file(path)
     if path.endswith(".safetensors"):
-        # a tensor at a time, by name: the decoder's stay on the disk
-        weights = {}
         with open_safetensors(path) as f:
-            for key in f.keys():
-                name = whisper_name(key.removeprefix("model.").removeprefix("encoder."))
-                is_decoder = "decoder." in key or key == "proj_out.weight"
-                if name is not None and not is_decoder:
-                    weights[name] = f.get_tensor(key)
+            found = {key: f.get_tensor(key) for key in f.keys()}
     elif path.endswith(".bin"):
-        weights = read_ctranslate2(path)
+        found = read_ctranslate2(path)
     else:
         found = open_pickle(path)
         if not isinstance(found, dict) or "model_state_dict" not in found:
             raise UserError(f"{path}: not one of openai-whisper's files")
-        weights = {k: v for k, v in found["model_state_dict"].items() if k.startswith("encoder.")}
-        weights.pop("encoder.positional_embedding", None)  # sinusoids for 30 s, see fix_positions
+        found = found["model_state_dict"]
+    weights = {whisper_name(key): value for key, value in found.items()}
+    weights.pop(None, None)  # mapped and never looked at, the decoder stays on the disk
     expected = [k for k in model.state_dict() if k.startswith("encoder.")]
     load_strictly(model, weights, path, device, dtype, expected)
-    fix_positions(model)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -442,10 +399,10 @@ def load_llada(model, folder, device, dtype):
     (trust_remote_code), and needs an older transformers.
     """
     # other models' folders have the same file names: say so at once, not by the first shape that differs
-    kind = read_json(folder, "config.json").get("model_type")
+    kind = read_json(folder, "config.json", "model_type")
     if kind != "llada":
         raise UserError(f"{folder}: holds a model of type {kind!r}; this code runs LLaDA-8B")
-    shard_of = read_json(folder, "model.safetensors.index.json").get("weight_map")
+    shard_of = read_json(folder, "model.safetensors.index.json", "weight_map")
     if not isinstance(shard_of, dict):
         raise UserError(f"{folder}: model.safetensors.index.json is not an index of shards")
     weights = {}
@@ -458,10 +415,9 @@ def load_llada(model, folder, device, dtype):
         for key in keys:
             if not key.startswith("model.transformer."):
                 raise UserError(f"{path}: {key} is not one of LLaDA's names")
-            name = "backbone." + key.removeprefix("model.transformer.")
             # a mapping for each tensor: who lets one go (runtime/int8.py) gives its memory back
             with open_safetensors(path) as f:
-                weights[name] = f.get_tensor(key)
+                weights["backbone." + key.removeprefix("model.transformer.")] = f.get_tensor(key)
     expected = [k for k in model.state_dict() if k.startswith("backbone.") and "lora_" not in k]
     load_strictly(model, weights, folder, device, dtype, expected)
 
@@ -469,7 +425,6 @@ def load_llada(model, folder, device, dtype):
 # ---------------------------------------------------------------------------------------------
 # the authors' adapters, soft prompts and LoRA.  Their file holds what they trained and nothing else:
 # 396 MB in fp32 for the 99 million parameters of Table B.3.
-
 
 SEMANTIC_NAMES = {  # numbers are places in an nn.Sequential, ReLU and GELU stand between them
     "conv.0": "conv1",
@@ -508,7 +463,7 @@ def released_name(key):
         if rest == "layer_weights":
             return "acoustic.tap_logits"
         if module == "layer_prompts" and leaf.isdecimal():
-            return f"acoustic.queries.{leaf}"  # one a tap; stacked by the caller
+            return f"acoustic.queries.{leaf}"  # one a tap; stacked in load_released
         if module in ACOUSTIC_NAMES:
             return f"acoustic.{ACOUSTIC_NAMES[module]}.{leaf}"
         found = re.fullmatch(r"qformer\.layer\.(\d+)\.(.+)", module)
@@ -521,12 +476,12 @@ def released_name(key):
         rest = rest.replace(".base_layer.", ".").replace(".default", "")
         return "backbone." + (rest.removesuffix(".weight") if "lora_" in rest else rest)
     if part == "whisper_model":  # only where a whole training state was saved
-        return whisper_name(rest.removeprefix("encoder."))
+        return whisper_name(rest)
     return None
 
 
-def load_released(model, path, device=None):
-    """The authors' pytorch_model.bin into adapters, soft prompts and LoRA, strictly; fp32.
+def load_released(model, path, device="cpu"):
+    """The authors' pytorch_model.bin into adapters, soft prompts and LoRA, strictly.
 
     Accepts the names with and without peft's wrapping, and a full training state dict that holds
     the frozen parts too.  A stage-1 file may lack the Q-Former, which that stage does not use, or
@@ -534,45 +489,37 @@ def load_released(model, path, device=None):
     All of them end in the same model; whatever else such a file holds is an error.
     """
     found = open_pickle(path)
-    is_state_dict = isinstance(found, dict) and all(isinstance(v, torch.Tensor) for v in found.values())
-    if not is_state_dict or not found:
+    if not isinstance(found, dict) or not all(isinstance(v, torch.Tensor) for v in found.values()):
         raise UserError(f"{path}: not a state dict")
-    device = device or model.backbone.wte.weight.device
-    weights, queries = {}, {}
+    weights = {}
     for key, value in found.items():
-        if "embed_positions" in key:  # Whisper's sinusoids, see fix_positions
+        if "embed_positions" in key:  # Whisper's sinusoids, which are computed
             continue
         name = released_name(key)
         if name is None:
             raise UserError(f"{path}: {key} is not one of DIFFA's names")
-        if name.startswith("acoustic.queries."):
-            queries[int(name.rsplit(".", 1)[1])] = value  # (1, n_queries, d)
-        else:
-            weights[name] = value
+        weights[name] = value
+    names = [f"acoustic.queries.{tap}" for tap in range(len(model.config.taps))]
+    queries = [weights.pop(name) for name in names if name in weights]  # each (1, n_queries, d)
     if queries:
-        if len({value.shape for value in queries.values()}) > 1:
+        if len({value.shape for value in queries}) > 1:
             raise UserError(f"{path}: acoustic_connector.layer_prompts are not all of one shape")
-        # by number, not by name: 10 comes after 9
-        weights["acoustic.queries"] = torch.cat([queries[tap] for tap in sorted(queries)])
+        weights["acoustic.queries"] = torch.cat(queries)
+    trained, optional = trained_part(model), "acoustic." if model.stage == 1 else "soft_prompts"
     state = model.state_dict()
-    expected, optional = trained_part(model), ("acoustic.",) if model.stage == 1 else ("soft_prompts",)
-    for key in expected:
+    for key in trained:
         if key.startswith(optional) and key not in weights:
             # nobody reads these in this stage; they only must not be left without memory
             weights[key] = torch.zeros(state[key].shape)
-    frozen = (weights.keys() & state.keys()) - set(expected)
-    for key, value in weights.items():
-        # frozen parts in the type that they were loaded in; all that was trained in fp32, see LoRALinear
-        weights[key] = value.to(state[key].dtype if key in frozen else torch.float32)
-    load_strictly(model, weights, path, device, None, [*expected, *frozen])
+    expected = [k for k in state if k in trained or k in weights]  # also frozen parts, if the file has them
+    load_strictly(model, weights, path, device, None, expected)
 
 
 # ---------------------------------------------------------------------------------------------
 # the released models: where their parts are published, and how they are put together
 
-
-# sizes are the table's and not the hub's, so that they can be told without a network
-RELEASES = {  # preset -> where its three parts lie and what they weigh in GB; memory that asking takes, in GB
+# preset -> where its three parts lie, and their GB, told without a network; GB of memory that asking takes
+RELEASES = {
     "diffa2": {
         "llada": ("GSAI-ML/LLaDA-8B-Instruct", 16.0),
         "whisper": ("openai/whisper-large-v3", 3.1),
@@ -600,26 +547,23 @@ def fetch(name, stage=None, llada=None, whisper=None, diffa=None, adapters=True)
     Says what it will download and what the model needs before it starts: not every disk has room for
     19.5 GB.  What lies in the hub's cache already is found without a network.
     """
-    release, found = RELEASES[name], {}
-    given = {"llada": llada, "whisper": whisper} | ({"diffa": diffa} if adapters else {})
     if stage == 1 and name == "diffa1":
         raise UserError("DIFFA-1 was released after its last stage only")
     # DIFFA-2's root is the model after stage 4; that after stage 1 has a folder of its own
     patterns = PATTERNS | ({"diffa": ["stage1/pytorch_model.bin"]} if stage == 1 else {})
-    for part, path in given.items():
+    release = RELEASES[name]
+    found = {"llada": llada, "whisper": whisper} | ({"diffa": diffa} if adapters else {})
+    for part, path in found.items():
         if path is not None:
             if not os.path.exists(path):
                 raise UserError(f"--{part} {path}: no such file or folder")
-            found[part] = path
             continue
-        try:
+        with contextlib.suppress(OSError, ValueError):  # not in the cache
             folder = snapshot_download(release[part][0], allow_patterns=patterns[part], local_files_only=True)
             # the cache holds a folder from its first file on, or with another stage's files alone
             if all(glob.glob(os.path.join(folder, p)) for p in patterns[part]):
                 found[part] = folder
-        except (OSError, ValueError):  # not in the cache
-            pass
-    missing = [part for part in given if part not in found]
+    missing = [part for part, path in found.items() if path is None]
     size = sum(release[part][1] for part in missing)
     download = f"{size:.1f} GB to download, " if missing else ""
     print(f"{name}: {download}asking it takes about {release['memory']} GB of memory", file=sys.stderr)
@@ -648,8 +592,7 @@ def load_frozen(model, llada, whisper, device, dtype, name):
 def assemble(config, llada, whisper, diffa, device, dtype, stage, name="diffa2"):
     """LLaDA's folder + Whisper's file + DIFFA's pytorch_model.bin -> model, tokenizer.
 
-    The module tree is built on the meta device; each tensor goes from its mapped file straight to
-    its place.  stage: what the file was trained for (1: soft prompts; LoRA from stage 3 on, Section 3.3).
+    stage: what the file was trained for (1: soft prompts; LoRA from stage 3 on, Section 3.3).
     diffa=None leaves adapters and LoRA empty (on no device) for the caller to fill.
     """
     tokenizer = load_tokenizer(llada)
@@ -663,16 +606,12 @@ def assemble(config, llada, whisper, diffa, device, dtype, stage, name="diffa2")
     return model.eval(), tokenizer
 
 
-# ---------------------------------------------------------------------------------------------
-# what a checkpoint holds
-
-
 def tutorial():
     """What `python weights.py` alone shows: what lies in the small model's checkpoint, and what does not."""
     path = os.path.join(ASSETS["tiny"], "model.safetensors")
     with open_safetensors(path) as f:
         header = f.metadata()
-        sizes = {key: math.prod(f.get_slice(key).get_shape()) for key in f.keys()}
+        sizes = {key: f.get_tensor(key).numel() for key in f.keys()}
     print(f"{os.path.relpath(path, HERE)}: {len(sizes)} tensors, trained up to stage {header['stage']}\n")
     print(f"{'part':12}{'tensors':>9}{'parameters':>13}   the largest")
     for part in sorted({key.split(".")[0] for key in sizes}):
@@ -684,7 +623,7 @@ def tutorial():
     print("Names of other formats that `load` turns into ours, one of each:")
     for format, rename, key in (
         ("transformers' Whisper", whisper_name, "layers.0.fc1.weight"),
-        ("CTranslate2's Whisper", ctranslate2_name, "encoder/layer_0/ffn/linear_0/weight"),
+        ("CTranslate2's Whisper", whisper_name, "encoder/layer_0/ffn/linear_0/weight"),
         ("the authors' adapters", released_name, "acoustic_connector.proj.1.weight"),
     ):
         print(f"  {format:24}{key:38}-> {rename(key)}")

@@ -18,7 +18,6 @@ import math
 import os
 import re
 import tempfile
-import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,13 +77,9 @@ def open_index(f, path):
         fcntl.flock(f, fcntl.LOCK_EX)
     changed = os.fstat(f.fileno()).st_mtime_ns
     for place in places:
-        with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):  # none, or half of one
-            index = np.load(place, mmap_mode="r")
-            if (
-                getattr(index, "dtype", None) == INDEX
-                and index.ndim == 1
-                and os.stat(place).st_mtime_ns == changed
-            ):
+        with contextlib.suppress(OSError, ValueError):  # none, or half of one
+            index = np.lib.format.open_memmap(place, mode="r")
+            if index.dtype == INDEX and os.stat(place).st_mtime_ns == changed:
                 return index
     index = build_index(f, path)
     if not len(index):
@@ -111,8 +106,8 @@ def build_index(f, path):
 def largest_size(raw):
     """size_of an entry, in the stage where that is largest: one index serves all stages."""
     n_characters, seconds = 0, -1.0  # of what cannot be used, too: it is told of when it is asked for
-    stages = (None, 1, 4) if b'"audio_id"' in raw else (None,)  # they differ in the authors' format alone
-    for stage in stages:
+    # stages differ in the authors' format alone
+    for stage in (None, 1, 4) if b'"audio_id"' in raw else (None,):
         with contextlib.suppress(*CANNOT_BE_USED):
             example = parse_example(json.loads(raw), 0, "", "", stage, check=False)
             n, seconds = size_of(example)
@@ -307,8 +302,8 @@ class MicroBatches(torch.utils.data.IterableDataset):
             mine = ids[self.rank :: self.size]
             costs = {i: cost_of(self.examples.size(i), self.builder.config) for i in mine}
             parts = bucket(mine, costs, self.budget)
-            for n, part in enumerate(parts, 1):
-                yield step, epoch, part, n == len(parts)
+            for part in parts:
+                yield step, epoch, part, part is parts[-1]
 
     def __iter__(self):
         # each loader makes the whole plan, which costs little, and works on its share of it; DataLoader

@@ -45,8 +45,13 @@ def decode_entry(raw, where):
         return json.loads(raw)
     except UnicodeDecodeError:
         raise UserError(f"{where}: not a text file") from None
-    except (ValueError, RecursionError) as e:  # also of numbers too long and of lists nested too deeply
-        raise UserError(f"{where}: not JSON ({getattr(e, 'msg', first_line(e))})") from None
+    except (ValueError, RecursionError) as e:
+        raise not_json(where, e) from None
+
+
+def not_json(where, error):
+    """-> UserError.  Errors about numbers too long and lists nested too deeply have no `msg`."""
+    return UserError(f"{where}: not JSON ({getattr(error, 'msg', first_line(error))})")
 
 
 def scan(f, path, chunk=1 << 16):
@@ -85,8 +90,7 @@ def scan_list(f, path, chunk):
                     break
                 except (ValueError, RecursionError) as e:  # broken, or longer than the piece
                     if at + size >= len(whole) or not isinstance(e, json.JSONDecodeError):
-                        why = getattr(e, "msg", first_line(e))
-                        raise UserError(f"{path}: entry {number}: not JSON ({why})") from None
+                        raise not_json(where_in(path, number, True), e) from None
                     size *= 2
             yield at, number, whole[at : at + length]
             at += length

@@ -1,5 +1,6 @@
-"""An answer on a terminal, while it emerges: `decode.py --show` and `--stream`."""
+"""How `decode.py` prints answers: as text or JSON, with --show and --stream while they emerge."""
 
+import json
 import os
 import shutil
 import sys
@@ -58,3 +59,35 @@ class Stream:
         self.out.write(text[len(self.printed) :] + "\n" * is_last)
         self.out.flush()
         self.printed = "" if is_last else text  # the answer about the next piece of the clip begins anew
+
+
+class Printer:
+    """Prints each answer when it is there; `live` are the arguments of `ask` that print it as it emerges."""
+
+    def __init__(self, args, tokenizer, config):
+        self.is_json, self.is_one = args.json, len(args.words) == 2  # a clip and the question
+        self.is_streamed = args.stream and not config.causal  # an autoregressive model has no blocks
+        self.live = {}
+        if args.show:
+            self.live["on_step"] = Screen(tokenizer, config, sys.stderr if args.json else sys.stdout).show
+        if self.is_streamed:
+            self.live["on_block"] = Stream(tokenizer, config, sys.stdout).show
+
+    def begin(self, path):
+        if self.is_streamed and not self.is_one:
+            print(f"{path}: ", end="")
+
+    def end(self, path, question, answer):
+        if self.is_json:
+            line = {"audio": path, "question": question, "answer": answer.text, "calls": answer.calls}
+            line |= {"seconds": round(answer.seconds, 4), "rtf": round(answer.rtf, 4)}
+            if answer.pieces:
+                line["pieces"] = [{"start": a, "end": b, "answer": text} for a, b, text in answer.pieces]
+            print(json.dumps(line))
+        elif not self.is_streamed:  # else it stands there already
+            print(answer.text if self.is_one else f"{path}: {answer.text}")
+
+
+def clock(start, end):
+    """[minutes:seconds - minutes:seconds]."""
+    return f"[{int(start) // 60}:{int(start) % 60:02} - {int(end) // 60}:{int(end) % 60:02}]"

@@ -15,6 +15,7 @@ ORDER = [
     "runtime.log",
     "runtime.processes",
     "runtime.muon",
+    "runtime.variations",
     "diffusion",
     "adapters",
     "runtime.int8",

@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import read_lines
 
-from data import build_prompt, imitate_audio, prompt_text, read_manifest
+from data import build_prompt, prompt_text, read_manifest
+from runtime.variations import imitate_audio
 from tools.corpora import Clip, read_corpus
 from tools.prepare import main
 from tools.questions import askable

@@ -3,7 +3,7 @@
     python -m tools.imitated data/test.jsonl --model out/tiny/stage0     the ceiling of whatever listens
     python -m tools.evaluate exact data/test.jsonl                      the same questions, from the sound
 
-The facts stand where the audio would, as stage 0 learns to read them (data.imitate_audio).
+The facts stand where the audio would, as stage 0 learns to read them (runtime/variations.py).
 """
 
 import argparse
@@ -13,9 +13,10 @@ from collections import defaultdict
 import torch
 
 from adapters import merge_lora
-from data import answer_text, build_prompt, imitate_audio, pad_imitations, read_manifest
+from data import answer_text, build_prompt, pad_imitations, read_manifest
 from decode import generate
 from runtime.errors import Parser, exit_status
+from runtime.variations import imitate_audio
 from tools.benchmarks import normalise, wilson, word_errors
 from weights import load
 
