@@ -242,9 +242,13 @@ def print_task(task, asked):
 
 def report_words(questions, answers):
     """Prints the word error rate of transcripts; returns what goes into the summary."""
-    found = word_errors([q.answer for q in questions], answers)
+    expected = [q.answer for q in questions]
+    found = word_errors(expected, answers)
     kinds = ", ".join(f"{found[kind]} {kind}" for kind in ("substitutions", "deletions", "insertions"))
     print(f"WER {found['wer']:.2%}: {kinds} in {found['words']} words")
+    # Whisper's normalizer makes one number, and so one word, of "four nine two"
+    apart = word_errors(expected, answers, normalise)
+    print(f"WER {apart['wer']:.2%} with each digit a word: {apart['words']} words")
     return found
 
 
