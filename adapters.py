@@ -4,11 +4,13 @@
   AcousticAdapter   how it sounds: 64 learned queries read several layers of the encoder (Q-Former)
   add_lora          low-rank updates beside frozen matrices of the backbone
 
-Together they are 1.1 % of DIFFA-2 (paper, Table B.3).  `python adapters.py` prints that table
-beside the counts of the classes below; nothing is allocated for it.
+Together they are 1.1 % of DIFFA-2.  `python adapters.py` prints what the paper's Table B.3 says of
+them beside the counts of the classes below, without allocating any of the weights.
 
-The Q-Former is BLIP-2's idea in BERT's clothes (post-norm, GELU, biases everywhere), written
-out here instead of imported: 60 lines that a test holds against transformers' BertLayer.
+The Q-Former is BLIP-2's, made of BERT's layers (post-norm, GELU, biases everywhere).  It is written
+out here instead of imported; a test compares it with transformers' BertLayer.
+
+Shapes: B clips, F encoder frames, A audio tokens, Q queries, d the encoder's width, D the backbone's.
 """
 
 import math
@@ -32,15 +34,15 @@ class SemanticAdapter(nn.Module):
     def forward(self, final, n_frames):
         """final (B, F, d): the encoder's output.  n_frames (B,): frames of real audio in each clip.
 
-        Frames past the last multiple of four are dropped; a clip too short for one token borrows
-        the frames of silence behind it.  Returns tokens (B, A, D) and is_audio (B, A), where
-        A belongs to the longest clip and is_audio tells which tokens are a clip's own.
+        Every four frames give a token; what is left over at the end is dropped, but a clip of less than
+        four takes frames of the silence after it.  Returns tokens (B, A, D) and is_audio (B, A): A is the
+        longest clip's number of tokens, and is_audio is False past a shorter clip's own.
         """
         n_tokens = (n_frames // 4).clamp(min=1)  # (B,)
         A = int(n_tokens.max())
-        # The strided convolution reads frames 4j-1..4j+1 for token j and the one before it one
-        # frame more on either side, so no token of a clip sees what follows its last multiple
-        # of four: cutting the batch at the longest clip leaves the shorter ones exact.
+        # Token j of conv2 reads frames 4j-1..4j+1 of conv1, which are made of frames 4j-2..4j+2 of the
+        # encoder.  The last of a clip's n tokens reads up to frame 4n-2, so none depends on the frames from
+        # 4n on, and cutting the batch at the longest clip leaves the shorter ones' tokens exact.
         x = final[:, : 4 * A].transpose(1, 2)  # (B, d, 4A)
         x = self.conv2(F.gelu(self.conv1(x)))  # (B, 4d, A)
         x = F.relu(self.fc1(x.transpose(1, 2)))  # (B, A, d)
@@ -54,24 +56,24 @@ class QFormerAttention(nn.Module):
 
     def __init__(self, d, n_heads, dropout):
         super().__init__()
-        self.n_heads, self.p = n_heads, dropout
+        self.n_heads = n_heads
         self.query, self.key, self.value = nn.Linear(d, d), nn.Linear(d, d), nn.Linear(d, d)
         self.out = nn.Linear(d, d)
         self.norm = nn.LayerNorm(d, eps=1e-12)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)  # its rate holds for the attention weights as well
 
     def forward(self, x, context, mask=None):
         """x (B, Q, d) attends to context (B, F, d), where mask (B, 1, 1, F) is True.  Returns (B, Q, d)."""
         q, k, v = self.query(x), self.key(context), self.value(context)
-        q, k, v = (y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, n, d/H)
-        dropout = self.p if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        q, k, v = (y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, ., d/H)
+        dropout_p = self.dropout.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)  # (B, H, Q, d/H)
         y = y.transpose(1, 2).flatten(2)  # (B, Q, d)
         return self.norm(x + self.dropout(self.out(y)))
 
 
 class QFormerLayer(nn.Module):
-    """Queries attend to each other, then to the frames, then think: BERT's layer, post-norm."""
+    """Self-attention among the queries, cross-attention to the frames, feed-forward; all post-norm."""
 
     def __init__(self, d, n_heads, d_ffn, dropout):
         super().__init__()
@@ -90,8 +92,9 @@ class QFormerLayer(nn.Module):
 class AcousticAdapter(nn.Module):
     """Several layers of the encoder -> 64 tokens of the backbone's width D (paper 3.1).
 
-    Every tapped layer has its own 64 queries; one Q-Former, shared by all taps, fills them with
-    what the 1500 frames of that layer hold; a softmax learned per query mixes the taps.
+    Each tapped layer has its own 64 queries.  One Q-Former, shared by all taps, lets them attend to the
+    1500 frames of their layer.  Each of the 64 tokens is then a weighted mean over the taps, with learned
+    weights of its own (a softmax).
     """
 
     def __init__(self, d, D, n_taps, n_heads, d_ffn=3072, n_queries=64, n_layers=2, dropout=0.1):
@@ -105,9 +108,9 @@ class AcousticAdapter(nn.Module):
     def forward(self, taps, is_frame=None):
         """taps (B, n_taps, F, d): hidden states of the tapped layers.  Returns (B, n_queries, D).
 
-        is_frame (B, F): the frames that a clip's window has, where windows differ; None: all.
+        is_frame (B, F): False past the end of a clip's window, if windows differ in length; None: all True.
         """
-        B, n_taps, n_frames, d = taps.size()
+        B, n_taps = taps.shape[:2]
         mask = None
         if is_frame is not None:
             mask = is_frame[:, None, None, :].repeat_interleave(n_taps, 0)  # (B * n_taps, 1, 1, F)
@@ -118,15 +121,15 @@ class AcousticAdapter(nn.Module):
             x = layer(x, frames, mask)
         x = x.unflatten(0, (B, n_taps))  # (B, n_taps, Q, d)
         mix = self.tap_logits.softmax(-1)  # (Q, n_taps)
-        x = torch.einsum("qt,btqd->bqd", mix.to(x.dtype), x)
+        x = torch.einsum("qt,btqd->bqd", mix.to(x.dtype), x)  # (B, Q, d)
         return self.proj(self.norm(x))
 
 
 class LoRALinear(nn.Linear):
     """A frozen Linear plus a trained update of rank r: y = W x + (alpha / r) B A dropout(x).
 
-    B starts at zero, so the update does; `weight` keeps its name, so checkpoints of the plain
-    layer fit (Hu et al., 2022).
+    B is zero at first, and so is the update (Hu et al., 2022).  `weight` keeps its name, so that
+    checkpoints of the plain Linear load.
     """
 
     def __init__(self, linear, r, alpha, dropout):
@@ -137,18 +140,18 @@ class LoRALinear(nn.Linear):
         new = {"device": linear.weight.device, "dtype": torch.float32}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **new))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, **new))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear does
         self.scale = alpha / r
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        low = F.linear(F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A), self.lora_B)
-        return super().forward(x) + (self.scale * low).to(x.dtype)
+        low = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # (..., r)
+        return super().forward(x) + (self.scale * F.linear(low, self.lora_B)).to(x.dtype)
 
     def merged(self):
-        """The plain Linear that computes the same."""
+        """The plain Linear that computes the same, up to rounding, as this one without dropout."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        update = self.scale * self.lora_B @ self.lora_A
+        update = self.scale * self.lora_B @ self.lora_A  # (out, in), fp32; rounded only with the sum
         linear.weight = nn.Parameter(
             (self.weight.to(update.dtype) + update).to(self.weight.dtype).detach(), requires_grad=False
         )
@@ -156,13 +159,14 @@ class LoRALinear(nn.Linear):
         return linear
 
 
+# the authors' five; with r = 8 they give Table B.3's 14.7M parameters
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "ff_proj", "up_proj")
 
 
 def replace_modules(module, kind, make):
-    """Puts make(last name, child) in the place of every child of a class, in place; None leaves a child."""
-    for name, child in list(module.named_modules()):
-        if isinstance(child, kind) and name:
+    """Replaces submodules of class `kind` by make(last name, submodule), in place; None: it stays."""
+    for name, child in list(module.named_modules()):  # a list: the modules change under way
+        if isinstance(child, kind) and name:  # no name: `module` itself
             parent, _, leaf = name.rpartition(".")
             new = make(leaf, child)
             if new is not None:
@@ -171,7 +175,7 @@ def replace_modules(module, kind, make):
 
 
 def add_lora(module, r=8, alpha=16, dropout=0.05, targets=LORA_TARGETS):
-    """Replaces, in place, every Linear whose last name is in `targets`.  Returns the module."""
+    """Turns every Linear whose last name is in `targets` into a LoRALinear, in place; returns the module."""
 
     def wrap(leaf, linear):
         return LoRALinear(linear, r, alpha, dropout) if leaf in targets else None
@@ -180,7 +184,7 @@ def add_lora(module, r=8, alpha=16, dropout=0.05, targets=LORA_TARGETS):
 
 
 def merge_lora(module):
-    """Folds every update into its matrix: one product per projection, LoRA gone.  In place."""
+    """Adds every update to its matrix, so that plain Linears remain.  In place; returns the module."""
     return replace_modules(module, LoRALinear, lambda leaf, lora: lora.merged())
 
 

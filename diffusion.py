@@ -1,28 +1,29 @@
 """Masked diffusion on text: the corruption, the 1/t loss, and the Monte-Carlo likelihood.
 
-A masked diffusion model learns to fill in blanks.  Forward: hide each answer token with
-probability t.  Backward: a bidirectional network guesses the hidden tokens.  The whole theory
-fits in one sentence: weigh the cross-entropy of the hidden tokens by 1/t, average over
-t ~ U(0, 1], and the result bounds -log p(answer) from above (paper, Eq. 1).
+A masked diffusion model learns to fill in blanks.  Forward process: hide each answer token with
+probability t.  Reverse process: a bidirectional network predicts the hidden tokens.  The whole theory
+fits in one sentence: the cross-entropy of the hidden tokens, summed, divided by t and averaged over
+t ~ U(0, 1], bounds -log p(answer) from above (paper, Eq. 1).
 
-Only the answer is ever hidden.  Audio and prompt stay in sight (Eq. 2 and L_sft-a).
+Only the answer is ever hidden.  Audio and prompt stay visible (Eq. 2, and L_sft-a in Section 3.4).
 
-Everything here takes `predict`, any callable (noisy ids, where) -> logits at `where`, so the
-same few lines run on an 8-billion-parameter network and on a toy whose likelihood can be
-enumerated.  `python diffusion.py` does the latter and shows both halves of the story.
+The losses and the ELBO take `predict`, any callable (ids (B, T), where (B, T)) -> logits (N, vocab) of
+the N tokens where `where` is True, row by row.  So the same few lines run on an 8-billion-parameter
+network and on a toy whose likelihood can be enumerated: `python diffusion.py` shows the forward process
+on a sentence and compares both estimates of log p with the toy's exact one.
 
 How it differs from LLaDA's and the authors' code, and why:
-  * logits are asked for at masked positions only; a vocabulary of 126,464 makes the rest waste;
-  * the likelihood's mask counts are stratified so that every count is equally likely in every
-    draw (LLaDA's rounding favours some counts, which biases the estimate);
-  * randomness comes in as a generator, one for all rows or one for each, so that the noise an
-    example sees need not depend on its batch or on the number of GPUs.
+  * logits are computed at masked positions only: with a vocabulary of 126,464 all others are costly;
+  * the likelihood's numbers of masks are spread so that in every draw each number is equally likely
+    (LLaDA's rounding favours some numbers, which biases the estimate);
+  * random numbers come from a given generator, one for all rows or one for each, so that an
+    example's masks need not depend on its batch or on the number of GPUs.
 """
 
 import torch
 import torch.nn.functional as F
 
-EPS = 1e-3  # the least t: below it a token is hardly ever hidden, but one that is would weigh 1/t
+EPS = 1e-3  # the least t: below it hardly any token is hidden, but one that is would weigh over 1000
 
 
 def draw_uniform(n, generator=None, row=0):
@@ -33,8 +34,8 @@ def draw_uniform(n, generator=None, row=0):
 
 
 def draw_t(batch, generator=None, eps=EPS):
-    """Mask ratios t ~ U(0, 1], floored as t <- (1 - eps) t + eps.  Returns (batch,) floats."""
-    u = torch.cat([1 - draw_uniform(1, generator, row) for row in range(batch)])  # (0, 1]
+    """Mask ratios (batch,): u ~ U(0, 1], moved to (eps, 1] as t = (1 - eps) u + eps."""
+    u = torch.cat([1 - draw_uniform(1, generator, row) for row in range(batch)])  # in (0, 1]
     return (1 - eps) * u + eps
 
 
@@ -53,7 +54,7 @@ def corrupt(ids, is_answer, mask_id, t=None, is_masked=None, generator=None):
             t = draw_t(len(ids), generator)
         is_masked = torch.zeros_like(is_answer)
         for row in range(len(ids)):
-            at = is_answer[row].nonzero().squeeze(1)
+            at = is_answer[row].nonzero().squeeze(1)  # the answer's columns
             hide = draw_uniform(len(at), generator, row).to(at.device) < t[row].item()
             is_masked[row, at[hide]] = True
     is_masked = is_masked & is_answer
@@ -63,7 +64,7 @@ def corrupt(ids, is_answer, mask_id, t=None, is_masked=None, generator=None):
 def masked_nll(predict, ids, noisy, is_masked):
     """-log p(ids | noisy) summed over each row's masked tokens.  Returns (B,) in fp32."""
     total = torch.zeros(len(ids), device=ids.device)
-    if not is_masked.any():  # small t may hide nothing: nothing to learn, no network call needed
+    if not is_masked.any():  # a small t may hide no token: no loss, and no network call
         return total
     logits = predict(noisy, is_masked)  # (N, vocab)
     nll = F.cross_entropy(logits.float(), ids[is_masked], reduction="none")  # (N,)
@@ -72,12 +73,12 @@ def masked_nll(predict, ids, noisy, is_masked):
 
 
 def sft_loss(predict, ids, is_answer, mask_id, t=None, is_masked=None, generator=None, per_token=True):
-    """L_sft-a: cross-entropy of the masked answer tokens, weighed by 1/t (Eq. 1, 2).
+    """L_sft-a: cross-entropy of the masked answer tokens, weighted by 1/t (Eq. 1, 2).
 
     ids, is_answer: (B, T), the clean batch and where its answers stand, end marks included.
     t (B,) may be given, or t and is_masked (B, T) together; what is not given is drawn.
-    per_token divides by the length of each response, as LLaDA's guidelines do; without
-    it the value is the paper's plain sum, an upper bound on -log p(answer).
+    per_token divides by the length of each answer, as LLaDA's guidelines do; without it the value
+    is the paper's plain sum, whose mean over t and masks is an upper bound on -log p(answer).
     Returns (B,): one loss per example.  Average it over the GLOBAL batch, not per process.
     """
     if t is None:
@@ -92,23 +93,23 @@ def sft_loss(predict, ids, is_answer, mask_id, t=None, is_masked=None, generator
 
 
 def next_token_loss(predict, ids, is_answer):
-    """What the autoregressive baseline minimises on the same batch: each answer token from all before it.
+    """What the autoregressive baseline minimises: cross-entropy of each answer token given all before it.
 
-    predict(ids (B, T), where (B, T)) must be causal; it is asked at the token before each answer token.
+    `predict` must be causal: its logits at one token are read as the distribution of the next.
     Returns (B,), the mean over each answer.
     """
-    before = is_answer.roll(-1, dims=1)
-    before[:, -1] = False
+    before = is_answer.roll(-1, dims=1)  # the token before each answer token
+    before[:, -1] = False  # `roll` has put the first column's value there
     nll = F.cross_entropy(predict(ids, before).float(), ids[is_answer], reduction="none")
     row = is_answer.nonzero()[:, 0]
     return torch.zeros(len(ids), device=nll.device).index_add(0, row, nll) / is_answer.sum(1)
 
 
 def stratified_counts(length, n, k):
-    """n mask counts in 1..length from one start k in 1..length: l_j = (k-1 + floor(j L/n)) mod L + 1.
+    """n mask counts in 1..L (L: length) from one start k in 1..L: l_j = (k-1 + floor(j L/n)) mod L + 1.
 
-    The n counts spread evenly over the range, yet each one alone is uniform when k is: the
-    strata cut the variance and leave no bias (LLaDA rounds instead, which favours some counts).
+    Together the n counts spread evenly over the range, which cuts the variance.  Each one alone is
+    uniform if k is, so there is no bias.
     """
     return [(k - 1 + j * length // n) % length + 1 for j in range(n)]
 
@@ -116,7 +117,8 @@ def stratified_counts(length, n, k):
 def draw_counts(is_answer, n, generator=None):
     """Masks for the Monte-Carlo ELBO: exact counts instead of coin flips, stratified over n draws.
 
-    A draw masks exactly l answer tokens chosen at random, l uniform on 1..L, and weighs L / l.
+    A draw masks exactly l of an answer's L tokens, chosen at random, l uniform on 1..L; its weight L / l
+    takes the place of 1/t, and the bound is the same on average (Nie et al., 2025).
     is_answer: (B, T).  Returns is_masked (n, B, T) and weight (n, B).  Draw them once and use
     them for policy, reference and gradient alike: that is VRPO's antithetic sampling (paper 3.5).
     """
@@ -124,26 +126,26 @@ def draw_counts(is_answer, n, generator=None):
     is_masked = torch.zeros(n, B, T, dtype=torch.bool, device=is_answer.device)
     weight = torch.zeros(n, B, device=is_answer.device)
     for row in range(B):
-        at = is_answer[row].nonzero().squeeze(1)
+        at = is_answer[row].nonzero().squeeze(1)  # (L,): the answer's columns
         L = len(at)
         if L == 0:
             raise ValueError(f"row {row} has no answer token")
-        k = int(draw_uniform(1, generator, row).item() * L) + 1
+        k = int(draw_uniform(1, generator, row).item() * L) + 1  # uniform on 1..L
         for j, count in enumerate(stratified_counts(L, n, k)):
-            order = draw_uniform(L, generator, row).argsort().to(at.device)
+            order = draw_uniform(L, generator, row).argsort().to(at.device)  # a random permutation
             is_masked[j, row, at[order[:count]]] = True
             weight[j, row] = L / count
     return is_masked, weight
 
 
 def elbo(predict, ids, is_masked, weight, mask_id):
-    """Samples of the evidence lower bound on log p(answer | audio, prompt) (Eq. 3).
+    """Samples of the evidence lower bound (ELBO) on log p(answer | audio, prompt) (Eq. 3).
 
     is_masked (n, B, T) and weight (n, B) come from draw_counts.  Returns (n, B); the mean over
     n is the estimate of Eq. 3.  Not divided by the answer's length.
     """
     samples = []
-    for masks, w in zip(is_masked, weight, strict=True):
+    for masks, w in zip(is_masked, weight, strict=True):  # (B, T), (B,)
         noisy = torch.where(masks, mask_id, ids)
         samples.append(-w * masked_nll(predict, ids, noisy, masks))
     return torch.stack(samples)
@@ -160,15 +162,16 @@ class Toy:
         g = torch.Generator().manual_seed(seed)
         self.vocab, self.mask_id = vocab, vocab
         self.all = torch.cartesian_prod(*[torch.arange(vocab)] * length)  # (vocab ** length, length)
+        # p[i]: the probability of all[i]
         self.p = torch.randn(len(self.all), generator=g, dtype=torch.float64).mul(2).softmax(0)
 
     def __call__(self, noisy, where):
         logits = []
         for row, pos in where.nonzero().tolist():
-            seen = noisy[row] != self.mask_id
-            agrees = (self.all[:, seen] == noisy[row][seen]).all(1)
+            seen = noisy[row] != self.mask_id  # (length,)
+            agrees = (self.all[:, seen] == noisy[row][seen]).all(1)  # sequences with these visible tokens
             mass = [self.p[agrees & (self.all[:, pos] == v)].sum() for v in range(self.vocab)]
-            logits.append(torch.stack(mass).log())
+            logits.append(torch.stack(mass).log())  # not normalised; softmax will do that
         return torch.stack(logits)
 
     def log_prob(self, ids):
@@ -181,17 +184,17 @@ if __name__ == "__main__":
     sentence = text.split()
     ids, is_answer = torch.arange(len(sentence))[None], torch.ones(1, len(sentence), dtype=torch.bool)
     generator = torch.Generator().manual_seed(0)
-    print("Forward: every token is hidden with probability t.\n")
+    print("Forward process: every token is hidden with probability t.\n")
     for t in (0.1, 0.4, 0.7, 1.0):
         noisy, _ = corrupt(ids, is_answer, -1, torch.tensor([t]), generator=generator)
         shown = ["_" * len(word) if i < 0 else word for word, i in zip(sentence, noisy[0], strict=True)]
         print(f"  t = {t:.1f}  {' '.join(shown)}")
 
     toy = Toy()
-    x = toy.all[(toy.p - toy.p.median()).abs().argmin()]
-    print(f"\nBackward: a toy of {len(toy.all)} sentences with exact conditionals; the bound is tight.")
+    x = toy.all[(toy.p - toy.p.median()).abs().argmin()]  # neither a likely sentence nor an unlikely one
+    print(f"\nReverse process: a toy of {len(toy.all)} sentences with exact predictions; the bound is tight.")
     print(f"\n  exact          log p = {toy.log_prob(x):.4f}")
-    draws, is_answer = 2000, torch.ones(1, len(x), dtype=torch.bool)
+    draws, is_answer = 2000, torch.ones(1, len(x), dtype=torch.bool)  # draws: for either estimate
     estimates = {
         "1/t loss (Eq. 1)": [
             -sft_loss(toy, x[None], is_answer, toy.mask_id, generator=generator, per_token=False)
@@ -206,4 +209,4 @@ if __name__ == "__main__":
         values = torch.cat(values)
         mean, deviation = values.mean(), values.std()
         error = deviation / len(values) ** 0.5
-        print(f"  {name:18} {mean:.4f} +- {error:.4f}   one estimate's deviation {deviation:.3f}")
+        print(f"  {name:18} {mean:.4f} +- {error:.4f}   one estimate's standard deviation {deviation:.3f}")

@@ -9,16 +9,16 @@ r"""DIFFA-2: Whisper's encoder, two adapters, and LLaDA, spliced into one masked
                         logits for the [MASK]s asked for, and for nothing else
 
 The backbone is written out because this project teaches it; the encoder is openai-whisper's own
-class with two changes (it returns the tapped layers, and its window is a setting).  Rows of a
-batch may differ in prompt, clip and answer: padding is masked everywhere and RoPE counts valid
-tokens only, so a row's logits are the same alone and in company.
+class with two changes (it also returns hidden states, and takes windows shorter than 30 s).  Rows of
+a batch may differ in prompt, clip and answer: no token attends to padding and RoPE's positions count
+valid tokens only, so a row's logits are the same alone and in any batch.
 
-Weights on disk, ours and others', are weights.py's business.
+Shapes: B rows, T text tokens, A audio tokens, F encoder frames (50 a second), d the encoder's width,
+D the backbone's, H attention heads.  Reading and writing weights is weights.py's business.
 """
 
 import dataclasses
 import functools
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -29,55 +29,54 @@ from adapters import AcousticAdapter, SemanticAdapter, add_lora, count
 from runtime.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
-    # Whisper encoder (defaults: large-v3)
+    # Whisper's encoder (defaults: large-v3)
     n_mels: int = 128
     n_frames: int = 1500  # encoder frames in the window, 50 a second: 30 s
-    audio_width: int = 1280
+    audio_width: int = 1280  # d
     audio_heads: int = 20
     audio_layers: int = 32
-    taps: tuple = (3, 7, 11, 15, 19, 23, 27, 31)  # hidden states the Q-Former reads; 0 = before block 0
+    taps: tuple = (3, 7, 11, 15, 19, 23, 27, 31)  # hidden states the Q-Former reads; k: after k blocks
     pad_to: int = 0  # clips are padded with silence to a multiple of so many frames; 0: to the whole window
     norm_taps: bool = False  # LayerNorm without parameters on each tapped state
     # adapters
     qformer_ffn: int = 3072
-    n_queries: int = 64
-    n_soft_prompts: int = 20  # stage 1 only
+    n_queries: int = 64  # acoustic tokens
+    n_soft_prompts: int = 20  # learned embeddings in the acoustic tokens' place, stage 1 only
     # LLaDA (defaults: 8B)
     vocab: int = 126464
-    width: int = 4096
+    width: int = 4096  # D
     layers: int = 32
     heads: int = 32
-    ffn: int = 12288
-    rope_theta: float = 500000.0
+    ffn: int = 12288  # hidden width of the feed-forward
+    rope_theta: float = 500000.0  # base of the rotary frequencies
     norm_eps: float = 1e-5
-    context: int = 4096  # audio + prompt + answer
+    context: int = 4096  # the most that audio, prompt and answer may have together
     causal: bool = False  # True: the autoregressive baseline
     # LoRA (rank 0: none)
     lora_rank: int = 8
     lora_alpha: float = 16.0
     lora_dropout: float = 0.05
-    # special tokens of LLaDA's chat format; `with_tokenizer` reads another tokenizer's
+    # special tokens of LLaDA's chat format; `with_tokenizer` takes them from another tokenizer
     bos_id: int = 126080  # <|startoftext|>
     eos_id: int = 126081  # <|endoftext|>: end of answer, and padding
     mask_id: int = 126336  # <|mdm_mask|>
-    start_header_id: int = 126346
+    start_header_id: int = 126346  # a turn begins <|start_header_id|>user<|end_header_id|>
     end_header_id: int = 126347
-    eot_id: int = 126348
+    eot_id: int = 126348  # <|eot_id|>: end of a turn
 
     def __post_init__(self):
+        # a Config may come from any file's header
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), type(field.default)
             least = 0 if field.name.endswith("_id") or field.name in ("pad_to", "lora_rank") else 1
             if kind is int and not (type(value) is int and value >= least):
                 raise ValueError(f"{field.name} is {value!r}")
-        if not self.taps or min(self.taps) < 0:
-            raise ValueError(f"taps are {self.taps}")
         if self.width % self.heads or self.audio_width % self.audio_heads:
             raise ValueError("a width must be a multiple of its number of heads")
-        if max(self.taps) > self.audio_layers:
-            raise ValueError(f"tap {max(self.taps)} of an encoder with {self.audio_layers} layers")
+        if not self.taps or min(self.taps) < 0 or max(self.taps) > self.audio_layers:
+            raise ValueError(f"taps are {self.taps}, of an encoder with {self.audio_layers} layers")
 
     def with_tokenizer(self, tokenizer):
         """The same sizes with this tokenizer's vocabulary and special ids."""
@@ -86,6 +85,7 @@ class Config:
             ids[field] = tokenizer.token_to_id(token)
             if ids[field] is None:
                 raise UserError(f"the tokenizer has no {token}: it is not one of LLaDA's")
+        # a tokenizer with gaps among its ids counts fewer tokens than the embedding needs rows
         return dataclasses.replace(self, vocab=max(tokenizer.get_vocab_size(), max(ids.values()) + 1), **ids)
 
 
@@ -100,12 +100,13 @@ SPECIAL_TOKENS = {  # Config field -> its text in the tokenizer
 
 PRESETS = {
     "diffa2": Config(),
+    # the first generation: Whisper small, no LoRA
     "diffa1": Config(
         n_mels=80, audio_width=768, audio_heads=12, audio_layers=12, taps=(2, 5, 8, 11), lora_rank=0
     ),
     # the same system with small parts: Whisper tiny.en's encoder and a LLaDA of five million parameters.
-    # Short windows spare a laptop two thirds of the encoder's work; tiny.en's last state has a channel of 310
-    # beside a root mean square of 1.2, which keeps a small Q-Former from learning: hence norm_taps.
+    # Windows of 10 s spare a laptop two thirds of the encoder's work.  In tiny.en's last hidden state one
+    # channel is 310 where the root mean square is 1.2; a small Q-Former does not learn then: hence norm_taps.
     "tiny": Config(
         n_mels=80,
         n_frames=500,
@@ -125,55 +126,49 @@ PRESETS = {
         ffn=512,
         rope_theta=10000.0,
         context=1024,
-        bos_id=0,
-        eos_id=1,
-        mask_id=2,
-        start_header_id=3,
-        end_header_id=4,
-        eot_id=5,
+        **{field: i for i, field in enumerate(SPECIAL_TOKENS)},  # the first ids of its tokenizer
     ),
 }
 
 
 # ---------------------------------------------------------------------------------------------
-# the ear
+# Whisper's encoder
 
 
 class Encoder(AudioEncoder):
-    """openai-whisper's encoder, returning chosen hidden states beside its final output."""
+    """openai-whisper's encoder; beside its output it returns the hidden states that are asked for."""
 
     def __init__(self, c):
         super().__init__(c.n_mels, c.n_frames, c.audio_width, c.audio_heads, c.audio_layers)
-        # fixed sinusoids need no place in a checkpoint
+        # computed, not learned: kept out of checkpoints
         self.register_buffer("positional_embedding", sinusoids(c.n_frames, c.audio_width), persistent=False)
 
     def forward(self, mel, taps=()):
-        """mel (B, n_mels, 2 * n_frames) or shorter -> taps (B, n_taps, n_frames, d), final (B, n_frames, d).
+        """mel (B, n_mels, 2F), F at most the window -> tapped states (B, n_taps, F, d), output (B, F, d).
 
-        Tap 0 is the input of the first block, tap k the output of openai-whisper's blocks[k - 1].  It is
-        transformers' hidden_states[k], but for their last one, which has passed ln_post as `final` has.
+        Tap 0 is the input of the first block, tap k the output of the k-th, transformers' hidden_states[k].
+        (Not their last one: that has passed ln_post, and is the output here.)  No taps: None for the first.
         """
         x = F.gelu(self.conv1(mel))
-        x = F.gelu(self.conv2(x)).transpose(1, 2)  # (B, n_frames, d)
-        if x.size(1) > len(self.positional_embedding):
-            raise ValueError(
-                f"mel of {mel.size(2)} frames; the encoder takes {2 * len(self.positional_embedding)}"
-            )
+        x = F.gelu(self.conv2(x)).transpose(1, 2)  # stride 2: (B, F, d)
+        window = len(self.positional_embedding)
+        if x.size(1) > window:
+            raise ValueError(f"mel of {mel.size(2)} frames; the encoder takes {2 * window}")
         x = x + self.positional_embedding[: x.size(1)].to(x.dtype)
         tapped = {0: x} if 0 in taps else {}
         for k, block in enumerate(self.blocks, start=1):
             x = block(x)
-            if k in taps:
+            if k in taps:  # no other state is kept in memory
                 tapped[k] = x
         return torch.stack([tapped[k] for k in taps], 1) if taps else None, self.ln_post(x)
 
 
 # ---------------------------------------------------------------------------------------------
-# the backbone
+# the backbone: LLaDA
 
 
 class RMSNorm(nn.Module):
-    """Normalised in fp32, cast back, then scaled: LLaDA's order of the three."""
+    """x / sqrt(mean(x^2) + eps) in fp32, cast back, and only then scaled: LLaDA's order."""
 
     def __init__(self, width, eps):
         super().__init__()
@@ -190,31 +185,32 @@ def rope_table(position, head_dim, theta):
     """cos and sin of rotary position embedding, in fp32.  position (B, T) -> two (B, 1, T, head_dim)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=position.device).float() / head_dim)
     angle = position[:, None, :, None].float() * frequency  # (B, 1, T, head_dim / 2)
-    angle = torch.cat([angle, angle], -1)  # half-split, as Llama's
+    angle = torch.cat([angle, angle], -1)  # as Llama: channel i turns with channel i + head_dim / 2
     return angle.cos(), angle.sin()
 
 
 def rotate(x, rope):
-    """Applies RoPE to x (B, H, T, head_dim) in fp32."""
+    """Applies RoPE to x (B, H, T, head_dim) in fp32: (a, b) -> (a cos - b sin, b cos + a sin)."""
     cos, sin = rope
-    a, b = x.float().chunk(2, -1)
+    a, b = x.float().chunk(2, -1)  # (B, H, T, head_dim / 2) each
     return (x.float() * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
 
 
 class Cache:
-    """Keys and values of every layer for a whole row, prompt, audio and answer.
+    """Keys and values of every layer, for all columns of a row: prompt, audio and answer.
 
-    A pass over the whole row fills it.  A later pass over columns start..start+T recomputes
-    those alone and overwrites their entries.  Attention here looks both ways: from the second
-    layer on every entry depends on every token, so what is left in place is a little stale as
-    soon as any token changes (Fast-dLLM, Wu et al. 2025).
+    A pass over the whole row fills it.  A later pass over T columns from `start` on recomputes those
+    alone and overwrites their entries.  Attention here looks both ways: from the second layer on every
+    entry depends on every token, so the entries left in place are a little stale as soon as any token
+    changes (Fast-dLLM, Wu et al. 2025).  (In a causal model they stay exact.)
     """
 
     def __init__(self):
-        self.k, self.v, self.valid, self.position = {}, {}, None, None
+        self.k, self.v = {}, {}  # layer -> (B, H, columns, head_dim)
+        self.valid, self.position = None, None  # (B, columns); valid None: no padding
 
     def update(self, layer, k, v, start):
-        """Stores k, v (B, H, T, head_dim) of columns from `start` (None: all).  Returns the whole rows."""
+        """Stores k, v (B, H, T, head_dim) of T columns from `start` (None: all).  Returns all columns'."""
         if start is None:
             self.k[layer], self.v[layer] = k, v
         else:
@@ -223,62 +219,59 @@ class Cache:
         return self.k[layer], self.v[layer]
 
     def keep(self, rows):
-        """Drops all rows but these (indices on any device): whoever has finished leaves the batch."""
-
-        def take(x):
-            return None if x is None else x.index_select(0, rows.to(x.device))
-
-        self.k = {layer: take(k) for layer, k in self.k.items()}
-        self.v = {layer: take(v) for layer, v in self.v.items()}
-        self.valid, self.position = take(self.valid), take(self.position)
+        """Drops all rows but these (indices), when the other rows' answers are finished."""
+        for entries in (self.k, self.v):
+            for layer, x in entries.items():
+                entries[layer] = x[rows]
+        self.valid = None if self.valid is None else self.valid[rows]
+        self.position = self.position[rows]
 
 
 def attend(q, k, v, mask):
-    """softmax(q k^T / sqrt(d)) v of q, k, v (B, H, T, head_dim); mask: where to look, or None."""
+    """softmax(q k^T / sqrt(head_dim)) v of (B, H, T, head_dim); mask, if any: True where a query may look."""
     if q.device.type == "cpu" and q.requires_grad:
-        # torch's fused kernel is a quarter of a training step there; spelled out it is twice as fast
+        # torch's fused kernel takes a quarter of a training step on a CPU; spelled out it is twice as fast
         score = q @ k.transpose(-1, -2) * q.size(-1) ** -0.5
         score = score if mask is None else score.masked_fill(~mask, float("-inf"))
-        return score.softmax(-1).to(v.dtype) @ v
+        return score.softmax(-1).to(v.dtype) @ v  # autocast's softmax is in fp32
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class Block(nn.Module):
-    """LLaDA's layer: pre-norm attention and a gated SiLU feed-forward, no biases."""
+    """LLaDA's layer: pre-norm attention, pre-norm SwiGLU feed-forward, no biases."""
 
     def __init__(self, c):
         super().__init__()
         self.heads = c.heads
         linear = functools.partial(nn.Linear, bias=False)
         self.attn_norm, self.ff_norm = RMSNorm(c.width, c.norm_eps), RMSNorm(c.width, c.norm_eps)
-        self.q_proj, self.k_proj, self.v_proj = (linear(c.width, c.width) for _ in range(3))
-        self.attn_out = linear(c.width, c.width)
-        self.ff_proj, self.up_proj = linear(c.width, c.ffn), linear(c.width, c.ffn)  # gate and value
+        self.q_proj, self.k_proj, self.v_proj, self.attn_out = (linear(c.width, c.width) for _ in range(4))
+        self.ff_proj, self.up_proj = linear(c.width, c.ffn), linear(c.width, c.ffn)  # SwiGLU: gate, value
         self.ff_out = linear(c.ffn, c.width)
 
     def split(self, x):
-        """(B, T, C) -> (B, H, T, head_dim)."""
+        """(B, T, D) -> (B, H, T, head_dim)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, x, rope, mask, cache=None, layer=None, start=None, read_from=0):
-        """x (B, T, C) -> (B, T - read_from, C): columns before read_from are only looked at."""
+        """x (B, T, D) -> (B, T - read_from, D): columns before read_from give only keys and values."""
         y = self.attn_norm(x)
-        k, v = self.split(self.k_proj(y)), self.split(self.v_proj(y))
-        k = rotate(k, rope)
+        k, v = rotate(self.split(self.k_proj(y)), rope), self.split(self.v_proj(y))
         if cache is not None:
             k, v = cache.update(layer, k, v, start)
-        if read_from:
+        if read_from:  # from here on x, y, rope and mask have T - read_from queries
             x, y, rope = x[:, read_from:], y[:, read_from:], [table[:, :, read_from:] for table in rope]
-            mask = mask[:, :, read_from:] if mask is not None and mask.size(2) > 1 else mask
+            if mask is not None and mask.size(2) > 1:  # causal: a line for each query, else one for all
+                mask = mask[:, :, read_from:]
         q = rotate(self.split(self.q_proj(y)), rope)
-        y = attend(q, k, v, mask)  # every token sees every token
+        y = attend(q, k, v, mask)  # (B, H, T, head_dim)
         x = x + self.attn_out(y.transpose(1, 2).flatten(2))
         y = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(y)) * self.up_proj(y))
 
 
 class LLaDA(nn.Module):
-    """The masked-diffusion language model; names of parts are those of the released weights."""
+    """The masked-diffusion language model; its parts are named as in the released weights."""
 
     def __init__(self, c):
         super().__init__()
@@ -289,56 +282,60 @@ class LLaDA(nn.Module):
         self.ff_out = nn.Linear(c.width, c.vocab, bias=False)  # the head, not tied to wte
 
     def forward(self, x, valid, cache=None, start=None, read_from=0):
-        """x (B, T, width) embeddings, valid (B, T) -> hidden states after ln_f (B, T - read_from, width).
+        """x (B, T, D) embeddings, valid (B, T) -> hidden states after ln_f (B, T - read_from, D).
 
-        valid=None: no padding anywhere; nothing is masked, and nobody waits for the device to say so.
-        With `cache` and start=None the whole row is computed and the cache filled; with `start`,
-        x holds columns start..start+T of a row that the cache has seen.  read_from: the last layer
-        computes no query and no feed-forward for the columns before it, which nobody reads.
+        valid: False on padding.  None: there is none, and a GPU need not be asked whether there is.
+        With `cache` and start=None the whole row is computed and the cache filled.  With `start`, x holds
+        T columns, from `start` on, of a row that the cache has seen; `valid` is the cache's then.
+        read_from: the last layer computes neither query nor feed-forward for the columns before it.
         """
         if start is None:
             if valid is None or valid.all():
-                valid, position = None, torch.arange(x.size(1), device=x.device).expand(x.size(0), -1)
+                valid, key_position = None, torch.arange(x.size(1), device=x.device).expand(x.size(0), -1)
             else:
-                position = (valid.cumsum(1) - 1).clamp(min=0)  # padding takes no position
-            seen, seen_position = valid, position
+                key_position = (valid.cumsum(1) - 1).clamp(min=0)  # (B, T); padding is not counted
+            query_position = key_position
             if cache is not None:
-                cache.valid, cache.position = valid, position
-        else:
-            seen, seen_position = cache.valid, cache.position
-            position = cache.position[:, start : start + x.size(1)]
-        mask = None if seen is None else seen[:, None, None, :]  # (B, 1, 1, keys)
-        if self.c.causal:
-            past = seen_position[:, None, None, :] <= position[:, None, :, None]  # (B, 1, T, keys)
+                cache.valid, cache.position = valid, key_position
+        else:  # keys: all columns of the row; queries: those of x
+            valid, key_position = cache.valid, cache.position
+            query_position = key_position[:, start : start + x.size(1)]
+        mask = None if valid is None else valid[:, None, None, :]  # (B, 1, 1, keys)
+        if self.c.causal:  # the baseline; LLaDA hides nothing but padding
+            past = key_position[:, None, None, :] <= query_position[:, None, :, None]  # (B, 1, T, keys)
             mask = past if mask is None else past & mask
-        rope = rope_table(position, self.c.width // self.c.heads, self.c.rope_theta)
+        rope = rope_table(query_position, self.c.width // self.c.heads, self.c.rope_theta)
         for layer, block in enumerate(self.blocks):
-            is_last = layer + 1 == len(self.blocks)
-            x = block(x, rope, mask, cache, layer, start, read_from if is_last else 0)
+            # the layers before the last need every column: the next one attends to all of them
+            x = block(x, rope, mask, cache, layer, start, read_from if block is self.blocks[-1] else 0)
         return self.ln_f(x)
 
 
 # ---------------------------------------------------------------------------------------------
-# the whole
+# encoder, adapters and backbone together
 
 
 def splice_order(n_text, n_audio, audio_at):
     """Where each column of the spliced row comes from, as an index into [text | audio].
 
-    audio_at (B,): the audio goes in front of this text token.  Returns (B, n_text + n_audio).
+    audio_at (B,): the audio goes in front of this text token.  Returns (B, n_text + n_audio); for three
+    text tokens, two audio tokens and audio_at 1 that is 0 3 4 1 2.
     """
     column = torch.arange(n_text + n_audio, device=audio_at.device)[None]  # (1, T + A)
     at = audio_at[:, None]
-    is_audio = (column >= at) & (column < at + n_audio)
+    is_audio = (column >= at) & (column < at + n_audio)  # (B, T + A)
+    # text in front of the audio stays in place; behind it, it stands n_audio columns further on
     return torch.where(is_audio, n_text + column - at, column - n_audio * (column >= at + n_audio))
 
 
 class DIFFA2(nn.Module):
+    """encode (frozen) -> adapt -> forward: from sound to logits."""
+
     def __init__(self, config, lora=False):
         super().__init__()
         c = self.config = config
-        self.stage = 0  # what the weights have been trained for; saved and loaded with them
-        self.base = None  # where the frozen parts were loaded from, if not from the same file
+        self.stage = 0  # the last stage these weights were trained in; saved and loaded with them
+        self.base = None  # what the frozen parts are, if a checkpoint leaves them out (weights.py)
         self.encoder = Encoder(c)
         self.add_adapters()
         self.backbone = LLaDA(c)
@@ -346,7 +343,7 @@ class DIFFA2(nn.Module):
             self.add_lora()
 
     def add_adapters(self):
-        """Untrained adapters and soft prompts, in the place of those that were there."""
+        """Untrained adapters and soft prompts; they replace any that were there."""
         c = self.config
         self.semantic = SemanticAdapter(c.audio_width, c.width)
         sizes = (len(c.taps), c.audio_heads, c.qformer_ffn, c.n_queries)
@@ -359,10 +356,10 @@ class DIFFA2(nn.Module):
             add_lora(self.backbone, c.lora_rank, c.lora_alpha, c.lora_dropout)
 
     def windows(self, n_frames):
-        """Frames of the window that each clip is encoded in.  (B,) -> (B,).
+        """Encoder frames of real audio -> of the window that the clip is encoded in: (B,) -> (B,).
 
-        A clip is followed by silence, a fifth of pad_to at the least: Whisper has not learned to hear one
-        that ends with its window.
+        At least a fifth of pad_to is silence, unless the clip fills the longest window: Whisper has not
+        been trained on short windows without any.
         """
         c = self.config
         if not c.pad_to:
@@ -372,47 +369,45 @@ class DIFFA2(nn.Module):
 
     @torch.no_grad()
     def encode(self, mel, n_frames):
-        """mel (B, n_mels, 2 * n_frames) -> taps (B, n_taps, F, d), final (B, F, d).  Frozen.
+        """mel (B, n_mels, 2 * config.n_frames) -> tapped states (B, n_taps, F, d), output (B, F, d).
 
-        n_frames (B,): encoder frames of real audio.  F is the longest of the batch's windows; frames
-        behind a clip's own window are zero.  Clips of equal windows pass the encoder together, so a
-        clip's states do not depend on its batch.
+        n_frames (B,): encoder frames of real audio.  F is the longest of the clips' windows; zeros follow
+        a shorter one.  Only clips of equal windows share a pass: a clip's states do not depend on its batch.
         """
         c = self.config
+        if not c.pad_to:
+            return self.encoder(mel[:, :, : 2 * c.n_frames], c.taps)
         windows = self.windows(n_frames)
-        sizes = [c.n_frames] if not c.pad_to else sorted(set(windows.tolist()))
-        if len(sizes) == 1:
-            return self.encoder(mel[:, :, : 2 * sizes[0]], c.taps)
         taps = final = None
-        for size in reversed(sizes):  # the longest first: it gives the others their room
-            rows = (windows == size).nonzero()[:, 0]
+        for size in sorted(set(windows.tolist()), reverse=True):  # the longest first: its F is the batch's
+            rows = windows == size  # (B,)
             some_taps, some_final = self.encoder(mel[rows, :, : 2 * size], c.taps)
             if final is None:
-                final = some_final.new_zeros(len(mel), *some_final.shape[1:])
                 taps = some_taps.new_zeros(len(mel), *some_taps.shape[1:])
-            final[rows, :size], taps[rows, :, :size] = some_final, some_taps
+                final = some_final.new_zeros(len(mel), *some_final.shape[1:])
+            taps[rows, :, :size], final[rows, :size] = some_taps, some_final
         return taps, final
 
     def embed_imitation(self, ids, weights, noise):
-        """Audio tokens imitated by words (runtime/variations.py): weighted sums of embeddings plus noise.
+        """What stands for audio tokens in stage 0 (runtime/variations.py): mixed word embeddings and noise.
 
         ids, weights (B, A, 2), noise (B, A, D) in units of the embeddings' root mean square -> (B, A, D).
         """
-        mixed = (self.backbone.wte(ids) * weights[..., None]).sum(2)
+        mixed = (self.backbone.wte(ids) * weights[..., None]).sum(2)  # (B, A, 2, D) -> (B, A, D)
         return mixed + self.backbone.wte.weight.detach().pow(2).mean().sqrt() * noise
 
     def adapt(self, taps, final, n_frames, stage):
         """The audio tokens the backbone reads: audio (B, A, D), is_audio (B, A).
 
-        Stage 1: 20 soft prompts, then the semantic tokens.  From stage 2: 64 acoustic tokens,
-        then the semantic ones.  n_frames (B,): encoder frames of real audio.
+        Stage 1: 20 soft prompts, then the semantic tokens.  From stage 2: 64 acoustic tokens, then the
+        semantic ones.  taps, final: of `encode`.  is_audio is False where a shorter clip has no token.
         """
         semantic, is_audio = self.semantic(final, n_frames)
         if stage == 1:
             first = self.soft_prompts.to(semantic.dtype).expand(len(semantic), -1, -1)
         else:
             is_frame = None
-            if self.config.pad_to:
+            if self.config.pad_to:  # the Q-Former must not see the zeros behind a clip's window
                 is_frame = torch.arange(taps.size(2), device=taps.device) < self.windows(n_frames)[:, None]
             if self.config.norm_taps:
                 taps = F.layer_norm(taps, taps.shape[-1:])
@@ -423,62 +418,57 @@ class DIFFA2(nn.Module):
     def forward(
         self, ids, valid, where, audio=None, is_audio=None, audio_at=None, cache=None, start=None, read_from=0
     ):
-        """Logits (N, vocab) at the N text positions `where` is True, in row-major order.
+        """Logits (N, vocab) at the N text positions where `where` is True, row by row.
 
-        ids, valid, where: (B, T) text, the response included.  audio (B, A, D) and is_audio (B, A) go in
-        front of text token audio_at (B,); audio=None is text alone.  The spliced row has T + A
-        columns.  With `cache`, see LLaDA.forward; `start` counts spliced columns, and ids, valid,
-        where are then just the columns to recompute, all of them text.
-        valid=None: no padding, neither in ids nor in audio.  where may also be a pair of index
-        tensors (row (N,), text column (N,)), which spares a GPU the wait for their number.
-        read_from: a spliced column; `where` names none before it.
+        ids, valid, where: (B, T) text, the response included.  audio (B, A, D) and is_audio (B, A) of
+        `adapt` go in front of text token audio_at (B,): the spliced row has T + A columns.  audio=None:
+        text alone.  valid=None: no padding, neither in ids nor in audio.
+        where may also be a pair of index tensors (row (N,), text column (N,)): to count the True ones of a
+        mask, the CPU has to wait for the GPU.
+        cache, start, read_from: see LLaDA.forward; the numbers count spliced columns.  With `start`, ids
+        and where are just the columns to recompute, all of them text.  `where` names none before read_from.
         """
         x = self.backbone.wte(ids)
-        if isinstance(where, torch.Tensor):
-            where = where.nonzero(as_tuple=True)
-        row, column = where
+        row, column = where.nonzero(as_tuple=True) if isinstance(where, torch.Tensor) else where
         if audio is not None:
-            order = splice_order(ids.size(1), audio.size(1), audio_at)
-            x = torch.cat([x, audio.to(x.dtype)], 1)
-            x = x.gather(1, order[:, :, None].expand(-1, -1, x.size(2)))
+            order = splice_order(ids.size(1), audio.size(1), audio_at)  # (B, T + A)
+            x = torch.cat([x, audio.to(x.dtype)], 1)  # (B, T + A, D): [text | audio]
+            x = x.gather(1, order[:, :, None].expand(-1, -1, x.size(2)))  # spliced
             valid = None if valid is None else torch.cat([valid, is_audio], 1).gather(1, order)
-            column = column + audio.size(1) * (column >= audio_at[row])
+            column = column + audio.size(1) * (column >= audio_at[row])  # from text to spliced columns
         h = self.backbone(x, valid, cache, start, read_from)
-        # rows that nobody reads never meet the vocabulary
+        # the head is the largest matrix of all: only the N columns asked for pass it
         return self.backbone.ff_out(h[row, column - read_from])
-
-
-# ---------------------------------------------------------------------------------------------
-# int8: half the memory of bf16, and less time on a CPU
 
 
 # ---------------------------------------------------------------------------------------------
 # fresh weights
 
 
-def build(config, device="cpu", lora=False, seed=None):
+def build(config, device="cpu", seed=None):
     """A model with fresh random weights: what stage 0 and the tests start from."""
     if seed is not None:
         torch.manual_seed(seed)
-    model = DIFFA2(config, lora=lora)
+    model = DIFFA2(config)
     for conv in (model.encoder.conv1, model.encoder.conv2):
-        # PyTorch's default lets the sound through at a tenth of the positions' loudness
+        # with PyTorch's default the sound would be a tenth as large as the positions added to it
         nn.init.kaiming_normal_(conv.weight)
         nn.init.zeros_(conv.bias)
     for name, p in model.backbone.named_parameters():
-        if p.dim() == 2 and "lora" not in name:
+        if p.dim() == 2:
+            # embeddings have root mean square 1, and matrices keep it; the head's logits are small
             std = {"wte.weight": 1.0, "ff_out.weight": 0.02}.get(name, p.size(1) ** -0.5)
             if name.endswith((".attn_out.weight", ".ff_out.weight")):
-                # all layers together add about as much as was there (GPT-2)
+                # the 2 * layers residual branches together add about as much as was there (GPT-2)
                 std *= (2 * config.layers) ** -0.5
             nn.init.normal_(p, std=std)
     return model.to(device)
 
 
 def with_fresh_adapters(model, seed):
-    """The same encoder and backbone under untrained adapters and soft prompts, without LoRA."""
+    """A second model that shares encoder and backbone with the first; adapters untrained, no LoRA."""
     weight = model.backbone.wte.weight
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without memory: all that is kept is put in their place
         fresh = DIFFA2(model.config)
     fresh.encoder, fresh.base = model.encoder, model.base
     frozen = {k: v for k, v in model.backbone.state_dict().items() if "lora_" not in k}
@@ -486,7 +476,7 @@ def with_fresh_adapters(model, seed):
     torch.manual_seed(seed)
     with torch.device(weight.device):
         fresh.add_adapters()
-    # with the root mean square of word embeddings: what is ten times smaller drowns in the first layer
+    # as large as word embeddings: what is ten times smaller drowns in what the first layer adds
     nn.init.normal_(fresh.soft_prompts, std=weight.float().pow(2).mean().sqrt().item())
     return fresh
 

@@ -13,12 +13,8 @@ Stages 2 to 4 start from the folder that the one before wrote (out/MODEL/stageN)
 from LLaDA and Whisper as published, or from the small backbone and Whisper tiny.en that lie in assets.
 Stage 0 makes that backbone, on text with word embeddings in the place of audio (runtime/variations.py).
 
-A batch is a list of examples; rank r takes ids[r::world].  What an example is masked and augmented
-with is seeded by (seed, epoch, example): apart from dropout and rounding, the number of processes and
-the size of a micro-batch change nothing but the speed.
-
-How it differs from nanoGPT's train.py: most of the network is frozen, five stages share the loop, an
-example is a clip that may be unreadable, and a run cut in two equals the whole run to the bit.
+Rank r takes the examples ids[r::world] of a batch.  What one is masked and augmented with is seeded by
+(seed, epoch, example): but for dropout and rounding, processes and micro-batches change the speed alone.
 
 Reading order: losses, table of stages, optimizers, held-out loss, `train` (the loop); then what is around it.
 """
@@ -31,7 +27,6 @@ import math
 import os
 import re
 import sys
-import time
 from collections.abc import Callable
 
 import torch
@@ -130,8 +125,7 @@ def sft(context, micro):
             losses = next_token_loss(predict, ids, is_answer)
         else:
             # one t for each example.  Near t = 1 the answer must come from the audio alone, as in the first
-            # call of decoding; near 0 one word is filled into a sentence, from its neighbours and hardly from
-            # the audio: a small model with an hour to learn is spared that (least_t).
+            # call of decoding; near 0 a word is filled in from its neighbours: least_t leaves that out
             noise = context.noise(micro)
             t = settings.least_t + (1 - settings.least_t) * draw_t(len(ids), noise)
             losses = sft_loss(predict, ids, is_answer, model.config.mask_id, t, generator=noise)
@@ -211,7 +205,7 @@ class Stage:
     steps: int = 0  # this many steps whatever its size
     loss: Loss = SFT
     is_imitated: bool = False  # word embeddings in the place of audio (runtime/variations.py)
-    least_t: float = 0.0  # t is drawn from (least_t, 1]; small t teaches little about the audio, see sft
+    least_t: float = 0.0  # t is drawn from (least_t, 1]
     ctc: float = 0.0  # weight of CTC of the transcript on the semantic tokens
     weight_decay: float = 0.05  # the authors' script; the paper gives none
     beta2: float = 0.999  # AdamW's memory of squared gradients: some 1 / (1 - beta2) steps
@@ -361,9 +355,9 @@ def held_out_loss(context, builder, examples, group, tokens):
 
 
 # ---------------------------------------------------------------------------------------------
-# the loop.  nanoGPT's with three things more: gradients of several processes are summed where one can see
-# it; a signal, a bad clip or a loss that is not a number ends in a saved checkpoint or a clear line; and a
-# checkpoint holds all that the next step depends on.
+# the loop.  nanoGPT's with four things more: five stages share it, with most of the network frozen; gradients
+# of several processes are summed where one can see it; a signal, a bad clip or a loss that is not a number
+# ends in a saved checkpoint or a clear line; and a run cut in two equals the whole run to the bit.
 
 MAX_BAD_STEPS = 10  # in a row: one may be a clip's fault, ten are the weights'
 
@@ -373,36 +367,26 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
 
     examples: a Mixture.  held_out: a list of Examples.  state: a checkpoint of this stage, to go on from.
     """
-    device, stage, out = group.device, args.stage, args.out
-    is_cuda, has_reference = device.type == "cuda", settings.loss.has_reference
-    is_bf16 = args.precision == "bf16" if args.precision else is_cuda
+    device, has_reference = group.device, settings.loss.has_reference
+    is_bf16 = args.precision == "bf16" if args.precision else device.type == "cuda"
+    # what must be the same in a run that goes on: another order or other masks would be another run
+    this_run = {"stage": args.stage, "seed": args.seed, "batch": settings.batch}
+    this_run["data"] = [list(share) for share in examples.shares]  # (examples, share) of each manifest
+    checkpoints.check_same_run(state, this_run, args.out)
+    group.print(plan.summary(args.stage, settings, steps, examples))
 
-    # ---- what trains, and with what.  The reference of VRPO is the stage's own beginning: a copy of what
-    # trains (1 % of diffa2) is all it takes, for the rest of both models is the same.
+    # ---- what trains, and with what.  VRPO's reference is a copy of what trains, as it was: 1 % of diffa2
     trained = freeze_all_but(model, settings.trains)
     parameters = tuple(trained.values())
-    is_released = (model.base or {}).get("name") in weights.RELEASES
-    if is_bf16 and is_released:  # a small model's frozen weights stay in fp32
+    if is_bf16 and (model.base or {}).get("name") in weights.RELEASES:  # a small model's stay in fp32
         frozen_to_bf16(model)
     optimizers = make_optimizers(trained, settings)  # AdamW, perhaps Muon
     reference = tuple(p.detach().clone() for p in parameters) if has_reference else ()
     step, audio_hours, skipped_ids, bad_in_a_row = 0, 0.0, set(), 0
     torch.manual_seed(args.seed + group.rank)  # for dropout: all else has generators of its own
-
-    # ---- going on: weights, moments, random states.  The number of the step fixes the place in the data,
-    # for the order of an epoch is drawn from the seed alone.
-    if state is not None:
+    if state is not None:  # the step fixes the place in the data: an epoch's order follows from the seed
         step, audio_hours, skipped_ids = state["step"], state["hours"], set(state["skipped"])
-        for name, p in trained.items():
-            p.data.copy_(state["trained"][name])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        reference = tuple(r.to(device, copy=True) for r in state["reference"])
-        if len(state["random"]) == group.size:  # with another number of processes dropout starts anew
-            torch.set_rng_state(state["random"][group.rank])
-            if is_cuda and state["random_cuda"]:
-                torch.cuda.set_rng_state(state["random_cuda"][group.rank], device)
-        state.clear()  # all of it was copied: 1.2 GB of diffa2
+        reference = checkpoints.restore(state, trained, optimizers, group)
 
     # ---- how it computes.  Under autocast matrix products run in bf16, many times as fast on a GPU, and what
     # adds up many numbers in fp32: the loss, RMSNorm and, on a GPU, softmax and LayerNorm.
@@ -413,43 +397,27 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
             block.compile()
     model.train(args.dropout and not has_reference)  # dropout is the only thing that this turns on
     autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=is_bf16)
-    context = LossContext(model, stage, args.seed, settings, autocast, parameters, reference)
+    context = LossContext(model, args.stage, args.seed, settings, autocast, parameters, reference)
 
     # ---- what feeds it.  Workers read clips and compute log-mels while the network is busy.  A micro-batch
     # is cut by positions, for they are what memory goes by: a clip may be 1 s long or 30.
     encode, is_imitated = settings.loss.encode, settings.is_imitated
-    builder = data.BatchBuilder(tokenizer, model.config, encode, args.seed, is_imitated, settings.augment)
     held_out_builder = data.BatchBuilder(tokenizer, model.config, encode, 0, is_imitated)
+    builder = dataclasses.replace(held_out_builder, seed=args.seed, is_augmented=settings.augment)
     stop_step = min(steps, step + (args.stop_after or steps))  # the schedule ends at `steps` all the same
     place = (group.rank, group.size, args.tokens, args.seed, step, stop_step)
     loader = torch.utils.data.DataLoader(
         loading.MicroBatches(examples, builder, settings.batch, *place),
         batch_size=None,  # the data set makes whole micro-batches
         num_workers=args.workers,
-        pin_memory=is_cuda,  # memory that the GPU fetches by itself: the copy runs beside its work
+        pin_memory=device.type == "cuda",  # memory that the GPU fetches by itself, beside its work
         generator=torch.Generator(),  # its own: a loader must not shift dropout's numbers
     )
     micro_batches = iter(loader)
-
-    def save_checkpoint():
-        """All that the next step depends on beside the command line and the frozen parts' files."""
-        now = {  # tensors, numbers and lists alone: it is read back with weights_only=True
-            "step": step,  # the learning rate, and the place in the data
-            "run": run_of(args, settings, examples),
-            "hours": audio_hours,
-            "skipped": sorted(skipped_ids),
-            "reference": list(reference),  # nobody else has it: the policy has moved away
-            "trained": {n: p.detach() for n, p in trained.items()},
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],  # the moments
-            "random": group.gather(torch.get_rng_state()),  # dropout, rank by rank
-            "random_cuda": group.gather(torch.cuda.get_rng_state(device)) if is_cuda else [],
-        }
-        group.first_only(lambda: writer.write(now, step))  # in a thread: training waits for a copy alone
-
-    log = Log(out, f"stage {stage}", step, steps, args.tensorboard, group.rank)
-    started = time.perf_counter()
-    with StopSignal() as signals, checkpoints.StateWriter(out) as writer, log:
-        while step < stop_step:
+    log = Log(args.out, f"stage {args.stage}", step, steps, args.tensorboard, group.rank)
+    with StopSignal() as signals, checkpoints.StateWriter(args.out) as writer, log:
+        n_stop = 0  # processes that were told to stop
+        while step < stop_step and not n_stop:
             # ---- forward and backward of this process's share of the global batch, a micro-batch at a time.
             # Processes may have different numbers of micro-batches, or none; they meet when the step ends.
             losses, ids, skipped, audio_seconds = [torch.zeros(0, device=device)], [], [], 0.0
@@ -471,64 +439,59 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
             local = [loss_sum, len(ids), audio_seconds, len(skipped), signals.received]
             loss_sum, n_examples, all_seconds, n_skipped, n_stop = group.sum(local)
             audio_hours += all_seconds / 3600
-            if n_skipped:  # a few broken clips are no reason to stop a run of days; many mean a wrong path
-                n_unusable = loading.record_skipped(group, out, skipped, skipped_ids)
-                # a single bad example stops no run, unless the limit is 0
+            if n_skipped:
+                n_unusable = loading.record_skipped(group, args.out, skipped, skipped_ids)
+                # a few broken clips are no reason to stop a run of days, many mean a wrong path; a single
+                # one stops no run, unless the limit is 0
                 if n_unusable > max(args.skip_limit > 0, args.skip_limit * len(examples)):
                     what = f"{n_unusable} of {len(examples)} examples cannot be used"
-                    raise UserError(f"{what}, more than {args.skip_limit:.0%}: see {out}/skipped.jsonl")
+                    raise UserError(f"{what}, more than {args.skip_limit:.0%}: see {args.out}/skipped.jsonl")
 
             # ---- the step: the mean gradient of the global batch, clipped, then the optimizers.  Every
             # process takes it with the same numbers, so the copies of the model stay equal.
-            lr = learning_rate(step, settings, steps)
             group.all_reduce_gradients(parameters)
             for p in parameters:  # by the examples that were used: skipped ones must not shrink the gradient
                 p.grad.div_(max(n_examples, 1))
             # the weight 1/t makes a rare gradient many times as long as the others.  Clipped to norm 1 (the
             # authors' script) it keeps its direction and does not rule AdamW's moments for many steps.
             norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
-            is_good = n_examples > 0 and math.isfinite(loss_sum) and math.isfinite(norm)
-            if is_good:  # what is not finite is left out: NaN would never leave the moments
+            lr = learning_rate(step, settings, steps)
+            is_bad = not (math.isfinite(loss_sum) and math.isfinite(norm))
+            if is_bad:  # left out: NaN would never leave the moments
+                bad_in_a_row += 1
+            elif n_examples:
+                bad_in_a_row = 0
                 for optimizer in optimizers:
                     for param_group in optimizer.param_groups:
                         param_group["lr"] = lr
                     optimizer.step()
             step += 1
-            is_bad = n_examples > 0 and not is_good
-            bad_in_a_row = 0 if is_good else bad_in_a_row + is_bad
             if bad_in_a_row >= MAX_BAD_STEPS:
                 places = ", ".join(map(examples.where, sorted(sum(group.gather(ids), []))[:20]))
                 what = f"loss or gradient not finite {MAX_BAD_STEPS} steps in a row"
                 raise UserError(f"{what}; the last step's examples: {places}")
 
-            # ---- what one sees: a line in the log, the progress bar
-            loss = loss_sum / n_examples if n_examples and math.isfinite(loss_sum) else None
-            entry = {"step": step, "loss": loss, "lr": lr, "norm": norm if math.isfinite(norm) else None}
-            entry |= {"n": int(n_examples), "hours": audio_hours, "bad": int(is_bad)}
-            log.write_step(**entry, skipped=len(skipped_ids), seconds=time.perf_counter() - started)
-
-            # ---- now and then: the held-out loss, a checkpoint
+            # ---- what one sees of it, and now and then the held-out loss and a checkpoint
+            loss = loss_sum / n_examples if n_examples else math.nan
+            counts = {"n": int(n_examples), "hours": audio_hours, "bad": int(is_bad)}
+            log.write_step(step=step, loss=loss, lr=lr, norm=norm, **counts, skipped=len(skipped_ids))
             if held_out and (step % args.held_out_every == 0 or step == steps):
                 log.write(step=step, **held_out_loss(context, held_out_builder, held_out, group, args.tokens))
-            if step % args.save_every == 0:
-                save_checkpoint()
-            if n_stop:
-                break
-        if step % args.save_every:  # also after the last step: writing the model may fail
-            save_checkpoint()
+            # also after the last step: writing the model may fail
+            if step % args.save_every == 0 or step == stop_step or n_stop:
+                # all that the next step depends on beside the command line and the frozen parts' files
+                now = {"step": step, "run": this_run, "hours": audio_hours, "skipped": sorted(skipped_ids)}
+                now |= checkpoints.snapshot(trained, optimizers, reference, group)
+                # in a thread: training waits for a copy in memory alone
+                group.first_only(functools.partial(writer.write, now, step))
         group.first_only(writer.wait)
 
-    def finish():
-        """The model as others load it; a mark that the stage is done takes the place of its checkpoints."""
-        model.stage = stage
-        weights.save(model, tokenizer, out, dtype=torch.float32)
-        checkpoints.write_state({"finished": True}, out, step + 1)
-        for path in checkpoints.list_states(out)[:-1]:
-            os.remove(path)
-
-    if step >= steps:
-        group.first_only(finish)
-    return step >= steps
+    if step < steps:
+        return False
+    model.stage = args.stage
+    group.first_only(lambda: weights.save(model, tokenizer, args.out, dtype=torch.float32))
+    group.first_only(lambda: checkpoints.mark_finished(args.out, step))
+    return True
 
 
 # ---------------------------------------------------------------------------------------------
@@ -536,11 +499,7 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
 
 
 def start_from(args, device):
-    """The model a stage begins with, and its tokenizer.
-
-    A stage goes on from what the one before has written: adapters that already write what LLaDA can read
-    are the reason to train in stages.
-    """
+    """The model a stage begins with, and its tokenizer: what the stage before has written, if any."""
     stage, name, init, is_causal = args.stage, args.model, args.init, args.objective == "ar"
     is_released, files = name in weights.RELEASES, (args.llada, args.whisper)
     if stage == 0 and not init:  # fresh weights, under the manifest's own tokenizer, made from its text
@@ -564,6 +523,7 @@ def start_from(args, device):
             model.acoustic = with_fresh_adapters(model, args.seed).acoustic
         return model, tokenizer
 
+    # adapters that already write what LLaDA can read are the reason to train in stages
     is_first = stage == 1 and name in weights.ASSETS  # of the stages that hear
     if is_first and not is_causal:
         init = init or weights.ASSETS[name]  # the shipped backbone, as it was before any audio
@@ -581,19 +541,16 @@ def start_from(args, device):
 
 
 def settings_of(args, n_examples):
-    """The row of the table with what the command line says otherwise, and the number of steps.
-
-    A warm-up made for a hundred thousand steps would outlast a short run.  Unless --warmup says otherwise
-    it is at most a tenth of a run with --init, --max-steps, --batch or --epochs, and of any run of which it
-    would take a third.  (The paper's stage 4 keeps its 200 steps: of 750, if there are 3,000 pairs.)
-    """
+    """The row of the table with what the command line says otherwise, and the number of steps."""
     names = ("lr", "batch", "warmup", "weight_decay", "augment", "epochs")
     asked = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.epochs is not None:
+    if args.epochs:
         asked["steps"] = 0  # the paper's stages count epochs, the small model's steps
     settings = dataclasses.replace(STAGES[args.model][args.stage], **asked)
     an_epoch = math.ceil(n_examples / settings.batch)
     steps = args.max_steps or settings.steps or math.ceil(settings.epochs * an_epoch)
+    # a warm-up made for a hundred thousand steps would outlast a short run: it becomes a tenth of a run of
+    # one's own, and of any of which it would take a third (not of the paper's stage 4: 200 of 750 steps)
     is_own = args.init or args.max_steps or args.batch or args.epochs
     if settings.warmup > steps / (10 if is_own else 3) and args.warmup is None:
         settings = dataclasses.replace(settings, warmup=max(1, steps // 10))
@@ -640,44 +597,22 @@ def run(args):
         return run_stage(group, args)
 
 
-def run_of(args, settings, examples):
-    """What must be the same in a run that goes on: another order or other masks would be another run."""
-    sizes = [list(share) for share in examples.shares]  # (examples, share) of each manifest
-    return {"stage": args.stage, "seed": args.seed, "batch": settings.batch, "data": sizes}
-
-
 def run_stage(group, args):
     """`run`, in the processes of a group, with the folder locked."""
     stage, out = args.stage, args.out
-    old_states = group.first_only(
-        lambda: checkpoints.list_states(out)
-    )  # the same on every rank, after any wait
-    if old_states and not (args.resume or args.restart):
-        how = "--resume goes on with it, --restart begins anew, --out writes elsewhere"
-        raise UserError(f"{out}: holds a run already; {how}")
-    state = checkpoints.read_state(old_states[-1]) if old_states and not args.restart else None
+    state = checkpoints.state_to_go_on_from(out, group, args.resume, args.restart)
     if state and state.get("finished"):
         group.print(f"{out}: finished already")
         return
     model, tokenizer = start_from(args, group.device)
     examples = loading.Mixture(args.data, stage)  # a missing clip is skipped and told of when it is read
-    n_examples = loading.epoch_length(examples.shares)
-    settings, steps = settings_of(args, n_examples)
+    settings, steps = settings_of(args, loading.epoch_length(examples.shares))
     torch.manual_seed(args.seed)  # for LoRA's fresh matrices
     if "lora" in settings.trains and not any("lora_" in n for n, _ in model.named_parameters()):
         model.add_lora()
-    default = os.path.join(os.path.dirname(args.data[0]), "held_out.jsonl")
-    held_out_path = args.held_out or (default if os.path.exists(default) else None)
-    now = run_of(args, settings, examples)
-    for name, was in (state or {}).get("run", {}).items():
-        if was != now[name]:
-            raise UserError(f"{out}: the run that --resume goes on with has {name} {was}, not {now[name]}")
-    is_read = held_out_path and not settings.loss.has_reference
-    held_out = data.read_manifest(held_out_path, stage, check=False) if is_read else []
-    parts = ", ".join(settings.trains).replace(".", "")
-    what = f"stage {stage}: trains {parts} on {n_examples} examples"
-    rate = f"learning rate {settings.lr:g} after {settings.warmup} steps"
-    group.print(f"{what}, {steps} steps of {settings.batch}, {rate}, weight decay {settings.weight_decay:g}")
+    held_out, beside = [], os.path.join(os.path.dirname(args.data[0]), "held_out.jsonl")
+    if (args.held_out or os.path.exists(beside)) and not settings.loss.has_reference:
+        held_out = data.read_manifest(args.held_out or beside, stage, check=False)
     if args.restart:  # not before all that the new run needs was found good
         group.first_only(lambda: checkpoints.remove_run(out))
     is_finished = train(group, model, tokenizer, examples, held_out, settings, steps, args, state)
@@ -708,9 +643,7 @@ def parse(argv):
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--max-steps", type=positive, help="end the stage, and its schedule, here")
     length.add_argument("--epochs", type=rate, help="times the manifest is read, instead of the table's")
-    option(
-        "--warmup", type=positive, metavar="STEPS", help="instead of the table's, shortened in a short run"
-    )
+    option("--warmup", type=positive, metavar="STEPS", help="instead of the table's, less in a short run")
     option("--weight-decay", type=number(float, 0, 1000), help="instead of the table's")
     option("--augment", action=argparse.BooleanOptionalAction, help="speeds, levels, noise, SpecAugment")
     option("--no-dropout", action="store_false", dest="dropout")
@@ -724,8 +657,7 @@ def parse(argv):
     option("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, else fp32")
     option("--recompute", action="store_true", help="activation checkpointing: less memory, 1/3 more time")
     option("--compile", action="store_true", help="torch.compile the backbone's blocks")
-    limit = number(float, 0, 1)
-    option("--skip-limit", type=limit, default=0.01, help="stop when more than this share cannot be used")
+    option("--skip-limit", type=number(float, 0, 1), default=0.01, help="stop when a larger share is bad")
     option("--tensorboard", action="store_true", help="write TensorBoard's files beside log.jsonl")
     option("--device")
     args = parser.parse_args(argv)
@@ -746,9 +678,8 @@ def tutorial():
         print(f"{name}: {count(model):,} parameters, of which train")
         for stage, settings in stages.items():
             n = sum(p.numel() for p in freeze_all_but(model, settings.trains).values())
-            parts = ", ".join(settings.trains).replace(".", "")
             numbers = f"{n:>11,} ({n / count(model):5.1%}), rate {settings.lr:<7g}batch {settings.batch:<6}"
-            print(f"  stage {stage}  {parts:26}{numbers}{settings.loss.backward.__name__}")
+            print(f"  stage {stage}  {plan.parts(settings):26}{numbers}{settings.loss.backward.__name__}")
     print("python train.py --stage N --model tiny   trains one of them; --help lists the options")
 
 

@@ -1,24 +1,25 @@
-"""VRPO: preference optimization with a low-variance likelihood (paper 3.5, Eq. 3-5).
+"""VRPO: DPO with low-variance estimates of the likelihood (paper 3.5, Eq. 3-5).
 
-DPO needs log p of a chosen and a rejected answer under the model and under a frozen reference.
-A diffusion model has no exact log p, only the Monte-Carlo ELBO of Eq. 3, and the noise of four
-such estimates goes straight into the gradient.  VRPO (LLaDA 1.5) cuts the noise where it costs
-nothing:
+DPO needs log p of a chosen answer y+ and a rejected answer y-, under the model that trains (the policy)
+and under a frozen reference.  A diffusion model has no exact log p, only the Monte-Carlo ELBO of Eq. 3,
+and the noise of four such estimates goes straight into the gradient.  VRPO (LLaDA 1.5) reduces the
+noise without more network calls:
 
-  * policy and reference see the SAME (t, masks): what both find hard cancels in their difference;
-  * the budget goes to n different numbers of hidden tokens, with one mask each;
-  * counts are exact and stratified (diffusion.draw_counts).
+  * policy and reference see the SAME masks: what both find hard cancels in their difference;
+  * the n calls for an answer go to n mask ratios with one mask each, not to several masks of one ratio;
+  * a ratio is an exact number of masked tokens, and the n numbers are spread (diffusion.draw_counts).
 
     margin = (ELBO_policy(y+) - ELBO_ref(y+)) - (ELBO_policy(y-) - ELBO_ref(y-))
     loss   = -log sigmoid(beta * margin)
 
 How it differs from the authors' script, and why: masks are shared and dropout is off in both, so
-the margin starts at exactly 0; response and first end mark alone are scored; logsigmoid, because
-the log of a sigmoid underflows; one backbone, not two: the reference is the saved copy of the
-trained 1 % swapped in.  And memory does not grow with n.  d loss / d margin needs the margin
-alone, which needs no gradient; then every sample is pushed back on its own with that number.
+the margin starts at exactly 0; only the answer and its first end mark are scored; logsigmoid, because
+the log of a sigmoid underflows; one backbone, not two: for the reference, the trained 1 % of the
+parameters are replaced by a copy from before the training.  And memory does not grow with n: the
+margin is computed first, without gradient; it gives d loss / d margin, a number with which each sample
+is then backpropagated on its own.
 
-`python vrpo.py` shows the variance with and without shared masks.
+`python vrpo.py` shows the margin's variance with and without shared masks and exact counts.
 """
 
 from contextlib import contextmanager
@@ -29,13 +30,13 @@ import torch.nn.functional as F
 from diffusion import draw_counts, elbo
 
 BETA = 0.2  # the authors' script; the paper gives none
-SAMPLES = 4  # K of Eq. 3; n in this file, for every count of samples is
+SAMPLES = 4  # K in Eq. 3, N in Section 3.5, n in this file
 
 
 def margin(policy_chosen, policy_rejected, reference_chosen, reference_rejected):
-    """What the policy has gained on the reference in preferring chosen: the bracket of Eq. 5, s of Eq. 4.
+    """s(y+) - s(y-) of Eq. 4 and 5: how much more than the reference the policy prefers the chosen answer.
 
-    Four (n, B) ELBO samples from the same masks pairwise.  Returns (B,).
+    Each argument: (n, B) ELBO samples, policy and reference of one answer from the same masks.  Returns (B,).
     """
     return ((policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)).mean(0)
 
@@ -47,9 +48,9 @@ def vrpo_loss(margins, beta=BETA):
 
 @contextmanager
 def swapped(parameters, saved):
-    """Runs a block with `saved` (tensors, same order and shapes) in the parameters' place.
+    """Within this context the parameters have the values `saved` (tensors in the same order and shapes).
 
-    Pointers change hands, nothing is copied; errors inside put them back as well.
+    Tensors change places, nothing is copied; after an error inside, too, they change back.
     """
     parameters = list(parameters)
     if len(parameters) != len(saved):
@@ -65,12 +66,11 @@ def swapped(parameters, saved):
 
 
 def backward_per_sample(sample, n, margins, beta=BETA):
-    """Adds d(sum of losses)/d(parameters) to their .grad, one sample's graph at a time.
+    """Adds the gradient of vrpo_loss, summed over the batch, to .grad, one sample's graph at a time.
 
-    sample(name, j) -> (B,): the policy's ELBO of draw j, with gradient, name "chosen" or
-    "rejected".  margins (B,): known beforehand from the same masks.  The gradient is that of
-    vrpo_loss: d loss / d margin = -beta sigmoid(-beta margin) is one number per pair, and the
-    margin is a mean over samples.
+    sample(name, j) -> (B,): the policy's ELBO of draw j, with gradient; name: "chosen" or "rejected".
+    margins (B,): computed before, without gradient, from the same masks.  By the chain rule
+    d loss / d margin = -beta sigmoid(-beta margin), and the margin is a mean over n samples.
     """
     slope = -beta * torch.sigmoid(-beta * margins) / n  # (B,)
     for j in range(n):
@@ -81,13 +81,13 @@ def backward_per_sample(sample, n, margins, beta=BETA):
 def draw_pair_masks(chosen, rejected, n, generator=None):
     """Masks for both answers of a batch of pairs: {"chosen": (is_masked, weight), "rejected": ...}.
 
-    chosen, rejected: is_answer (B, T+), (B, T-).  Shared by policy, reference and gradient.
+    chosen, rejected: is_answer of each, (B, T+) and (B, T-).  The masks serve policy, reference and gradient.
     """
     return {"chosen": draw_counts(chosen, n, generator), "rejected": draw_counts(rejected, n, generator)}
 
 
 def score(predict, ids, masks, mask_id, j=None):
-    """ELBO samples (n, B) of one answer under draw_pair_masks; j: that draw alone, (B,)."""
+    """ELBO samples (n, B) of one answer; j: of draw j alone, (B,).  masks: one value of draw_pair_masks."""
     is_masked, weight = masks
     if j is None:
         return elbo(predict, ids, is_masked, weight, mask_id)
@@ -101,16 +101,16 @@ if __name__ == "__main__":
     policy, reference = Toy(length=4, vocab=3), Toy(length=4, vocab=3)
     nudge = torch.randn(len(reference.p), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     reference.p = (reference.p.log() + 0.1 * nudge).softmax(0)
-    order = policy.p.argsort(descending=True)
+    order = policy.p.argsort(descending=True)  # the chosen answer is the third likeliest, the other the 21st
     good, bad = policy.all[order[2]][None], policy.all[order[20]][None]
     exact = sum(s * (policy.log_prob(x[0]) - reference.log_prob(x[0])) for s, x in ((1, good), (-1, bad)))
     everything, g, n = torch.ones(1, 4, dtype=torch.bool), torch.Generator().manual_seed(0), SAMPLES
 
     def iid(predict, x, t, is_masked):
-        """The 1/t estimate with independent coin flips, what stratified exact counts replace."""
+        """The 1/t estimate with independent coin flips, which stratified exact counts replace."""
         samples = []
         for s, mask in zip(t, is_masked, strict=True):
-            noisy, _ = corrupt(x, everything, 3, s, mask)
+            noisy, _ = corrupt(x, everything, policy.mask_id, is_masked=mask)
             samples.append(-masked_nll(predict, x, noisy, mask) / s)
         return torch.stack(samples)
 
@@ -122,7 +122,7 @@ if __name__ == "__main__":
         return draw_counts(everything, n, g)
 
     def stratified_samples(predict, x, is_masked, weight):
-        return elbo(predict, x, is_masked, weight, 3)
+        return elbo(predict, x, is_masked, weight, policy.mask_id)
 
     def one(is_shared, draw, samples):
         """One estimate of the margin: masks from `draw`, ELBO samples of them from `samples`."""

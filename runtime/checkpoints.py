@@ -77,10 +77,60 @@ class StateWriter:
         self.thread.shutdown()
 
 
+def snapshot(trained, optimizers, reference, group):
+    """What training has changed by now, as `restore` puts it back: tensors, numbers and lists alone."""
+    is_cuda = group.device.type == "cuda"
+    return {
+        "trained": {name: p.detach() for name, p in trained.items()},
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],  # the moments
+        "reference": list(reference),  # nobody else has it: the policy has moved away
+        "random": group.gather(torch.get_rng_state()),  # dropout, rank by rank
+        "random_cuda": group.gather(torch.cuda.get_rng_state(group.device)) if is_cuda else [],
+    }
+
+
+def restore(state, trained, optimizers, group):
+    """Puts back what `snapshot` took, into the same tensors; returns the reference."""
+    for name, p in trained.items():
+        p.data.copy_(state["trained"][name])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    reference = tuple(r.to(group.device, copy=True) for r in state["reference"])
+    if len(state["random"]) == group.size:  # with another number of processes dropout starts anew
+        torch.set_rng_state(state["random"][group.rank])
+        if group.device.type == "cuda" and state["random_cuda"]:
+            torch.cuda.set_rng_state(state["random_cuda"][group.rank], group.device)
+    state.clear()  # all of it was copied: 1.2 GB of diffa2
+    return reference
+
+
 def list_states(out):
     """Checkpoints in `out`, oldest first."""
     names = sorted(os.listdir(out)) if os.path.isdir(out) else []
     return [os.path.join(out, name) for name in names if re.fullmatch(r"state-\d{7}\.pt", name)]
+
+
+def state_to_go_on_from(out, group, resume, restart):
+    """The last checkpoint in `out`, or None where a run begins there.  Unasked no run is gone over."""
+    old = group.first_only(lambda: list_states(out))  # the same on every rank, after any wait
+    if old and not (resume or restart):
+        how = "--resume goes on with it, --restart begins anew, --out writes elsewhere"
+        raise UserError(f"{out}: holds a run already; {how}")
+    return read_state(old[-1]) if old and not restart else None
+
+
+def check_same_run(state, run, out):
+    """UserError where the run that `state` (or None) is of is not this one; both say what makes a run."""
+    for name, was in (state or {}).get("run", {}).items():
+        if was != run[name]:
+            raise UserError(f"{out}: the run that --resume goes on with has {name} {was}, not {run[name]}")
+
+
+def mark_finished(out, step):
+    """A mark that the stage is done takes the place of its checkpoints."""
+    write_state({"finished": True}, out, step + 1)
+    for path in list_states(out)[:-1]:
+        os.remove(path)
 
 
 def remove_run(out):

@@ -1,7 +1,9 @@
 """What is logged of a run: log.jsonl, the progress bar, TensorBoard."""
 
 import json
+import math
 import os
+import time
 
 from tqdm import tqdm
 
@@ -18,6 +20,7 @@ class Log:
     def __init__(self, out, title, step, steps, tensorboard, rank):
         path, lines = os.path.join(out, "log.jsonl"), []
         self.file = self.board = self.smoothed = None
+        self.started = time.perf_counter()
         self.bar = tqdm(total=steps, initial=step, desc=title, unit=" steps", mininterval=1, disable=rank > 0)
         if rank:
             return
@@ -57,9 +60,13 @@ class Log:
     def write_step(self, **entry):
         """The line of a step; the bar shows the same, the loss as a running mean of some 50 steps.
 
-        A single step's loss says more of the t that was drawn than of the model.
+        A single step's loss says more of the t that was drawn than of the model.  What is not finite is
+        null in the file: JSON has no NaN.
         """
-        self.write(**entry)
+        for name in ("loss", "norm"):
+            if not math.isfinite(entry[name]):
+                entry[name] = None
+        self.write(**entry, seconds=time.perf_counter() - self.started)
         loss, norm = entry["loss"], entry["norm"]
         if loss is not None and norm is not None:  # else the step was left out
             before = loss if self.smoothed is None else self.smoothed

@@ -1,4 +1,4 @@
-"""`train.py --dry-run`: what a run would be, and the memory that it would take."""
+"""What a run will be, in a line; for `train.py --dry-run` in full, with the memory that it would take."""
 
 import os
 
@@ -7,6 +7,18 @@ import torch
 import weights
 from data import BatchBuilder
 from runtime.loading import MicroBatches, epoch_length
+
+
+def parts(settings):
+    """The names of what trains, as one reads them."""
+    return ", ".join(settings.trains).replace(".", "")
+
+
+def summary(stage, settings, steps, examples):
+    """What a run begins with on the screen."""
+    what = f"stage {stage}: trains {parts(settings)} on {epoch_length(examples.shares)} examples"
+    rate = f"learning rate {settings.lr:g} after {settings.warmup} steps"
+    return f"{what}, {steps} steps of {settings.batch}, {rate}, weight decay {settings.weight_decay:g}"
 
 
 def dry_run(args, model, settings, steps, examples, processes):
