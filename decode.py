@@ -423,6 +423,8 @@ def ask(
     is_one = isinstance(audios, (str, os.PathLike, np.ndarray, torch.Tensor))
     audios = [audios] if is_one else list(audios)
     n = len(audios)
+    if stage not in (None, 1, 2, 3, 4) or long not in ("split", "cut"):
+        raise UserError(f"stage {stage!r}, long {long!r}: a stage is 1 to 4, long is split or cut")
     questions = [questions] * n if isinstance(questions, str) else list(questions)
     generators = generator if isinstance(generator, (list, tuple)) else [generator] * n
     for given, what in ((questions, "questions about"), (generators, "generators for")):

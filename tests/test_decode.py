@@ -884,9 +884,11 @@ def test_clips_of_other_libraries(small_folder):
         ({"answer_length": [8, 8]}, "a number or auto"),
         ({"questions": "caf\udce9?"}, "not text in UTF-8"),
         ({"questions": [None, None]}, "not text in UTF-8"),
+        ({"stage": 9}, "a stage is 1 to 4"),
+        ({"long": "shorten"}, "long is split or cut"),
     ],
 )
-def test_lists_that_do_not_match(small_folder, settings, says):
+def test_settings_of_ask_that_do_not_fit(small_folder, settings, says):
     model, tokenizer = load(small_folder)
     settings = {"questions": "Hm?", "answer_length": 8, "block": 8} | settings
     with pytest.raises(UserError, match=says):
