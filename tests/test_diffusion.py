@@ -84,7 +84,7 @@ def test_loss_is_unbiased_and_wrong_weights_are_caught():
     assert within(loss * t, expected_loss(table, lambda t: 1.0))
 
 
-def test_loss_per_token_is_the_sum_over_the_canvas_length():
+def test_loss_per_token_is_the_sum_over_the_response_length():
     ids, is_answer = rows(50)
 
     def draw(per_token):

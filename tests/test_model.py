@@ -71,7 +71,7 @@ def llama_like(backbone, attention="eager"):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_backbone_is_llama_values_and_gradients(causal):
-    """LLaDA: a mask of zeros takes Llama's causality away.  The autoregressive twin keeps it."""
+    """LLaDA: a mask of zeros takes Llama's causality away.  The autoregressive baseline keeps it."""
     c = dataclasses.replace(SMALL, causal=causal, rope_theta=500000.0)
     model = lively(build(c, seed=0), scale=4)
     llama, renamed = llama_like(model.backbone)

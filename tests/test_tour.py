@@ -91,7 +91,7 @@ def test_tokenizer_speaks_the_prompt(toured, tokenizer):
 def test_show_prints_what_the_model_sees(toured, capsys):
     assert main(["show", f"{toured}/stage2.jsonl", "-n", "2"]) == 0
     out = capsys.readouterr().out
-    assert out.count("canvas of") == 2 and "This is the audio:'" in out and "' <audio>. " in out
+    assert out.count("response of") == 2 and "This is the audio:'" in out and "' <audio>. " in out
     assert askable(Clip("a", "x", {})) == []
 
 

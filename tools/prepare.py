@@ -187,7 +187,7 @@ def check(paths, decode=False, show=5):
 
 
 def show(path, n, tokenizer_folder):
-    """Prints n examples as the model sees them: prompt, splice, answer and canvas."""
+    """Prints n examples as the model sees them: prompt, splice, response and its length."""
     tokenizer = load_tokenizer(tokenizer_folder)
     config = PRESETS["tiny"].with_tokenizer(tokenizer)
 
@@ -198,11 +198,11 @@ def show(path, n, tokenizer_folder):
         item = encode_text(example, tokenizer, config)
         _, audio_at = build_prompt(tokenizer, example.question)
         ids, start = item["ids"], item["is_answer"].index(True)
-        canvas = ids[start:]
+        response = ids[start:]
         print(f"{example.where}  {example.audio}")
         print(f"  {text(ids[:audio_at])} + [audio] +")
         print(f"  {text(ids[audio_at:start])}")
-        print(f"  canvas of {len(canvas)}: {text([i for i in canvas if i != config.eos_id])}")
+        print(f"  response of {len(response)} tokens: {text([i for i in response if i != config.eos_id])}")
 
 
 # ---------------------------------------------------------------------------------------------
