@@ -250,15 +250,13 @@ class BlockReader:
         self.start = first if inputs["audio"] is None else first + inputs["audio"].size(1)
         self.cache = self.cached_rows = None  # cached_rows: rows of the batch whose keys and values it holds
 
-    def logits(self, masked, step):
-        """Logits (N, vocab) of the block's N masked tokens, in row-major order.
+    def logits(self, rows, row, column, step):
+        """Logits (N, vocab) of the block's N masked tokens.
 
-        masked (B, block), on the CPU: where they are.  step: the call's number in the block.
+        rows (n,): rows of the batch that still have masked tokens in this block, ascending.  row, column
+        (N,): where the tokens are, in the batch and in the block.  step: the call's number in the block.
         """
-        rows = masked.any(1).nonzero()[:, 0]  # (n,): rows that are done cost nothing more
-        row, column = masked[rows].nonzero(as_tuple=True)  # (N,) each, row counted among these n
-        device, refresh = self.inputs["ids"].device, self.options.refresh
-        rows, row, column = (x.to(device, non_blocking=True) for x in (rows, row, column))
+        row, refresh = torch.searchsorted(rows, row), self.options.refresh  # row: counted among these n
         if self.cache is None or (refresh is not None and step % refresh == 0):
             self.cache = None if self.options.cache == "none" else Cache()
             self.cached_rows = rows
@@ -315,16 +313,18 @@ def generate(
         for step in itertools.count():
             # (B, block), on the CPU: the one place of a step that waits for the device
             masked = (response[:, first : first + block] == c.mask_id).cpu()
-            if not masked.any():
+            rows = masked.any(1).nonzero()[:, 0]  # (n,): rows that are done cost nothing more
+            if not len(rows):
                 break
             # a call keeps a token of each row, but none whose confidence is NaN: the next would ask the same
             left, before = masked.sum(1), left
-            if step and ((left == before) & (left > 0)).any():
+            if step and (left == before)[rows].any():
                 raise UserError("the network's output is NaN: weights or audio are not finite")
-            calls += left > 0
+            calls[rows] += 1
             # Eq. 6: predict all masked tokens of the block at once
-            row, column = (x.to(device, non_blocking=True) for x in masked.nonzero(as_tuple=True))  # (N,)
-            logits = reader.logits(masked, step)
+            row, column = masked.nonzero(as_tuple=True)  # (N,) each: the masked tokens
+            rows, row, column = (x.to(device, non_blocking=True) for x in (rows, row, column))
+            logits = reader.logits(rows, row, column, step)
             token, sure = choose(logits, c.mask_id, options.temperature, row, generator)  # (N,) each
             # keep the surest of each row, mask the others again
             candidates = torch.full((B, block), float("-inf"), device=device)

@@ -79,7 +79,8 @@ def open_index(f, path):
     for place in places:
         with contextlib.suppress(OSError, ValueError):  # none, or half of one
             index = np.lib.format.open_memmap(place, mode="r")
-            if index.dtype == INDEX and os.stat(place).st_mtime_ns == changed:
+            is_index = index.dtype == INDEX and index.ndim == 1
+            if is_index and os.stat(place).st_mtime_ns == changed:
                 return index
     index = build_index(f, path)
     if not len(index):

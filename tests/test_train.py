@@ -21,12 +21,13 @@ import types
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import read_lines
 from runner import SMALL_STAGES, install
 
 import train
-from data import BatchBuilder, Example, answer_text, generator_for, part_of, read_manifest
+from data import BatchBuilder, Example, answer_text, encode_question, generator_for, part_of, read_manifest
 from decode import ask
 from model import DIFFA2, PRESETS, build
 from runtime.checkpoints import list_states, read_state, write_state
@@ -343,7 +344,9 @@ def test_augment_and_mask_stay_in_bounds():
     for seed in range(30):
         g = torch.Generator().manual_seed(seed)
         out = augment(clip, g, {"sound": "rain"})
-        assert out.dtype == np.float32 and 0 < len(out) <= 158000 / 0.7 and np.isfinite(out).all()
+        assert (
+            out.dtype == np.float32 and 0 < len(out) <= 158000 * 1.25 + 0.3 * 16000 and np.isfinite(out).all()
+        )
         mel = torch.randn(80, 1000, generator=g)
         masked = mask_mel(mel, g)
         # of what is not blanked out a ramp from bass to treble, one and the same at all times
@@ -354,6 +357,15 @@ def test_augment_and_mask_stay_in_bounds():
         assert torch.allclose(
             masked[~kept], (mel + tilt * torch.linspace(-1, 1, 80)[:, None]).mean(), atol=1e-4
         )
+
+
+def test_an_augmented_clip_fits_the_window(tmp_path, tokenizer):
+    c = PRESETS["tiny"].with_tokenizer(tokenizer)
+    soundfile.write(str(tmp_path / "a.wav"), np.random.default_rng(0).uniform(-0.5, 0.5, 158000), 16000)
+    example = Example(0, str(tmp_path / "a.wav"), "Hm?", "Rain.", facts={"sound": "rain"})
+    builder = BatchBuilder(tokenizer, c, encode_question, 0, is_augmented=True)
+    seconds = [builder.item(example, epoch)["seconds"] for epoch in range(30)]
+    assert max(seconds) == 10 and min(seconds) < 9.875  # cut to the window; some are played faster
 
 
 def test_sounds_are_played_faster_than_voices():
@@ -810,7 +822,6 @@ def test_not_finite_on_one_rank_stops_all(one, toured, tmp_path):
     """
     with open(f"{toured}/stage1.jsonl") as f:
         lines = [json.loads(line) for line in f][:8]
-    import soundfile
 
     # samples that are finite in the file and overflow in the mel: the clip passes every check of the reader
     signs = np.sign(np.random.default_rng(0).standard_normal(8000)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What the tools refuse before they begin: numbers out of range, texts that cannot be written."""
+"""What the tools refuse before they begin: texts that no file can hold."""
 
 import json
 
