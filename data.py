@@ -1,9 +1,9 @@
 """From files to tensors: manifests, audio, THE prompt, and batches.
 
 One prompt builder serves training, decoding and evaluation, because a model answers the prompt it was
-trained on.  One audio reader serves all of them too: any format libsndfile knows, any rate, depth and
-channel count, resampled by soxr to 16 kHz mono.  The log-mel is openai-whisper's, computed clip by clip:
-on a batch it would take its maximum over all clips, and one loud clip would change another.
+trained on.  One audio reader serves all of them too (runtime/recordings.py): any format libsndfile knows,
+resampled by soxr to 16 kHz mono.  The log-mel is openai-whisper's, computed clip by clip: on a batch it
+would take its maximum over all clips, and one loud clip would change another.
 
 The batch that leaves `collate` is clean: noise is added in the training step (diffusion.py).  What a run of
 days needs beyond that, for manifests that do not fit in memory, is in runtime/loading.py.
@@ -19,23 +19,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
-import soundfile
-import soxr
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram, pad_or_trim
 
 from model import SPECIAL_TOKENS
 from runtime.errors import UserError, exit_status, first_line
-from runtime.manifests import read_entries
+from runtime.manifests import need, parse_fields, parse_messages, read_entries, seconds_in
+from runtime.recordings import load_audio
 from runtime.variations import augment, imitate_audio, mask_mel
 
 SAMPLES_PER_FRAME = 2 * HOP_LENGTH  # an encoder frame is two mel frames: 20 ms
 RESPONSE_UNIT = 16  # a response is a multiple of this many tokens long
 MAX_TEXT = 2048  # tokens of prompt and answer in training, as in the authors' code
-MAX_SECONDS = 1e9  # 30 years: infinity and NaN, which Python's JSON allows, are not below it either
-ASR_QUESTION = "Please transcribe the audio to text."  # the first of the paper's 25 (Figure A.1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -110,54 +106,6 @@ def parse_example(entry, id, where, folder, stage=None, check=True):
     return Example(id, audio, question, answer, rejected, facts, dataset, task, offset, duration, where)
 
 
-def parse_messages(entry, where):
-    """ms-swift's and LLaMA-Factory's format -> audio, question, answer, rejected answer."""
-    match entry["messages"]:
-        case [{"role": "user", "content": str(question)}, {"role": "assistant", "content": str(answer)}]:
-            pass
-        case _:
-            how = "one of role user and one of role assistant, in this order, with text as content"
-            raise UserError(f"{where}: messages must be {how}")
-    audios = entry.get("audios") or []
-    if not isinstance(audios, list) or not all(isinstance(audio, str) for audio in audios):
-        raise UserError(f"{where}: audios must be a list of paths")
-    if len(audios) > 1 or question.count("<audio>") > 1:
-        raise UserError(f"{where}: more than one audio in an example")
-    question = question.replace("<audio>", "").strip()  # THE prompt has the audio in front of the question
-    return audios[0] if audios else None, question, answer, entry.get("rejected_response")
-
-
-def parse_fields(entry, where, stage):
-    """NeMo's format or the authors' -> the same.  One file of the authors' serves several stages."""
-    if "text" in entry:
-        return need(entry, "audio_filepath", where), ASR_QUESTION, need(entry, "text", where), None
-    need(entry, "audio_id", where, (str, int))
-    question = entry.get("input")
-    if not isinstance(question, str) or not question.strip():
-        question = ASR_QUESTION  # their transcripts come without one
-    answer = need(entry, "transcription" if stage == 1 else "target", where)
-    rejected = need(entry, "rejected", where) if stage == 4 else None
-    return need(entry, "audio_filepath", where), question, answer, rejected
-
-
-def need(entry, field, where, kind=str):
-    """entry[field], which must be there and of this kind; True is no number, though Python says so."""
-    value = entry.get(field)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise UserError(f"{where}: field {field!r} is missing or not of the right type")
-    return value
-
-
-def seconds_in(entry, field, where, default):
-    """A length of time in a manifest, or the default where there is none."""
-    if entry.get(field) is None:
-        return default
-    value = need(entry, field, where, (int, float))
-    if not 0 <= value < MAX_SECONDS:
-        raise UserError(f"{where}: {field} is {value}")
-    return value
-
-
 def refuse_special_tokens(text, where):
     """A text that spells a control token would be read as one: it could end its own turn."""
     # Python keeps bytes that are not UTF-8 as halves of letters, which no tokenizer can read
@@ -172,81 +120,6 @@ def refuse_special_tokens(text, where):
 # audio
 
 
-def load_audio(path, offset=0.0, duration=None, limit=None):
-    """Reads a clip as 16 kHz mono float32.
-
-    offset, duration: seconds, to read a part; GigaSpeech's clips are parts of recordings of hours, so the
-    place is sought and not read up to.  limit: at most this many seconds are returned.
-    Returns samples (n,) and notes for the user (clip was cut, clip is silent).  UserError: no recording.
-    """
-    if not os.path.isfile(path):
-        why = "is a folder, not a recording" if os.path.isdir(path) else "no such file"
-        raise UserError(f"{path}: {why}")
-    if not 0 <= offset < MAX_SECONDS or not 0 <= (duration or 0) < MAX_SECONDS:
-        raise UserError(f"{path}: offset {offset} s and duration {duration} s are no part of a clip")
-    if os.path.getsize(path) == 0:
-        raise UserError(f"{path}: the file is empty")
-    try:
-        with soundfile.SoundFile(os.fsencode(path)) as f:  # a name need not be UTF-8
-            if f.format in ("WAV", "WAVEX") and is_cut_wav(path):
-                raise UserError(f"{path}: the file is cut short")
-            rate = f.samplerate
-            if rate < 1000:  # no recording: at 1 Hz a second file of samples is a day
-                raise UserError(f"{path}: has a rate of {rate} Hz")
-            start = round(offset * rate)
-            available = f.frames - start  # samples of each channel, as are all counts here
-            if available < 0:
-                raise UserError(f"{path}: offset {offset} s lies behind the end of the clip")
-            if duration is not None:
-                available = min(available, round(duration * rate))
-            wanted = available if limit is None else min(available, math.ceil(limit * rate))
-            f.seek(start)
-            audio = f.read(wanted, dtype="float32", always_2d=True)  # (samples, channels)
-    except (soundfile.LibsndfileError, OSError, TypeError) as e:  # TypeError: .raw, which says no rate
-        raise UserError(f"{path}: cannot be read as audio ({getattr(e, 'error_string', e)})") from None
-    if len(audio) < wanted:
-        raise UserError(f"{path}: the file is cut short ({len(audio)} of {wanted} samples)")
-    audio = audio.mean(1)
-    if rate != SAMPLE_RATE:
-        audio = soxr.resample(audio, rate, SAMPLE_RATE)
-    if limit is not None:
-        audio = audio[: round(limit * SAMPLE_RATE)]
-    check_samples(audio, path)
-    notes = []
-    if wanted < available:
-        notes.append(f"{path}: {available / rate:.1f} s long; the first {limit:g} s are used")
-    if np.abs(audio).max() < 1e-4:  # -80 dB: below any recording, above the rounding of 16 bits
-        notes.append(f"{path}: the clip is silent")
-    return audio, notes
-
-
-def check_samples(audio, name):
-    """Raises UserError for what is no 16 kHz mono clip (n,); name: of the clip, for the message."""
-    if audio.ndim != 1 or audio.dtype.kind != "f":
-        found = f"{audio.dtype} of shape {audio.shape}"
-        raise UserError(f"{name}: samples must be floating-point numbers (n,) from -1 to 1, not {found}")
-    if len(audio) == 0:  # none in the file, or too few to make one at 16 kHz
-        raise UserError(f"{name}: holds no samples at 16 kHz")
-    if not np.isfinite(audio).all():  # one NaN makes the whole log-mel NaN, through its maximum
-        raise UserError(f"{name}: holds samples that are NaN or infinite")
-
-
-def is_cut_wav(path):
-    """Whether a RIFF file says that it holds more bytes than it does.
-
-    libsndfile reads what is left of it and says nothing: a broken download would pass for a short clip.
-    Sizes of 0 and 2^31 and more are what a program writes that streams to a pipe: no claim.
-    """
-    with open(path, "rb") as f:
-        f.seek(12)  # behind "RIFF", a size and "WAVE" come chunks: four letters, a size, so many bytes
-        while len(header := f.read(8)) == 8:
-            size = int.from_bytes(header[4:], "little")
-            if header[:4] == b"data":  # the samples
-                return 0 < size < 1 << 31 and f.tell() + size > os.path.getsize(path)
-            f.seek(size + size % 2, os.SEEK_CUR)
-    return False
-
-
 def window_samples(config):
     """Samples that the encoder takes in at once: 30 s with Whisper's own window, 10 s in the small model."""
     return config.n_frames * SAMPLES_PER_FRAME
@@ -254,25 +127,6 @@ def window_samples(config):
 
 def window_seconds(config):
     return window_samples(config) / SAMPLE_RATE
-
-
-def split_clip(audio, config, quiet=0.3):
-    """A clip that may be longer than the window -> [(start, end)], samples, cut at its quietest moments.
-
-    Each piece fits the window, and none but the last is shorter than a quarter of it.  A cut lies in the
-    middle of the `quiet` seconds of least energy after that quarter: a pause is worth more than a long piece.
-    """
-    window, width = window_samples(config), round(quiet * SAMPLE_RATE)
-    # running sums, so that the energy of any stretch is one difference; fp64, for the sums grow large
-    energy = np.concatenate([[0.0], np.cumsum(np.square(audio, dtype=np.float64))])
-    pieces, start = [], 0
-    while len(audio) - start > window:
-        first, last = start + window // 4, start + window - width  # where the quiet stretch may begin
-        loudness = energy[first + width : last + width + 1] - energy[first : last + 1]
-        cut = first + int(loudness.argmin()) + width // 2
-        pieces.append((start, cut))
-        start = cut
-    return [*pieces, (start, len(audio))]
 
 
 def log_mel(audio, config):
@@ -326,7 +180,7 @@ def is_transcription(question):
 
 
 def answer_ids(tokenizer, answer, config):
-    """The response and its end of turn; what follows in the response is end marks."""
+    """The answer's tokens and its end of turn.  In the response, end marks follow."""
     return tokenizer.encode(answer, add_special_tokens=False).ids + [config.eot_id]
 
 
@@ -417,6 +271,24 @@ def pad_imitations(items):
 def part_of(batch, name="text"):
     """The tensors of one text of a batch, or of "imitated", by name: BatchBuilder puts NAME. in front."""
     return {k.removeprefix(name + "."): v for k, v in batch.items() if k.startswith(name + ".")}
+
+
+def audio_tokens(model, batch, stage):
+    """The audio tokens of a batch's clips, encoded or imitated: audio (B, A, D), is_audio (B, A).
+
+    To the backbone they are embeddings like those of words, and that is all it ever learns of sound.
+    """
+    if "mel" in batch:
+        encoded = model.encode(batch["mel"], batch["n_frames"])
+        return model.adapt(*encoded, batch["n_frames"], stage)
+    # stage 0: no audio; weighted sums of word embeddings plus noise stand where audio tokens will
+    imitated = part_of(batch, "imitated")
+    audio = model.embed_imitation(imitated["ids"], imitated["weights"], imitated["noise"])
+    return audio, imitated["valid"]
+
+
+def to_device(batch, device):
+    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ Eq. 8, and where an answer ends early it leaves [MASK]s in the blocks behind.
 
 import argparse
 import dataclasses
-import functools
 import itertools
 import os
 import sys
@@ -37,16 +36,14 @@ from data import (
     SAMPLE_RATE,
     answer_text,
     build_prompt,
-    check_samples,
     is_transcription,
-    load_audio,
     log_mel,
-    split_clip,
     window_samples,
     window_seconds,
 )
 from model import Cache
 from runtime.errors import Parser, UserError, exit_status
+from runtime.recordings import as_samples, load_audio, split_clip
 from runtime.terminal import Printer, clock
 from weights import load, save
 
@@ -82,10 +79,10 @@ def choose(logits, mask_id, temperature=0.0, rows=None, generator=None):
     return token, confidence
 
 
-def most_confident(confidence, counter):
+def most_confident(confidence, options, step):
     """Which of a block's tokens stay, (B, n) bool.  Ties go to the lower position.
 
-    confidence (B, n): -inf where nothing is masked.  counter: sorted confidences (B, n) -> how many (B,).
+    confidence (B, n): -inf where nothing is masked.  options, step: see count_to_keep.
 
     Why by confidence: a call predicts each token without knowing what the other masked places get.  Where
     the model is unsure, two places may take halves of two answers ("Dog barking", "Baby crying": "Dog
@@ -93,7 +90,7 @@ def most_confident(confidence, counter):
     """
     ranked, order = confidence.sort(dim=1, descending=True, stable=True)
     rank = order.argsort(dim=1)  # the inverse permutation: the rank of each place, 0 for the surest
-    return (rank < counter(ranked)[:, None]) & confidence.isfinite()
+    return (rank < count_to_keep(ranked, options, step)[:, None]) & confidence.isfinite()
 
 
 def schedule(masks, steps):
@@ -289,7 +286,7 @@ def generate(
     prompts: B lists of token ids.  audio (B, A, D), is_audio (B, A), audio_at (list of B): as
     model.adapt and data.build_prompt give them; audio=None is text alone.
     options: an Options; single fields may be given by name.  generator: one, or a list of B, for sampling.
-    on_step(response (B, L), confidence (B, L), call): after each; call: the most that any row has had.
+    on_step(response (B, L), confidence (B, L), call): after each call; call: the number of it.
     on_block(response (B, L), end): when a block is final; columns before `end` change no more.
     Returns answers (B, L), L the longest length, and the number of network calls each row needed (B,).
     Raises UserError for options that do not fit together, and for logits that are not numbers.
@@ -329,8 +326,7 @@ def generate(
             # keep the surest of each row, mask the others again
             candidates = torch.full((B, block), float("-inf"), device=device)
             candidates[row, column] = sure
-            counter = functools.partial(count_to_keep, options=options, step=step)
-            keep = most_confident(candidates, counter)[row, column]  # (N,)
+            keep = most_confident(candidates, options, step)[row, column]  # (N,)
             place = (row, first + column)
             response[place] = torch.where(keep, token, c.mask_id)
             confidence[place] = torch.where(keep, sure, 0.0)
@@ -411,12 +407,12 @@ def ask(
     """Answers questions about clips.  Returns a list of Answers, or one for one clip.
 
     audios: a path, an array (n,) of 16 kHz samples, or a list of them.  questions: one for all clips, or a
-    list.  A clip beyond the window is answered piece by piece (data.split_clip): a transcript is joined,
+    list.  A clip beyond the window is answered in pieces (recordings.split_clip): a transcript is joined,
     another answer is given for each piece with its time.  long="cut": its beginning alone is answered.
     stage: reads the audio as that stage does; by default the model's.  options, generator (one or a list,
-    one a clip), on_step, on_block, fields: as of `generate`; an autoregressive model takes length,
-    temperature and generator from them.  answer_length="auto" gives each clip `length_for` its seconds, as
-    one block.  batch: clips or pieces that pass the network together (default: all the clips, at least 16).
+    one a clip), on_step, on_block, fields: as of `generate`; an autoregressive model takes
+    answer_length, temperature and generator alone.  answer_length="auto" gives each clip `length_for` its
+    seconds, as one block.  batch: clips or pieces that pass the network together (default: all, at least 16).
     Raises UserError for a clip that cannot be read or is no (n,) of finite numbers, and when prompt, audio
     and answer exceed the context.
     """
@@ -433,34 +429,32 @@ def ask(
     options, batch = dataclasses.replace(options, **fields), batch or max(16, n)
     if isinstance(options.answer_length, list):
         raise UserError("answer_length must be a number or auto: lists are `generate`'s")
+    window = window_samples(model.config)
     spans = []  # of each clip: [(start, end)] of its pieces, in samples
     pieces = []  # of all clips: (samples, question, generator)
-    for audio, question, clip_generator in zip(audios, questions, generators, strict=True):
-        if isinstance(audio, (str, os.PathLike)):
-            audio, _ = load_audio(os.fspath(audio))
-        if isinstance(audio, torch.Tensor):
-            audio = audio.detach().float().cpu()
-        check_samples(np.asarray(audio), f"clip {len(spans) + 1}")
-        audio = np.ascontiguousarray(audio, dtype=np.float32)
-        if long == "cut":
-            audio = audio[: window_samples(model.config)]
-        spans.append(split_clip(audio, model.config))
-        own = [clip_generator]
-        if len(spans[-1]) > 1:
-            # a piece draws from a generator of its own, so that its answer does not depend on the others
-            seed = int(torch.randint(2**62, (), generator=clip_generator))
-            own = [torch.Generator().manual_seed(seed + k) for k in range(len(spans[-1]))]
-        for (start, end), piece_generator in zip(spans[-1], own, strict=True):
-            pieces.append((audio[start:end], question, piece_generator))
+    for i, (audio, question) in enumerate(zip(audios, questions, strict=True)):
+        samples = as_samples(audio, f"clip {i + 1}")
+        samples = samples[:window] if long == "cut" else samples
+        spans.append(split_clip(samples, window))
+        own = generators_of_pieces(generators[i], len(spans[i]))
+        for (start, end), piece_generator in zip(spans[i], own, strict=True):
+            pieces.append((samples[start:end], question, piece_generator))
     # pieces of long clips and whole short ones pass the network side by side
     answers = []
     for i in range(0, len(pieces), batch):
         answers += ask_pieces(model, tokenizer, pieces[i : i + batch], stage, options, on_step, on_block)
-    joined = []
+    answers, joined = iter(answers), []
     for clip_spans, question in zip(spans, questions, strict=True):
-        own, answers = answers[: len(clip_spans)], answers[len(clip_spans) :]
-        joined.append(join_pieces(own, clip_spans, question))
+        joined.append(join_pieces(list(itertools.islice(answers, len(clip_spans))), clip_spans, question))
     return joined[0] if is_one else joined
+
+
+def generators_of_pieces(generator, n):
+    """One generator for each of a clip's n pieces, so that an answer does not depend on the others."""
+    if n == 1:
+        return [generator]
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return [torch.Generator().manual_seed(seed + k) for k in range(n)]
 
 
 def length_for(seconds, most=128):
@@ -477,12 +471,13 @@ def ask_pieces(model, tokenizer, pieces, stage, options, on_step, on_block):
 
     The whole way of a recording: log-mel, Whisper's encoder, the adapters (Section 3.1), decoding, text.
     """
-    c, began, weight = model.config, time.perf_counter(), next(model.parameters())
+    c, began = model.config, time.perf_counter()
+    device, dtype = model.soft_prompts.device, model.soft_prompts.dtype  # the adapters'
     audios, questions, generator = zip(*pieces, strict=True)
     mels, n_frames = zip(*(log_mel(samples, c) for samples in audios), strict=True)
     prompts, audio_at = zip(*(build_prompt(tokenizer, question) for question in questions), strict=True)
-    n_frames = torch.tensor(n_frames, device=weight.device)
-    taps, final = model.encode(torch.stack(mels).to(weight.device, weight.dtype), n_frames)
+    n_frames = torch.tensor(n_frames, device=device)
+    taps, final = model.encode(torch.stack(mels).to(device, dtype), n_frames)
     audio, is_audio = model.adapt(taps, final, n_frames, stage or model.stage)  # (B, A, D), (B, A)
     if options.answer_length == "auto":
         lengths = [length_for(len(samples) / SAMPLE_RATE) for samples in audios]
@@ -507,10 +502,10 @@ def ask_pieces(model, tokenizer, pieces, stage, options, on_step, on_block):
     answers = []
     for row, samples in enumerate(audios):
         tokens = ids[row].tolist()
-        text = answer_text(tokenizer, tokens, c)
         ends = [i for i, token in enumerate(tokens, 1) if token in (c.eot_id, c.eos_id)]
         n = min(ends, default=len(tokens))  # tokens up to the end mark
         confidence = [] if c.causal else last_confidence[row, :n].tolist()
+        text = answer_text(tokenizer, tokens, c)
         answers.append(Answer(text, int(calls[row]), seconds, len(samples) / SAMPLE_RATE, confidence, []))
     return answers
 

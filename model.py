@@ -356,7 +356,7 @@ class DIFFA2(nn.Module):
             add_lora(self.backbone, c.lora_rank, c.lora_alpha, c.lora_dropout)
 
     def windows(self, n_frames):
-        """Encoder frames of real audio -> of the window that the clip is encoded in: (B,) -> (B,).
+        """How many frames each clip is padded to for the encoder: real frames (B,) -> padded ones (B,).
 
         At least a fifth of pad_to is silence, unless the clip fills the longest window: Whisper has not
         been trained on short windows without any.
@@ -415,6 +415,13 @@ class DIFFA2(nn.Module):
         always = torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)
         return torch.cat([first, semantic], 1), torch.cat([always, is_audio], 1)
 
+    def predictor(self, text, audio, is_audio):
+        """`predict` of diffusion.py, which knows neither audio nor LLaDA: (noisy ids, where) -> logits there.
+
+        text: of data.collate.  audio, is_audio: of `adapt`.
+        """
+        return lambda noisy, where: self(noisy, text["valid"], where, audio, is_audio, text["audio_at"])
+
     def forward(
         self, ids, valid, where, audio=None, is_audio=None, audio_at=None, cache=None, start=None, read_from=0
     ):
@@ -439,46 +446,6 @@ class DIFFA2(nn.Module):
         h = self.backbone(x, valid, cache, start, read_from)
         # the head is the largest matrix of all: only the N columns asked for pass it
         return self.backbone.ff_out(h[row, column - read_from])
-
-
-# ---------------------------------------------------------------------------------------------
-# fresh weights
-
-
-def build(config, device="cpu", seed=None):
-    """A model with fresh random weights: what stage 0 and the tests start from."""
-    if seed is not None:
-        torch.manual_seed(seed)
-    model = DIFFA2(config)
-    for conv in (model.encoder.conv1, model.encoder.conv2):
-        # with PyTorch's default the sound would be a tenth as large as the positions added to it
-        nn.init.kaiming_normal_(conv.weight)
-        nn.init.zeros_(conv.bias)
-    for name, p in model.backbone.named_parameters():
-        if p.dim() == 2:
-            # embeddings have root mean square 1, and matrices keep it; the head's logits are small
-            std = {"wte.weight": 1.0, "ff_out.weight": 0.02}.get(name, p.size(1) ** -0.5)
-            if name.endswith((".attn_out.weight", ".ff_out.weight")):
-                # the 2 * layers residual branches together add about as much as was there (GPT-2)
-                std *= (2 * config.layers) ** -0.5
-            nn.init.normal_(p, std=std)
-    return model.to(device)
-
-
-def with_fresh_adapters(model, seed):
-    """A second model that shares encoder and backbone with the first; adapters untrained, no LoRA."""
-    weight = model.backbone.wte.weight
-    with torch.device("meta"):  # shapes without memory: all that is kept is put in their place
-        fresh = DIFFA2(model.config)
-    fresh.encoder, fresh.base = model.encoder, model.base
-    frozen = {k: v for k, v in model.backbone.state_dict().items() if "lora_" not in k}
-    fresh.backbone.load_state_dict(frozen, assign=True)
-    torch.manual_seed(seed)
-    with torch.device(weight.device):
-        fresh.add_adapters()
-    # as large as word embeddings: what is ten times smaller drowns in what the first layer adds
-    nn.init.normal_(fresh.soft_prompts, std=weight.float().pow(2).mean().sqrt().item())
-    return fresh
 
 
 if __name__ == "__main__":

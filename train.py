@@ -16,13 +16,12 @@ Stage 0 makes that backbone, on text with word embeddings in the place of audio 
 Rank r takes the examples ids[r::world] of a batch.  What one is masked and augmented with is seeded by
 (seed, epoch, example): but for dropout and rounding, processes and micro-batches change the speed alone.
 
-Reading order: losses, table of stages, optimizers, held-out loss, `train` (the loop); then what is around it.
+Reading order: losses, table of stages, optimizers, `train` (the loop); then the command line.
 """
 
 import argparse
 import dataclasses
 import functools
-import importlib.util
 import math
 import os
 import re
@@ -36,14 +35,17 @@ from torch.utils.checkpoint import checkpoint
 import data
 import weights
 from adapters import count
-from diffusion import corrupt, draw_t, masked_nll, next_token_loss, sft_loss
-from model import DIFFA2, PRESETS, build, with_fresh_adapters
-from runtime import checkpoints, loading, plan
+from diffusion import draw_counts, draw_t, next_token_loss, sft_loss
+from model import DIFFA2, PRESETS
+from runtime import checkpoints, loading, plan, start
+from runtime.ctc import ctc_loss
 from runtime.errors import Parser, UserError, exit_status, number
+from runtime.held_out import held_out_loss
+from runtime.hub import RELEASES
 from runtime.log import Log
 from runtime.muon import Muon
 from runtime.processes import StopSignal, exit_process, locked, process_group
-from vrpo import BETA, SAMPLES, backward_per_sample, draw_pair_masks, margin, score, swapped, vrpo_loss
+from vrpo import SAMPLES, backward_per_sample, margin, score, swapped, vrpo_loss
 
 # ---------------------------------------------------------------------------------------------
 # losses.  A loss takes a micro-batch of data.BatchBuilder, adds the gradient of the SUM over its examples to
@@ -65,52 +67,9 @@ class LossContext:
     trained: tuple = ()  # the parameters that train
     reference: tuple = ()  # their values before stage 4
 
-    def noise(self, micro):
+    def generators(self, micro):
         """One generator for each example, on the stream that training draws t and masks from."""
         return [data.generator_for(self.seed, micro["epoch"], i, stream=1) for i in micro["ids"]]
-
-
-def to_device(batch, device):
-    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-
-
-def predictor(model, text, audio, is_audio):
-    """`predict` of diffusion.py, which knows neither audio nor LLaDA: (noisy ids, where) -> logits there."""
-    return lambda noisy, where: model(noisy, text["valid"], where, audio, is_audio, text["audio_at"])
-
-
-def audio_tokens(context, batch):
-    """The audio tokens of a batch's clips, encoded or imitated: audio (B, A, D), is_audio (B, A).
-
-    To the backbone they are embeddings like those of words, and that is all it ever learns of sound.
-    """
-    model = context.model
-    if "mel" in batch:
-        encoded = model.encode(batch["mel"], batch["n_frames"])
-        return model.adapt(*encoded, batch["n_frames"], context.stage)
-    # stage 0: no audio; weighted sums of word embeddings plus noise stand where audio tokens will
-    imitated = data.part_of(batch, "imitated")
-    audio = model.embed_imitation(imitated["ids"], imitated["weights"], imitated["noise"])
-    return audio, imitated["valid"]
-
-
-def ctc_loss(model, batch, audio, is_audio, stage):
-    """CTC of the transcripts through the backbone's embeddings, nats a piece (B,); 0 without a transcript.
-
-    A semantic token is read as the word whose embedding it is most like, the end mark as CTC's blank.  CTC
-    sums over all ways to place the pieces, in their order, on the tokens (Graves et al., 2006), so nobody
-    has to mark when a word is spoken.  Not the paper's: with 11,000 hours it does without.
-    """
-    c = model.config
-    n_first = c.n_soft_prompts if stage == 1 else c.n_queries
-    semantic, n_tokens = audio[:, n_first:], is_audio[:, n_first:].sum(1)  # acoustic tokens carry no words
-    logits = semantic.float() @ model.backbone.wte.weight.float().T * c.width**-0.5
-    log_p = logits.log_softmax(-1).transpose(0, 1)  # (A, B, vocab), as torch wants it
-    n_pieces = batch["transcript_length"]
-    # a transcript with more pieces than the clip has tokens cannot be aligned: zero_infinity leaves it out
-    how = {"blank": c.eos_id, "reduction": "none", "zero_infinity": True}
-    loss = nn.functional.ctc_loss(log_p, batch["transcript"], n_tokens, n_pieces, **how)
-    return loss / n_pieces.clamp(min=1) * (n_pieces > 0)
 
 
 def sft(context, micro):
@@ -119,16 +78,16 @@ def sft(context, micro):
     text = data.part_of(batch)
     ids, is_answer = text["ids"], text["is_answer"]
     with context.autocast():
-        audio, is_audio = audio_tokens(context, batch)
-        predict = predictor(model, text, audio, is_audio)
+        audio, is_audio = data.audio_tokens(model, batch, context.stage)
+        predict = model.predictor(text, audio, is_audio)
         if model.config.causal:  # --objective ar
             losses = next_token_loss(predict, ids, is_answer)
         else:
             # one t for each example.  Near t = 1 the answer must come from the audio alone, as in the first
             # call of decoding; near 0 a word is filled in from its neighbours: least_t leaves that out
-            noise = context.noise(micro)
-            t = settings.least_t + (1 - settings.least_t) * draw_t(len(ids), noise)
-            losses = sft_loss(predict, ids, is_answer, model.config.mask_id, t, generator=noise)
+            generators = context.generators(micro)
+            t = settings.least_t + (1 - settings.least_t) * draw_t(len(ids), generators)
+            losses = sft_loss(predict, ids, is_answer, model.config.mask_id, t, generator=generators)
     total = losses
     if settings.ctc:
         total = losses + settings.ctc * ctc_loss(model, batch, audio, is_audio, context.stage)
@@ -140,9 +99,10 @@ def sft(context, micro):
 def vrpo(context, micro):
     """Stage 4: Eq. 4, 5.  A "sample" is one draw of masks (Eq. 3 has K of them)."""
     model, batch = context.model, micro["batch"]
-    chosen, rejected = data.part_of(batch, "chosen"), data.part_of(batch, "rejected")
-    texts = {"chosen": chosen, "rejected": rejected}
-    masks = draw_pair_masks(chosen["is_answer"], rejected["is_answer"], SAMPLES, context.noise(micro))
+    texts = {name: data.part_of(batch, name) for name in ("chosen", "rejected")}
+    generators, masks = context.generators(micro), {}
+    for name, text in texts.items():  # they serve policy, reference and gradient
+        masks[name] = draw_counts(text["is_answer"], SAMPLES, generators)
 
     def adapted():
         with context.autocast(cache_enabled=False):
@@ -152,7 +112,7 @@ def vrpo(context, micro):
         # within a caller's autocast its bf16 copies of weights would outlive `swapped`, which changes the
         # weights and not the copies: the reference would compute with the policy's
         with context.autocast(cache_enabled=False):
-            predict = predictor(model, texts[name], audio, is_audio)
+            predict = model.predictor(texts[name], audio, is_audio)
             return score(predict, texts[name]["ids"], masks[name], model.config.mask_id, j)
 
     with context.autocast():
@@ -169,9 +129,9 @@ def vrpo(context, micro):
     # second pass, with gradients: d loss / d margin is known by now, so each sample is sent back on its
     # own and memory does not grow with their number
     leaf = audio.detach().requires_grad_()  # where the samples' graphs end
-    backward_per_sample(lambda name, j: elbo_of(name, leaf, j), SAMPLES, margins, BETA)
+    backward_per_sample(lambda name, j: elbo_of(name, leaf, j), SAMPLES, margins)
     audio.backward(leaf.grad)  # through the adapters, once for all samples
-    return vrpo_loss(margins, BETA)
+    return vrpo_loss(margins)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,8 +201,6 @@ STAGES = {
     },
 }
 
-OBJECTIVES = {"diffusion": "", "ar": "-ar"}  # -> what its folder is called by
-
 
 def freeze_all_but(model, prefixes):
     """Freezes everything but the named parts; returns the parameters that train, by name.
@@ -308,53 +266,6 @@ def make_optimizers(trained, settings):
 
 
 # ---------------------------------------------------------------------------------------------
-# the held-out loss.  The training loss jumps about: what is asked at t = 0.9 is far harder than at 0.1, and a
-# mean over random t says as much of the draw as of the model.  Examples that are never trained on, at fixed t
-# and under fixed masks, give a smooth curve instead, and tell learning from remembering.
-
-HELD_OUT_T = (0.1, 0.3, 0.5, 0.7, 0.9)
-
-
-@torch.no_grad()
-def held_out_loss(context, builder, examples, group, tokens):
-    """Cross-entropy per masked token: the mean over HELD_OUT_T, and each t's.  Ranks share the examples.
-
-    Without the weight 1/t, so that the numbers are nats of a guess and can be compared from t to t.
-    """
-    model, c = context.model, context.model.config
-    was_training = model.training
-    model.eval()
-    sums = torch.zeros(len(HELD_OUT_T), 2, dtype=torch.float64)  # nats, tokens
-    mine = range(group.rank, len(examples), group.size)
-    costs = {i: loading.cost_of(loading.size_of(examples[i]), c) for i in mine}
-    for some in loading.bucket(mine, costs, tokens):
-        micro = builder([examples[i] for i in some], 0)
-        if micro["batch"] is None:  # a rank may have none, or none that can be read
-            continue
-        batch = to_device(micro["batch"], group.device)
-        text = data.part_of(batch)
-        ids, is_answer = text["ids"], text["is_answer"]
-        with context.autocast():
-            predict = predictor(model, text, *audio_tokens(context, batch))
-            if c.causal:  # one loss, whatever t
-                n = is_answer.sum(1)
-                nll = next_token_loss(predict, ids, is_answer) * n
-                sums += torch.tensor([nll.sum().item(), n.sum().item()])
-                continue
-            for k, t in enumerate(HELD_OUT_T):
-                noise = [data.generator_for(k, 0, i, stream=1) for i in micro["ids"]]
-                every_t = torch.full((len(noise),), t)
-                noisy, is_masked = corrupt(ids, is_answer, c.mask_id, every_t, generator=noise)
-                nll = masked_nll(predict, ids, noisy, is_masked)
-                sums[k] += torch.tensor([nll.sum().item(), is_masked.sum().item()])
-    model.train(was_training)
-    sums = torch.tensor(group.sum(sums.flatten().tolist())).view(-1, 2)
-    per_t = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()  # divided last: ranks differ in tokens
-    by_t = dict(zip(map(str, HELD_OUT_T), per_t, strict=True))
-    return {"held_out": sum(per_t) / len(per_t), "held_out_t": by_t}
-
-
-# ---------------------------------------------------------------------------------------------
 # the loop.  nanoGPT's with four things more: five stages share it, with most of the network frozen; gradients
 # of several processes are summed where one can see it; a signal, a bad clip or a loss that is not a number
 # ends in a saved checkpoint or a clear line; and a run cut in two equals the whole run to the bit.
@@ -378,7 +289,7 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
     # ---- what trains, and with what.  VRPO's reference is a copy of what trains, as it was: 1 % of diffa2
     trained = freeze_all_but(model, settings.trains)
     parameters = tuple(trained.values())
-    if is_bf16 and (model.base or {}).get("name") in weights.RELEASES:  # a small model's stay in fp32
+    if is_bf16 and args.model in RELEASES:  # a small model's stay in fp32
         frozen_to_bf16(model)
     optimizers = make_optimizers(trained, settings)  # AdamW, perhaps Muon
     reference = tuple(p.detach().clone() for p in parameters) if has_reference else ()
@@ -426,7 +337,7 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
             for micro in micro_batches:
                 skipped += micro["skipped"]
                 if micro["batch"] is not None:
-                    micro["batch"] = to_device(micro["batch"], device)
+                    micro["batch"] = data.to_device(micro["batch"], device)
                     losses.append(settings.loss.backward(context, micro))
                     ids += micro["ids"]
                     audio_seconds += micro["seconds"]
@@ -439,13 +350,8 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
             local = [loss_sum, len(ids), audio_seconds, len(skipped), signals.received]
             loss_sum, n_examples, all_seconds, n_skipped, n_stop = group.sum(local)
             audio_hours += all_seconds / 3600
-            if n_skipped:
-                n_unusable = loading.record_skipped(group, args.out, skipped, skipped_ids)
-                # a few broken clips are no reason to stop a run of days, many mean a wrong path; a single
-                # one stops no run, unless the limit is 0
-                if n_unusable > max(args.skip_limit > 0, args.skip_limit * len(examples)):
-                    what = f"{n_unusable} of {len(examples)} examples cannot be used"
-                    raise UserError(f"{what}, more than {args.skip_limit:.0%}: see {args.out}/skipped.jsonl")
+            if n_skipped:  # a few broken clips are no reason to stop a run of days, many mean a wrong path
+                loading.record_skipped(group, args.out, skipped, skipped_ids, args.skip_limit, len(examples))
 
             # ---- the step: the mean gradient of the global batch, clipped, then the optimizers.  Every
             # process takes it with the same numbers, so the copies of the model stay equal.
@@ -476,7 +382,8 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
             counts = {"n": int(n_examples), "hours": audio_hours, "bad": int(is_bad)}
             log.write_step(step=step, loss=loss, lr=lr, norm=norm, **counts, skipped=len(skipped_ids))
             if held_out and (step % args.held_out_every == 0 or step == steps):
-                log.write(step=step, **held_out_loss(context, held_out_builder, held_out, group, args.tokens))
+                how = (held_out_builder, held_out, group, args.tokens)
+                log.write(step=step, **held_out_loss(model, args.stage, autocast, *how))
             # also after the last step: writing the model may fail
             if step % args.save_every == 0 or step == stop_step or n_stop:
                 # all that the next step depends on beside the command line and the frozen parts' files
@@ -495,103 +402,27 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
 
 
 # ---------------------------------------------------------------------------------------------
-# what a stage begins with
-
-
-def start_from(args, device):
-    """The model a stage begins with, and its tokenizer: what the stage before has written, if any."""
-    stage, name, init, is_causal = args.stage, args.model, args.init, args.objective == "ar"
-    is_released, files = name in weights.RELEASES, (args.llada, args.whisper)
-    if stage == 0 and not init:  # fresh weights, under the manifest's own tokenizer, made from its text
-        tokenizer = weights.load_tokenizer(os.path.dirname(args.data[0]) or ".")
-        config = dataclasses.replace(PRESETS[name].with_tokenizer(tokenizer), causal=is_causal)
-        model = build(config, device, seed=args.seed)
-        if name in weights.ASSETS:
-            weights.load_tiny_encoder(model, args.whisper, device)
-        return model, tokenizer
-
-    dtype = torch.bfloat16 if is_released and args.precision != "fp32" else torch.float32
-    if stage == 1 and is_released and not init:  # LLaDA and Whisper as they were published
-        found = weights.fetch(name, None, *files, adapters=False)
-        model, tokenizer = weights.assemble(PRESETS[name], *found, device, dtype, 1, name)
-        return with_fresh_adapters(model, args.seed), tokenizer
-
-    if init in weights.RELEASES:  # the authors' model: as it was after stage 1 for stage 2, else the last
-        released_stage = 1 if stage == 2 else 4
-        model, tokenizer = weights.load(init, device, dtype, released_stage, *files, args.diffa)
-        if released_stage == 1:  # its acoustic adapter was not trained, and may be missing from the file
-            model.acoustic = with_fresh_adapters(model, args.seed).acoustic
-        return model, tokenizer
-
-    # adapters that already write what LLaDA can read are the reason to train in stages
-    is_first = stage == 1 and name in weights.ASSETS  # of the stages that hear
-    if is_first and not is_causal:
-        init = init or weights.ASSETS[name]  # the shipped backbone, as it was before any audio
-    init = init or f"out/{name}{OBJECTIVES[args.objective]}/stage{stage - 1}"
-    if not os.path.exists(os.path.join(init, "model.safetensors")):
-        how = f"; `python train.py --stage {stage - 1} --model {name}` makes it" if stage else ""
-        raise UserError(f"{init}: no checkpoint to start from{how}")
-    model, tokenizer = weights.load(init, device, dtype, None, *files)
-    if model.config.causal != is_causal:  # the weights would fit, and mean something else
-        kind = "ar" if model.config.causal else "diffusion"
-        raise UserError(f"{init}: a backbone of the other kind; --objective {kind} goes with it")
-    if is_first:
-        model = with_fresh_adapters(model, args.seed)
-    return model, tokenizer
-
-
-def settings_of(args, n_examples):
-    """The row of the table with what the command line says otherwise, and the number of steps."""
-    names = ("lr", "batch", "warmup", "weight_decay", "augment", "epochs")
-    asked = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.epochs:
-        asked["steps"] = 0  # the paper's stages count epochs, the small model's steps
-    settings = dataclasses.replace(STAGES[args.model][args.stage], **asked)
-    an_epoch = math.ceil(n_examples / settings.batch)
-    steps = args.max_steps or settings.steps or math.ceil(settings.epochs * an_epoch)
-    # a warm-up made for a hundred thousand steps would outlast a short run: it becomes a tenth of a run of
-    # one's own, and of any of which it would take a third (not of the paper's stage 4: 200 of 750 steps)
-    is_own = args.init or args.max_steps or args.batch or args.epochs
-    if settings.warmup > steps / (10 if is_own else 3) and args.warmup is None:
-        settings = dataclasses.replace(settings, warmup=max(1, steps // 10))
-    return settings, steps
-
-
-# ---------------------------------------------------------------------------------------------
 # the command line
 
 
 def dry_run(args, processes):
     """Says what the run would be; neither the weights nor a GPU are needed."""
     examples = loading.Mixture(args.data, args.stage)
-    settings, steps = settings_of(args, loading.epoch_length(examples.shares))
+    settings, steps = start.settings_of(STAGES[args.model][args.stage], args, examples)
     with torch.device("meta"):  # shapes without memory
         model = DIFFA2(PRESETS[args.model], lora="lora" in settings.trains)
     freeze_all_but(model, settings.trains)
-    if args.model in weights.RELEASES:
+    if args.model in RELEASES:
         frozen_to_bf16(model)
     plan.dry_run(args, model, settings, steps, examples, processes)
 
 
 def run(args):
-    """Trains one stage.  What can be wrong is found here, before a model of 8 billion parameters is read."""
-    stage, name = args.stage, args.model
-    if stage not in STAGES[name]:
-        raise UserError(f"there is no stage {stage} for {name}; there are {sorted(STAGES[name])}")
-    if args.init in weights.RELEASES and args.init != name:
-        raise UserError(f"--init {args.init} goes with --model {args.init}")
-    if args.objective == "ar" and (name in weights.RELEASES or stage == 4):
-        raise UserError("the autoregressive baseline is a small model's, stages 0 to 3")
-    args.data = args.data or [f"data/stage{stage}.jsonl"]
-    args.out = args.out or f"out/{name}{OBJECTIVES[args.objective]}/stage{stage}"
-    first, _ = loading.path_and_share(args.data[0])
-    if not os.path.exists(first):
-        raise UserError(f"{first}: no such manifest; docs/DATA.md says how one is made of your corpora")
+    """Trains one stage, or says what it would be."""
+    start.complete(args, STAGES[args.model])
     if args.dry_run is not None:
         with process_group(args.device) as group:
             return group.first_only(lambda: dry_run(args, args.dry_run or group.size))
-    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard")
     # the lock first: a second run in the same folder would mix its checkpoints with the first one's
     with locked(args.out, args.wait), process_group(args.device) as group:
         return run_stage(group, args)
@@ -604,15 +435,16 @@ def run_stage(group, args):
     if state and state.get("finished"):
         group.print(f"{out}: finished already")
         return
-    model, tokenizer = start_from(args, group.device)
-    examples = loading.Mixture(args.data, stage)  # a missing clip is skipped and told of when it is read
-    settings, steps = settings_of(args, loading.epoch_length(examples.shares))
-    torch.manual_seed(args.seed)  # for LoRA's fresh matrices
-    if "lora" in settings.trains and not any("lora_" in n for n, _ in model.named_parameters()):
-        model.add_lora()
+    # the data first: a wrong manifest is found before 8 billion parameters are read
+    examples = loading.Mixture(args.data, stage)  # a missing clip is told of when it is read
+    settings, steps = start.settings_of(STAGES[args.model][stage], args, examples)
     held_out, beside = [], os.path.join(os.path.dirname(args.data[0]), "held_out.jsonl")
     if (args.held_out or os.path.exists(beside)) and not settings.loss.has_reference:
         held_out = data.read_manifest(args.held_out or beside, stage, check=False)
+    model, tokenizer = start.start_from(args, group.device)
+    torch.manual_seed(args.seed)  # for LoRA's fresh matrices
+    if "lora" in settings.trains and not any("lora_" in n for n, _ in model.named_parameters()):
+        model.add_lora()
     if args.restart:  # not before all that the new run needs was found good
         group.first_only(lambda: checkpoints.remove_run(out))
     is_finished = train(group, model, tokenizer, examples, held_out, settings, steps, args, state)
@@ -625,7 +457,7 @@ def parse(argv):
     positive, natural, rate = number(int, 1), number(int, 0), number(float, 1e-12)
     option("--stage", type=int, choices=range(5))
     option("--model", default="diffa2", choices=sorted(STAGES))
-    option("--objective", choices=sorted(OBJECTIVES), default="diffusion", help="ar: causal, next-token loss")
+    option("--objective", choices=("diffusion", "ar"), default="diffusion", help="ar: next-token loss")
     option("--data", nargs="+", metavar="FILE[:SHARE]", help="all or a SHARE (default: data/stageN.jsonl)")
     option("--held-out", help="stages 0 to 3: held-out examples (default: held_out.jsonl beside --data)")
     option("--init", help="folder to start from, or diffa2: the released model (default: see above)")

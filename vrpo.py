@@ -78,16 +78,8 @@ def backward_per_sample(sample, n, margins, beta=BETA):
             (sign * slope * sample(name, j)).sum().backward()
 
 
-def draw_pair_masks(chosen, rejected, n, generator=None):
-    """Masks for both answers of a batch of pairs: {"chosen": (is_masked, weight), "rejected": ...}.
-
-    chosen, rejected: is_answer of each, (B, T+) and (B, T-).  The masks serve policy, reference and gradient.
-    """
-    return {"chosen": draw_counts(chosen, n, generator), "rejected": draw_counts(rejected, n, generator)}
-
-
 def score(predict, ids, masks, mask_id, j=None):
-    """ELBO samples (n, B) of one answer; j: of draw j alone, (B,).  masks: one value of draw_pair_masks."""
+    """ELBO samples (n, B) of one answer; j: of draw j alone, (B,).  masks: of draw_counts."""
     is_masked, weight = masks
     if j is None:
         return elbo(predict, ids, is_masked, weight, mask_id)

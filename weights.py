@@ -16,7 +16,7 @@ What is read, always as data, never as code:
 
 Loading is strict: each tensor of a file has a place and each place gets a tensor of its shape, or the
 message names the one that is wrong.  A network with one random matrix still runs and still answers, only
-badly, and nobody would look for the reason here.
+badly, and nobody would look for the reason here.  Other projects' names of tensors are in runtime/names.py.
 A model is built on the meta device and filled from mapped files, so no second copy of 8 B parameters
 exists at any time; `from_pretrained` of transformers does the same for one library's own format.
 A checkpoint leaves out what was never trained and lies elsewhere: the small model's holds no Whisper, the
@@ -24,29 +24,23 @@ released ones' neither Whisper nor LLaDA.  It says what they are (`model.base`: 
 the weights), never where they lie, so that it can be given to somebody else.
 """
 
-import contextlib
 import dataclasses
-import glob
 import hashlib
 import json
 import os
-import pickle
-import re
-import sys
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from whisper.model import sinusoids
 
 from model import DIFFA2, PRESETS, SPECIAL_TOKENS, Config
 from runtime import ctranslate2
 from runtime.errors import UserError, first_line
-from runtime.files import write_file
+from runtime.files import open_pickle, open_safetensors, read_json, save_sorted, write_file
+from runtime.hub import RELEASES, fetch
 from runtime.int8 import Int8Linear, quantise
+from runtime.names import released_name, whisper_name
 from runtime.processes import pick_device
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -81,23 +75,6 @@ def save(model, tokenizer, folder, dtype=torch.bfloat16):
     write_file(os.path.join(folder, "model.safetensors"), lambda path: save_sorted(weights, path, header))
 
 
-def save_sorted(weights, path, metadata):
-    """safetensors' save_file, but equal models give equal bytes, so that a SHA-256 can stand on a card.
-
-    The library keeps metadata in a hash map and writes it in another order in each process.  The sorted
-    header has the same length, and spaces may follow it: it takes the place of the one that was written.
-    """
-    save_file(weights, path, metadata=metadata)
-    with open(path, "r+b") as f:
-        size = int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        assert len(text) <= size, "a header written another way than safetensors does"
-        f.seek(8)
-        f.write(text.ljust(size))
-
-
 def load_tokenizer(folder):
     """The tokenizer that a model was trained with: the same ids mean other words under another one."""
     try:
@@ -109,10 +86,11 @@ def load_tokenizer(folder):
 def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=None, diffa=None, int8=False):
     """A preset ("tiny", "diffa1", "diffa2") or a checkpoint folder -> model, tokenizer.
 
-    LoRA, if the checkpoint has it, is kept apart; adapters.merge_lora(model) folds it in.  dtype: the
-    backbone's (default fp32 on a CPU, bf16 on a GPU; the released models bf16 everywhere, their encoder and
-    adapters fp32).  stage, llada, whisper, diffa: see `assemble`; files not given are looked for beside the
-    checkpoint (FOLDER/llada, FOLDER/whisper), then in the hub's cache, then on the hub.
+    LoRA, if the checkpoint has it, is kept apart; adapters.merge_lora(model) folds it in.  dtype: of backbone
+    and adapters (default fp32 on a CPU, bf16 on a GPU); of a released model the backbone's alone (default
+    bf16, on a CPU too): its adapters stay in fp32, as does every encoder.  stage, llada, whisper, diffa: see
+    `assemble`; files not given are looked for beside the checkpoint (FOLDER/llada, FOLDER/whisper), then in
+    the hub's cache, then on the hub.
     int8: the matrices of encoder and backbone in int8, LoRA merged (runtime/int8.py), for asking only.
     Raises UserError with one line for anything wrong.
     """
@@ -174,7 +152,7 @@ def load_checkpoint(name, device, dtype, given):
     else:
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         if base:
-            load_tiny_encoder(model, files["whisper"], device, dtype)
+            load_tiny_encoder(model, files["whisper"], device)
     for part, wanted in base.items():
         # beside another backbone of the same shapes the adapters would load, and the answers be nonsense
         if part != "name" and model.base[part] != wanted:
@@ -196,13 +174,13 @@ def check_tokenizer(tokenizer, config, folder):
         raise UserError(f"{folder}: the tokenizer has more tokens than the model's {config.vocab}")
 
 
-def load_tiny_encoder(model, whisper=None, device="cpu", dtype=None):
+def load_tiny_encoder(model, whisper=None, device="cpu"):
     """Gives a model of preset tiny the shipped encoder of Whisper tiny.en, or that of another file.
 
     model.base then says which it is, and `save` leaves it out: it would be the same 30 MB in the
     checkpoint of every stage.  The shipped one goes by its name, any other by its fingerprint.
     """
-    load_whisper(model, whisper or os.path.join(HERE, "assets", TINY_ENCODER), device, dtype)
+    load_whisper(model, whisper or os.path.join(HERE, "assets", TINY_ENCODER), device)
     found = fingerprint(model.encoder)
     model.base = {"name": "tiny", "whisper": TINY_ENCODER if found == TINY_FINGERPRINT else found}
 
@@ -243,43 +221,14 @@ def trained_part(model):
 
 
 # ---------------------------------------------------------------------------------------------
-# opening files, and filling a model.  Both kinds are mapped: the operating system reads a page when a
-# number in it is looked at, and may drop it again.  What goes to a GPU then never fills the computer's own
-# memory, and what stays on the CPU in the type of the file takes none beside the disk's cache.
-
-
-def open_safetensors(path):
-    try:
-        return safe_open(path, "pt", device="cpu")
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path}: cut short or not a safetensors file ({e})") from None
-
-
-def open_pickle(path):
-    """A .bin or .pt of tensors, mapped; anything in it that is not data is refused (weights_only).
-
-    These files come from strangers, and an ordinary unpickler calls whatever function they name.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as e:
-        raise UserError(f"{path}: holds code or objects, and is not opened ({first_line(e)})") from None
-    except (RuntimeError, OSError, EOFError, ValueError) as e:
-        raise UserError(f"{path}: cut short or not a file of weights ({first_line(e)})") from None
-
-
-def read_json(folder, name, key):
-    """What stands under a key of a JSON file that LLaDA's folder must have."""
-    try:
-        return json.loads(Path(folder, name).read_text("utf-8"))[key]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{folder}: no {name} that has {key} ({first_line(e)})") from None
+# filling a model
 
 
 def load_strictly(model, weights, path, device, dtype, expected):
     """Gives the places named by `expected` their weights; each key and shape is checked before any moves.
 
-    dtype=None: each in the type of its place.  What is of the right type and on the device is not copied.
+    dtype=None: each in the type of its place; the encoder's always in fp32, for Whisper's norms take nothing
+    else (its other layers follow what comes in).  What is of the right type and on the device is not copied.
     """
     state = model.state_dict()
     for key in expected:
@@ -291,7 +240,10 @@ def load_strictly(model, weights, path, device, dtype, expected):
     unknown = weights.keys() - set(expected)
     if unknown:
         raise UserError(f"{path}: {min(unknown)} has no place in this model")
-    moved = {k: v.to(device, dtype or state[k].dtype) for k, v in weights.items()}
+    moved = {}
+    for key, value in weights.items():
+        own = torch.float32 if key.startswith("encoder.") else dtype or state[key].dtype
+        moved[key] = value.to(device, own)
     # assign: the tensors themselves take the places, also those on "meta", which have no memory to copy to.
     # strict=False: the rest of the model comes from other files; what this one owes was checked above.
     model.load_state_dict(moved, strict=False, assign=True)
@@ -307,58 +259,6 @@ def load_strictly(model, weights, path, device, dtype, expected):
 # any of them on the disk already; large-v3 is 3 GB.  The decoder, more than half of every size, is not read:
 # LLaDA takes its place (Section 3.1).
 
-WHISPER_NAMES = {  # a module of a layer: transformers' name -> openai-whisper's
-    "self_attn.q_proj": "attn.query",
-    "self_attn.k_proj": "attn.key",
-    "self_attn.v_proj": "attn.value",
-    "self_attn.out_proj": "attn.out",
-    "self_attn_layer_norm": "attn_ln",
-    "fc1": "mlp.0",
-    "fc2": "mlp.2",
-    "final_layer_norm": "mlp_ln",
-    # CTranslate2's, its slashes turned into dots; one matrix there holds q, k and v
-    "self_attention.layer_norm": "attn_ln",
-    "self_attention.linear_0": "attn.qkv",
-    "self_attention.linear_1": "attn.out",
-    "ffn.layer_norm": "mlp_ln",
-    "ffn.linear_0": "mlp.0",
-    "ffn.linear_1": "mlp.2",
-}
-
-
-def whisper_name(key):
-    """Any project's name of a tensor -> ours; None for the decoder and for the positions, which are computed.
-
-    Ours are openai-whisper's and pass unchanged.  So does a name that nobody knows: the strict loading
-    that follows says that it has no place.
-    """
-    key = key.replace("/", ".").removeprefix("model.").removeprefix("encoder.")
-    if key.startswith(("decoder.", "proj_out.", "embed_positions.", "positional_embedding")):
-        return None
-    # CTranslate2's: encoder/layer_0/ffn/layer_norm/gamma
-    key = re.sub(r"^layer_(\d+)", r"layers.\1", key).replace(".gamma", ".weight").replace(".beta", ".bias")
-    found = re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", key)
-    if found:
-        n, module, leaf = found.groups()
-        return f"encoder.blocks.{n}.{WHISPER_NAMES.get(module, module)}.{leaf}"
-    return "encoder." + key.replace("layer_norm", "ln_post")
-
-
-def read_ctranslate2(path):
-    """The encoder in CTranslate2's model.bin of a Whisper -> {openai-whisper's name: tensor}."""
-    weights = {whisper_name(name): value for name, value in ctranslate2.read_encoder(path).items()}
-    for name in [key for key in weights if key and ".attn.qkv." in key]:
-        stacked = weights.pop(name)  # (3 * width, width), or a bias (3 * width,)
-        if len(stacked) % 3:
-            raise UserError(f"{path}: {name} has {len(stacked)} rows, which are not q, k and v")
-        for part, value in zip(("query", "key", "value"), stacked.chunk(3), strict=True):
-            weights[name.replace("qkv", part)] = value.clone()
-        # Whisper's keys have no bias (it would add the same to all scores of a query, and softmax takes that
-        # out again): the stack holds zeros in its place
-        if name.endswith(".bias") and weights.pop(name.replace("qkv", "key")).any():
-            raise UserError(f"{path}: {name} has a bias for the keys, which Whisper has not")
-    return weights
-
 
 def whisper_file(path):
     """The file itself, or the first of these in a folder: the hub's name, ours, CTranslate2's."""
@@ -369,14 +269,14 @@ def whisper_file(path):
     raise UserError(f"{path}: no such file, nor a folder with one of {', '.join(known)}")
 
 
-def load_whisper(model, path, device, dtype):
+def load_whisper(model, path, device):
     """The encoder from a file of any kind, of the whole model or the encoder alone, or from its folder."""
     path = whisper_file(path)
     if path.endswith(".safetensors"):
         with open_safetensors(path) as f:
             found = {key: f.get_tensor(key) for key in f.keys()}
     elif path.endswith(".bin"):
-        found = read_ctranslate2(path)
+        found = ctranslate2.read_encoder(path)
     else:
         found = open_pickle(path)
         if not isinstance(found, dict) or "model_state_dict" not in found:
@@ -385,7 +285,7 @@ def load_whisper(model, path, device, dtype):
     weights = {whisper_name(key): value for key, value in found.items()}
     weights.pop(None, None)  # mapped and never looked at, the decoder stays on the disk
     expected = [k for k in model.state_dict() if k.startswith("encoder.")]
-    load_strictly(model, weights, path, device, dtype, expected)
+    load_strictly(model, weights, path, device, None, expected)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -426,59 +326,6 @@ def load_llada(model, folder, device, dtype):
 # the authors' adapters, soft prompts and LoRA.  Their file holds what they trained and nothing else:
 # 396 MB in fp32 for the 99 million parameters of Table B.3.
 
-SEMANTIC_NAMES = {  # numbers are places in an nn.Sequential, ReLU and GELU stand between them
-    "conv.0": "conv1",
-    "conv.2": "conv2",
-    "linear_connector.0": "fc1",
-    "linear_connector.2": "fc2",
-    "layernorm": "norm",
-}
-ACOUSTIC_NAMES = {"proj.0": "norm", "proj.1": "proj"}
-QFORMER_NAMES = {  # transformers' BertLayer, which the authors' Q-Former is made of -> ours
-    **{f"attention.self.{n}": f"self_attention.{n}" for n in ("query", "key", "value")},
-    **{f"crossattention.self.{n}": f"cross_attention.{n}" for n in ("query", "key", "value")},
-    "attention.output.dense": "self_attention.out",
-    "attention.output.LayerNorm": "self_attention.norm",
-    "crossattention.output.dense": "cross_attention.out",
-    "crossattention.output.LayerNorm": "cross_attention.norm",
-    "intermediate.dense": "fc1",
-    "output.dense": "fc2",
-    "output.LayerNorm": "norm",
-}
-
-
-def released_name(key):
-    """One of the authors' names -> ours, or None for what has no counterpart in the paper's model.
-
-    Theirs begin with the part of Section 3.1 that they belong to: semantic_connector is the semantic
-    adapter, acoustic_connector the acoustic one, llm_model the backbone with its LoRA.
-    """
-    part, _, rest = key.partition(".")
-    module, _, leaf = rest.rpartition(".")
-    if key == "trainable_prompts.weight":
-        return "soft_prompts"
-    if part == "semantic_connector" and module in SEMANTIC_NAMES:
-        return f"semantic.{SEMANTIC_NAMES[module]}.{leaf}"
-    if part == "acoustic_connector":
-        if rest == "layer_weights":
-            return "acoustic.tap_logits"
-        if module == "layer_prompts" and leaf.isdecimal():
-            return f"acoustic.queries.{leaf}"  # one a tap; stacked in load_released
-        if module in ACOUSTIC_NAMES:
-            return f"acoustic.{ACOUSTIC_NAMES[module]}.{leaf}"
-        found = re.fullmatch(r"qformer\.layer\.(\d+)\.(.+)", module)
-        if found and found[2] in QFORMER_NAMES:
-            return f"acoustic.layers.{found[1]}.{QFORMER_NAMES[found[2]]}.{leaf}"
-    if part == "llm_model":
-        # peft wraps the model in base_model.model, a matrix in base_layer, and calls its one LoRA "default":
-        # base_model.model.model.transformer.blocks.0.q_proj.lora_A.default.weight
-        rest = rest.removeprefix("base_model.model.").removeprefix("model.transformer.")
-        rest = rest.replace(".base_layer.", ".").replace(".default", "")
-        return "backbone." + (rest.removesuffix(".weight") if "lora_" in rest else rest)
-    if part == "whisper_model":  # only where a whole training state was saved
-        return whisper_name(rest)
-    return None
-
 
 def load_released(model, path, device="cpu"):
     """The authors' pytorch_model.bin into adapters, soft prompts and LoRA, strictly.
@@ -518,65 +365,6 @@ def load_released(model, path, device="cpu"):
 # ---------------------------------------------------------------------------------------------
 # the released models: where their parts are published, and how they are put together
 
-# preset -> where its three parts lie, and their GB, told without a network; GB of memory that asking takes
-RELEASES = {
-    "diffa2": {
-        "llada": ("GSAI-ML/LLaDA-8B-Instruct", 16.0),
-        "whisper": ("openai/whisper-large-v3", 3.1),
-        "diffa": ("zhoujiaming777/DIFFA-2", 0.4),
-        "memory": 20,
-    },
-    "diffa1": {
-        "llada": ("GSAI-ML/LLaDA-8B-Instruct", 16.0),
-        "whisper": ("openai/whisper-small", 1.0),
-        "diffa": ("zhoujiaming777/DIFFA", 0.15),
-        "memory": 17,
-    },
-}
-PATTERNS = {  # files of each repository that are needed: the hub has the same weights in other formats too
-    "llada": ["*.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json"],
-    "whisper": ["model.safetensors"],
-    "diffa": ["pytorch_model.bin"],
-}
-
-
-def fetch(name, stage=None, llada=None, whisper=None, diffa=None, adapters=True):
-    """Paths of LLaDA's folder, Whisper's file or folder, DIFFA's file: those given, else the hub's.
-
-    adapters=False: LLaDA and Whisper alone, for training from the start; the third path is None.
-    Says what it will download and what the model needs before it starts: not every disk has room for
-    19.5 GB.  What lies in the hub's cache already is found without a network.
-    """
-    if stage == 1 and name == "diffa1":
-        raise UserError("DIFFA-1 was released after its last stage only")
-    # DIFFA-2's root is the model after stage 4; that after stage 1 has a folder of its own
-    patterns = PATTERNS | ({"diffa": ["stage1/pytorch_model.bin"]} if stage == 1 else {})
-    release = RELEASES[name]
-    found = {"llada": llada, "whisper": whisper} | ({"diffa": diffa} if adapters else {})
-    for part, path in found.items():
-        if path is not None:
-            if not os.path.exists(path):
-                raise UserError(f"--{part} {path}: no such file or folder")
-            continue
-        with contextlib.suppress(OSError, ValueError):  # not in the cache
-            folder = snapshot_download(release[part][0], allow_patterns=patterns[part], local_files_only=True)
-            # the cache holds a folder from its first file on, or with another stage's files alone
-            if all(glob.glob(os.path.join(folder, p)) for p in patterns[part]):
-                found[part] = folder
-    missing = [part for part, path in found.items() if path is None]
-    size = sum(release[part][1] for part in missing)
-    download = f"{size:.1f} GB to download, " if missing else ""
-    print(f"{name}: {download}asking it takes about {release['memory']} GB of memory", file=sys.stderr)
-    for part in missing:
-        try:
-            found[part] = snapshot_download(release[part][0], allow_patterns=patterns[part])
-        except Exception as e:  # the hub's errors, the network's, the disk's: all of them end here
-            what = f"{release[part][0]} cannot be downloaded ({first_line(e)})"
-            raise UserError(f"{what}; give --{part} instead") from None
-    if adapters and os.path.isdir(found["diffa"]):
-        found["diffa"] = os.path.join(found["diffa"], patterns["diffa"][0])
-    return found["llada"], found["whisper"], found.get("diffa")
-
 
 def load_frozen(model, llada, whisper, device, dtype, name):
     """LLaDA and Whisper's encoder, which no stage of the paper changes; model.base says what they are.
@@ -585,7 +373,7 @@ def load_frozen(model, llada, whisper, device, dtype, name):
     16 GB of LLaDA its 2.5 GB are few.
     """
     load_llada(model, llada, device, dtype)
-    load_whisper(model, whisper, device, torch.float32)
+    load_whisper(model, whisper, device)
     model.base = {"name": name, "llada": fingerprint(model.backbone), "whisper": fingerprint(model.encoder)}
 
 

@@ -1,15 +1,23 @@
 """What programs and long runs need and no paper speaks of; a reader of the method can skip this folder.
 
 errors         a wrong input is one line and exit status 2
-files          a file is whole or not there
+files          a file is written whole or not at all; weights are opened as data
+names          other projects' names of tensors
+ctranslate2    faster-whisper's file format
+hub            where the released models are published
 processes      torchrun's processes, the signals that stop them, the lock on a run's folder
-manifests      where the entries of a manifest lie in its file
+recordings     any audio file as 16 kHz mono; long ones cut at pauses
+manifests      where the entries of a manifest lie in its file, and their fields in each format
 loading        manifests of millions of lines, mixtures, micro-batches, the order of a run
 checkpoints    what --resume goes on from
+held_out       the loss on examples that are never trained on
 log            log.jsonl and the progress bar
+start          what a stage begins with: model, files, settings
 plan           train.py --dry-run
+fresh          random weights
+ctc            the small model's loss of the transcript, beside the paper's
+variations     the small model's augmentation, and stage 0's imitation of audio
 muon           the optimizer for a small model's matrices
 int8           decode.py --int8
-ctranslate2    faster-whisper's file format
 terminal       decode.py --show and --stream
 """

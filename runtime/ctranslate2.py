@@ -7,9 +7,10 @@ import struct
 import torch
 
 from runtime.errors import UserError
+from runtime.names import whisper_name
 
 
-def read_encoder(path):
+def read_variables(path):
     """The encoder's tensors in the model.bin of a Whisper, by CTranslate2's names.  Raises UserError."""
     try:
         with open(path, "rb") as f:
@@ -21,7 +22,7 @@ def read_encoder(path):
 
 
 def parse(f, path):
-    """read_encoder of an open file.  struct.error: it ends too early.
+    """read_variables of an open file.  struct.error: it ends too early.
 
     The file is little-endian: version, name and revision of the model's kind, number of variables; each
     variable's name, rank, sizes, type, bytes, data; then aliases, other names for the same data.  Nothing
@@ -66,3 +67,19 @@ def parse(f, path):
     if n_more:
         raise UserError(f"{path}: {n_more} bytes follow the last alias")
     return tensors
+
+
+def read_encoder(path):
+    """The encoder in the model.bin of a Whisper -> {our name: tensor}.  Raises UserError."""
+    weights = {whisper_name(name): value for name, value in read_variables(path).items()}
+    for name in [key for key in weights if key and ".attn.qkv." in key]:
+        stacked = weights.pop(name)  # (3 * width, width), or a bias (3 * width,)
+        if len(stacked) % 3:
+            raise UserError(f"{path}: {name} has {len(stacked)} rows, which are not q, k and v")
+        for part, value in zip(("query", "key", "value"), stacked.chunk(3), strict=True):
+            weights[name.replace("qkv", part)] = value.clone()
+        # Whisper's keys have no bias (it would add the same to all scores of a query, and softmax takes that
+        # out again): the stack holds zeros in its place
+        if name.endswith(".bias") and weights.pop(name.replace("qkv", "key")).any():
+            raise UserError(f"{path}: {name} has a bias for the keys, which Whisper has not")
+    return weights

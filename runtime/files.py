@@ -1,8 +1,13 @@
-"""A file is whole or not there: atomic writes."""
+"""Files: written whole or not at all, and weights opened as data, never as code."""
 
+import json
 import os
+import pickle
+from pathlib import Path
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from runtime.errors import UserError, first_line
 
@@ -47,3 +52,54 @@ def sync(path):
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# ---------------------------------------------------------------------------------------------
+# weights.  Files are mapped: the operating system reads a page when a number in it is looked at, and may drop
+# it again.  What goes to a GPU then never fills the computer's own memory, and what stays on the CPU in the
+# type of the file takes none beside the disk's cache.
+
+
+def open_safetensors(path):
+    try:
+        return safe_open(path, "pt", device="cpu")
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path}: cut short or not a safetensors file ({e})") from None
+
+
+def open_pickle(path):
+    """A .bin or .pt of tensors, mapped; anything in it that is not data is refused (weights_only).
+
+    These files come from strangers, and an ordinary unpickler calls whatever function they name.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as e:
+        raise UserError(f"{path}: holds code or objects, and is not opened ({first_line(e)})") from None
+    except (RuntimeError, OSError, EOFError, ValueError) as e:
+        raise UserError(f"{path}: cut short or not a file of weights ({first_line(e)})") from None
+
+
+def read_json(folder, name, key):
+    """What stands under a key of a JSON file that LLaDA's folder must have."""
+    try:
+        return json.loads(Path(folder, name).read_text("utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{folder}: no {name} that has {key} ({first_line(e)})") from None
+
+
+def save_sorted(weights, path, metadata):
+    """safetensors' save_file, but equal models give equal bytes, so that a SHA-256 can stand on a card.
+
+    The library keeps metadata in a hash map and writes it in another order in each process.  The sorted
+    header has the same length, and spaces may follow it: it takes the place of the one that was written.
+    """
+    save_file(weights, path, metadata=metadata)
+    with open(path, "r+b") as f:
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= size, "a header written another way than safetensors does"
+        f.seek(8)
+        f.write(text.ljust(size))

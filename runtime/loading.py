@@ -175,11 +175,11 @@ class Mixture:
         return examples, skipped
 
 
-def record_skipped(group, out, skipped, seen):
+def record_skipped(group, out, skipped, seen, limit, n):
     """Appends what all processes skipped, and was not seen before, to out/skipped.jsonl.
 
-    seen: ids, kept by rank 0.  Returns how many different examples there are by now: a broken clip is met
-    again in every epoch, and must not count as many.
+    seen: ids, kept by rank 0; each counts once, for a broken clip is met again in every epoch.  Raises
+    UserError when they are more than the share `limit` of n examples, and more than one unless limit is 0.
     """
     everything = itertools.chain.from_iterable(group.gather(skipped))
 
@@ -191,7 +191,10 @@ def record_skipped(group, out, skipped, seen):
                     f.write(json.dumps(entry) + "\n")
         return len(seen)
 
-    return group.first_only(write)
+    n_unusable = group.first_only(write)
+    if n_unusable > max(limit > 0, limit * n):  # a single one stops no run
+        what = f"{n_unusable} of {n} examples cannot be used, more than {limit:.0%}"
+        raise UserError(f"{what}: see {out}/skipped.jsonl")
 
 
 # ---------------------------------------------------------------------------------------------

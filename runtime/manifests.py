@@ -1,6 +1,6 @@
-"""Where the entries of a manifest lie in its file, JSONL or one JSON list, of any length.
+"""Manifests: where the entries lie in a file of any length, and what the fields of each format say.
 
-data.py says what an entry means.
+data.py makes Examples of them.
 """
 
 import itertools
@@ -10,6 +10,12 @@ import os
 import re
 
 from runtime.errors import UserError, first_line
+from runtime.recordings import MAX_SECONDS
+
+ASR_QUESTION = "Please transcribe the audio to text."  # the first of the paper's 25 (Figure A.1)
+
+# ---------------------------------------------------------------------------------------------
+# a file of entries, JSONL or one JSON list
 
 
 def read_entries(path):
@@ -96,3 +102,55 @@ def scan_list(f, path, chunk):
             at += length
         if whole[at + 1 :].strip():
             raise UserError(f"{path}: something follows the list")
+
+
+# ---------------------------------------------------------------------------------------------
+# the fields of an entry: one parser a format
+
+
+def parse_messages(entry, where):
+    """ms-swift's and LLaMA-Factory's format -> audio, question, answer, rejected answer."""
+    match entry["messages"]:
+        case [{"role": "user", "content": str(question)}, {"role": "assistant", "content": str(answer)}]:
+            pass
+        case _:
+            how = "one of role user and one of role assistant, in this order, with text as content"
+            raise UserError(f"{where}: messages must be {how}")
+    audios = entry.get("audios") or []
+    if not isinstance(audios, list) or not all(isinstance(audio, str) for audio in audios):
+        raise UserError(f"{where}: audios must be a list of paths")
+    if len(audios) > 1 or question.count("<audio>") > 1:
+        raise UserError(f"{where}: more than one audio in an example")
+    question = question.replace("<audio>", "").strip()  # THE prompt has the audio in front of the question
+    return audios[0] if audios else None, question, answer, entry.get("rejected_response")
+
+
+def parse_fields(entry, where, stage):
+    """NeMo's format or the authors' -> the same.  One file of the authors' serves several stages."""
+    if "text" in entry:
+        return need(entry, "audio_filepath", where), ASR_QUESTION, need(entry, "text", where), None
+    need(entry, "audio_id", where, (str, int))
+    question = entry.get("input")
+    if not isinstance(question, str) or not question.strip():
+        question = ASR_QUESTION  # their transcripts come without one
+    answer = need(entry, "transcription" if stage == 1 else "target", where)
+    rejected = need(entry, "rejected", where) if stage == 4 else None
+    return need(entry, "audio_filepath", where), question, answer, rejected
+
+
+def need(entry, field, where, kind=str):
+    """entry[field], which must be there and of this kind; True is no number, though Python says so."""
+    value = entry.get(field)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UserError(f"{where}: field {field!r} is missing or not of the right type")
+    return value
+
+
+def seconds_in(entry, field, where, default):
+    """A length of time in a manifest, or the default where there is none."""
+    if entry.get(field) is None:
+        return default
+    value = need(entry, field, where, (int, float))
+    if not 0 <= value < MAX_SECONDS:
+        raise UserError(f"{where}: {field} is {value}")
+    return value

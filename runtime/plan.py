@@ -6,6 +6,7 @@ import torch
 
 import weights
 from data import BatchBuilder
+from runtime.hub import RELEASES
 from runtime.loading import MicroBatches, epoch_length
 
 
@@ -27,9 +28,9 @@ def dry_run(args, model, settings, steps, examples, processes):
     model: on the meta device, its parts frozen as they will be.
     """
     n_examples = epoch_length(examples.shares)
-    init = args.init if args.init not in weights.RELEASES else None  # its tokenizer is LLaDA's
+    init = args.init if args.init not in RELEASES else None  # its tokenizer is LLaDA's
     folder = init or args.llada or weights.ASSETS.get(args.model, "")
-    if args.stage == 0 and not init:  # the manifest's own, as in train.start_from
+    if args.stage == 0 and not init:  # the manifest's own, as in start.start_from
         folder = os.path.dirname(args.data[0]) or "."
     tokenizer, config = None, model.config
     if os.path.exists(os.path.join(folder, "tokenizer.json")):

@@ -35,7 +35,7 @@ def mask_mel(mel, generator):
     That blanks out bands of time and of frequency with the mean (Park et al., 2019), so that an answer
     cannot rest on one moment or one pitch.
     """
-    tilt = 0.15 * (2 * torch.rand((), generator=generator) - 1)  # Whisper's log-mel has four decades in 1
+    tilt = 0.15 * (2 * torch.rand((), generator=generator) - 1)  # Whisper's scale: 40 dB are 1
     mel = mel + tilt * torch.linspace(-1, 1, len(mel))[:, None]
     mean = mel.mean()
     # two bands below 25 mel frames of 10 ms, then two below 8 of frequency's bins
@@ -98,7 +98,7 @@ def imitate_semantic(pieces, config, rng):
     """-> an id for each semantic token: the transcript's pieces between blanks, as CTC aligns them.
 
     There are 12.5 tokens a second, more than pieces are spoken, so most are blanks and a piece may stand
-    twice; equal pieces are parted by a blank.  The blank is the end mark, as in train.py's CTC loss.
+    twice; equal pieces are parted by a blank.  The blank is the end mark, as in runtime/ctc.py.
     """
     blank = config.eos_id
     gap = rng.choice((1, 2, 3, 4))  # slow speech has more blanks

@@ -15,7 +15,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from model import Config, build
+from model import Config
+from runtime.fresh import build
 from tools.prepare import main as prepare
 from tools.tour import train_tokenizer
 from weights import save

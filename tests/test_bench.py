@@ -12,7 +12,8 @@ import torch
 
 import train
 from data import build_prompt
-from model import DIFFA2, PRESETS, SPECIAL_TOKENS, build
+from model import DIFFA2, PRESETS, SPECIAL_TOKENS
+from runtime.fresh import build
 from tools import bench, bench_decode, measure
 from tools.bench_train import naive_step, random_questions
 from tools.fullsize import full_tokenizer, random_tensor, released_keys

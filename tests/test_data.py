@@ -17,7 +17,6 @@ import whisper.audio
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from data import (
-    ASR_QUESTION,
     RESPONSE_UNIT,
     BatchBuilder,
     Example,
@@ -34,14 +33,15 @@ from data import (
     prompt_text,
     read_manifest,
     response_length,
-    split_clip,
+    window_samples,
     window_seconds,
 )
 from model import PRESETS, SPECIAL_TOKENS
 from runtime import loading
 from runtime.errors import UserError
 from runtime.loading import Manifest, Mixture, bucket, cost_of, epoch_length, schedule_of, size_of
-from runtime.manifests import scan
+from runtime.manifests import ASR_QUESTION, scan
+from runtime.recordings import split_clip
 
 
 def tone(rate, seconds=0.5, hertz=440.0, channels=1):
@@ -438,7 +438,7 @@ def test_split_clip_uses_each_sample_once(config, seconds):
     """Pieces are whole, in order, fit the window; none but the last is shorter than a quarter of it."""
     window = config.n_frames * 320
     audio = np.random.default_rng(0).uniform(-1, 1, int(seconds * 16000)).astype(np.float32)
-    pieces = split_clip(audio, config)
+    pieces = split_clip(audio, window_samples(config))
     assert pieces[0][0] == 0 and pieces[-1][1] == len(audio)
     assert all(a[1] == b[0] for a, b in zip(pieces[:-1], pieces[1:], strict=True))
     assert all(0 < end - start <= window for start, end in pieces)
@@ -451,7 +451,7 @@ def test_split_clip_cuts_where_it_is_quiet(config):
     audio = np.random.default_rng(0).uniform(-1, 1, 5 * 16000).astype(np.float32)
     for start in (1.3, 2.6, 4.2):
         audio[int(start * 16000) : int((start + 0.4) * 16000)] = 0
-    cuts = [end / 16000 for _, end in split_clip(audio, config)[:-1]]
+    cuts = [end / 16000 for _, end in split_clip(audio, window_samples(config))[:-1]]
     assert len(cuts) == 3
     for cut, start in zip(cuts, (1.3, 2.6, 4.2), strict=True):
         assert start < cut < start + 0.4

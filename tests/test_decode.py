@@ -16,7 +16,7 @@ import pytest
 import soundfile
 import torch
 
-from data import load_audio, split_clip
+from data import load_audio, window_samples
 from decode import (
     Options,
     ask,
@@ -32,8 +32,10 @@ from decode import (
     parse,
     schedule,
 )
-from model import Cache, build, rope_table
+from model import Cache, rope_table
 from runtime.errors import UserError
+from runtime.fresh import build
+from runtime.recordings import split_clip
 from runtime.terminal import Stream
 from tools.bench_decode import naive_generate
 from weights import load
@@ -542,7 +544,7 @@ def test_ties_go_to_the_lower_position():
     c = torch.tensor([[0.5, 0.7, 0.7, 0.7, float("-inf")]])
 
     def keep(n):
-        return most_confident(c, lambda ranked: torch.tensor([n]))[0].nonzero().flatten().tolist()
+        return most_confident(c, Options(5, 5, steps=[n, 5 - n]), 0)[0].nonzero().flatten().tolist()
 
     assert [keep(n) for n in (1, 2, 3, 4, 5)] == [[1], [1, 2], [1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
 
@@ -797,7 +799,7 @@ def test_a_long_clip_is_answered_piece_by_piece(small_folder, tmp_path, capsys):
     path = wav(f"{tmp_path}/long.wav", np.tile(NOISE, 6))
     model, tokenizer = load(small_folder, "cpu")
     audio, _ = load_audio(path)
-    spans = split_clip(audio, model.config)
+    spans = split_clip(audio, window_samples(model.config))
     assert len(spans) > 2
     alone = ask(model, tokenizer, [audio[a:b] for a, b in spans], "Hm?", answer_length=8, block=8)
     whole = ask(model, tokenizer, path, "Hm?", answer_length=8, block=8)

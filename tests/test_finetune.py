@@ -13,12 +13,15 @@ from tokenizers import Tokenizer
 
 import decode
 import train
+import weights
 from adapters import merge_lora
 from data import BatchBuilder, encode_question, part_of, read_manifest
 from decode import ask
 from diffusion import draw_counts, elbo
 from model import PRESETS
-from weights import QFORMER_NAMES, SEMANTIC_NAMES, load, trained_part
+from runtime.names import QFORMER_NAMES, SEMANTIC_NAMES
+from runtime.start import start_from
+from weights import load, trained_part
 
 ANSWERS = ("Zero.", "One.", "Two.", "Three.")
 PITCH = (200, 500, 1100, 2500)  # Hz: what the answer depends on
@@ -107,7 +110,7 @@ def measure(model, tokenizer, manifest):
     with torch.no_grad():
         audio = model.adapt(*model.encode(batch["mel"], batch["n_frames"]), batch["n_frames"], model.stage)
         masks = draw_counts(text["is_answer"], 4, torch.Generator().manual_seed(0))
-        bound = elbo(train.predictor(model, text, *audio), text["ids"], *masks, model.config.mask_id)
+        bound = elbo(model.predictor(text, *audio), text["ids"], *masks, model.config.mask_id)
     return right, bound.mean().item()
 
 
@@ -168,3 +171,25 @@ def test_another_backbone_of_the_same_shapes(released, manifest, tmp_path, capsy
 def test_a_released_model_is_no_start_for_another(manifest, capsys):
     argv = ["--stage", "3", "--model", "tiny", "--init", "diffa2", "--data", manifest]
     assert train.main(argv) == 2 and "goes with --model diffa2" in capsys.readouterr().err
+
+
+def test_stage_1_of_the_released_model_goes_on_with_its_soft_prompts(released, manifest, tmp_path):
+    frozen, trained = released
+    state = {k: v for k, v in torch.load(trained[1], weights_only=True).items() if "lora_" not in k}
+    torch.save(state, str(tmp_path / "stage1.bin"))
+    argv = ["--stage", "1", "--init", "diffa2", *frozen, "--diffa", str(tmp_path / "stage1.bin")]
+    model, _ = start_from(train.parse([*argv, "--precision", "fp32"]), torch.device("cpu"))
+    assert torch.equal(model.soft_prompts, state["trainable_prompts.weight"]) and model.stage == 1
+
+
+def test_a_checkpoint_of_another_model_is_no_start(manifest, tmp_path, capsys):
+    argv = ["--stage", "3", "--init", weights.ASSETS["tiny"], "--data", manifest, "--device", "cpu"]
+    assert train.main([*argv, "--out", str(tmp_path / "out")]) == 2
+    assert "give --model tiny" in capsys.readouterr().err
+
+
+def test_a_wrong_manifest_is_told_before_weights_are_looked_for(manifest, tmp_path, capsys):
+    gone = str(tmp_path / "gone.jsonl")
+    argv = ["--stage", "3", "--init", str(tmp_path / "none"), "--data", manifest, gone]
+    assert train.main([*argv, "--out", str(tmp_path / "out")]) == 2
+    assert f"{gone}: no such manifest" in capsys.readouterr().err

@@ -17,12 +17,12 @@ from model import (
     LLaDA,
     RMSNorm,
     attend,
-    build,
     rope_table,
     rotate,
     splice_order,
 )
 from runtime.errors import UserError
+from runtime.fresh import build
 
 LLAMA = {  # our name of a part of a block -> transformers'
     "attn_out": "self_attn.o_proj",

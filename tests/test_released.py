@@ -32,7 +32,8 @@ from decode import ask, generate, main
 from diffusion import sft_loss
 from model import PRESETS, Config
 from runtime.errors import UserError
-from weights import assemble, load, load_released, released_name, save
+from runtime.names import released_name
+from weights import assemble, load, load_released, save
 
 SIZES = {
     "qformer_ffn": 24,
@@ -605,7 +606,7 @@ def test_full_disk_while_downloading(tmp_path, capsys, monkeypatch):
             raise FileNotFoundError
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("weights.snapshot_download", full)
+    monkeypatch.setattr("runtime.hub.snapshot_download", full)
     clip = str(tmp_path / "c.wav")
     soundfile.write(clip, np.zeros(1600), 16000)
     assert main([clip, "What emotion?", "--model", "diffa2"]) == 2

@@ -42,6 +42,14 @@ def shipped():
     return model, tokenizer
 
 
+def test_in_bf16_it_answers_as_in_fp32(shipped):
+    """bf16 is the default on a GPU; Whisper's norms stay in fp32, the only type they take."""
+    model, tokenizer = load("tiny", "cpu", torch.bfloat16)
+    clips = [os.path.join(ASSETS, "demo", name) for name in ("clock.wav", "digits.wav", "seven.wav")]
+    answers = ask(model, tokenizer, clips, "What do you hear?")
+    assert [a.text for a in answers] == [a.text for a in ask(*shipped, clips, "What do you hear?")]
+
+
 def share_right(shipped, clips, questions, expected):
     """How many answers hold what is expected: `factor 1`, answers of at most 16 tokens, batches of 20."""
     right = 0
@@ -133,7 +141,7 @@ def test_real_strings(shipped, shared_audio, tmp_path):
 
 
 def test_a_clip_of_a_minute_is_read_piece_by_piece(shipped, shared_audio, tmp_path):
-    """Sixty seconds of digits with pauses against strings of one to five of them (data.split_clip).
+    """Sixty seconds of digits with pauses against strings of one to five of them (recordings.split_clip).
 
     A piece of the clip holds up to ten digits, a string at most five, as in training: a piece is read worse.
     """

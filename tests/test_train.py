@@ -27,15 +27,26 @@ from conftest import read_lines
 from runner import SMALL_STAGES, install
 
 import train
-from data import BatchBuilder, Example, answer_text, encode_question, generator_for, part_of, read_manifest
+from data import (
+    BatchBuilder,
+    Example,
+    answer_text,
+    audio_tokens,
+    encode_question,
+    generator_for,
+    part_of,
+    read_manifest,
+)
 from decode import ask
-from model import DIFFA2, PRESETS, build
+from model import DIFFA2, PRESETS
 from runtime.checkpoints import list_states, read_state, write_state
 from runtime.errors import UserError
+from runtime.fresh import build
 from runtime.loading import MicroBatches, cost_of, schedule_of, size_of
 from runtime.plan import memory_of, saved_bytes
+from runtime.start import settings_of
 from runtime.variations import augment, mask_mel
-from train import STAGES, Stage, freeze_all_but, learning_rate, main, make_optimizers, parse, settings_of
+from train import STAGES, Stage, freeze_all_but, learning_rate, main, make_optimizers, parse
 from weights import load
 
 RUNNER = os.path.join(os.path.dirname(__file__), "runner.py")
@@ -244,7 +255,7 @@ def test_the_command_line_overrides_the_row(one, toured, tmp_path, capsys):
     """What is used is printed; a warm-up is at most a tenth of the run; epochs count the manifest."""
     given = ("--lr", "0.002", "--batch", "5", "--epochs", "0.2", "--weight-decay", "0.5", "--no-augment")
     args = parse(arguments(toured, tmp_path, 2, "--init", f"{one}/stage1", *given))
-    row, steps = settings_of(args, 100)
+    row, steps = settings_of(STAGES["tiny"][2], args, types.SimpleNamespace(shares=[(100, 1.0)]))
     assert (row.lr, row.batch, row.weight_decay, row.augment) == (0.002, 5, 0.5, False)
     assert steps == 4 and row.warmup == 1
     assert main(arguments(toured, tmp_path, 2, "--init", f"{one}/stage1", *given)) == 0
@@ -268,7 +279,11 @@ def test_the_command_line_overrides_the_row(one, toured, tmp_path, capsys):
     ],
 )
 def test_a_warm_up_fits_the_run(stage, n, given, warmup):
-    assert settings_of(parse(["--stage", str(stage), *given]), n)[0].warmup == warmup
+    args = parse(["--stage", str(stage), *given])
+    assert (
+        settings_of(STAGES["diffa2"][stage], args, types.SimpleNamespace(shares=[(n, 1.0)]))[0].warmup
+        == warmup
+    )
 
 
 def test_learning_rate_warms_up_and_falls():
@@ -955,8 +970,7 @@ def test_stage_0_reads_imitated_audio(toured, config, tokenizer):
     examples = read_manifest(f"{toured}/stage0.jsonl", 0)[:4]
     assert all(e.audio is None for e in examples)
     micro = builder_for(tokenizer, config, SMALL_STAGES[0], 0)(examples, 0)
-    context = train.LossContext(model, 0, 0, SMALL_STAGES[0], contextlib.nullcontext)
-    audio, is_audio = train.audio_tokens(context, micro["batch"])
+    audio, is_audio = audio_tokens(model, micro["batch"], 0)
     w, ids, wte = (
         micro["batch"]["imitated.weights"],
         micro["batch"]["imitated.ids"],
@@ -992,7 +1006,7 @@ def test_training_by_eq_1_memorises_an_answer(toured, config, tokenizer):
     assert np.mean(curve[-10:]) < 0.1 * np.mean(curve[:3])
     batch = builder(examples, 0)["batch"]
     with torch.no_grad():
-        audio, is_audio = train.audio_tokens(context, batch)
+        audio, is_audio = audio_tokens(model, batch, 0)
         side = part_of(batch)
         for n, e in enumerate(examples):
             prompt = side["ids"][n][side["valid"][n] & ~side["is_answer"][n]].tolist()

@@ -10,9 +10,13 @@ import torch.nn as nn
 
 from data import BatchBuilder, encode_pair, generator_for, part_of, read_manifest
 from diffusion import Toy, draw_counts, elbo
-from model import build
+from runtime.fresh import build
 from train import VRPO, LossContext, Stage, freeze_all_but, vrpo
-from vrpo import BETA, SAMPLES, backward_per_sample, draw_pair_masks, margin, score, swapped, vrpo_loss
+from vrpo import BETA, SAMPLES, backward_per_sample, margin, score, swapped, vrpo_loss
+
+
+def draw_pair_masks(chosen, rejected, n, generator=None):
+    return {"chosen": draw_counts(chosen, n, generator), "rejected": draw_counts(rejected, n, generator)}
 
 
 class Net(nn.Module):

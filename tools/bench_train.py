@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import train
 import vrpo
-from data import BatchBuilder, encode_pair, generator_for, part_of, read_manifest
+from data import BatchBuilder, encode_pair, generator_for, part_of, read_manifest, to_device
 from diffusion import corrupt, draw_counts, draw_t
 from model import DIFFA2
 from tools.measure import SIZES, Peak, everywhere, machine
@@ -74,7 +74,7 @@ def naive_step(model, other, micro, stage, seed=0):
         nll = naive_nll(model, text["ids"], noisy, is_masked, text, *audio_of(model))
         return nll / t.to(noisy.device) / text["is_answer"].sum(1)
     texts = {name: part_of(batch, name) for name in ("chosen", "rejected")}
-    masks = vrpo.draw_pair_masks(*(s["is_answer"] for s in texts.values()), vrpo.SAMPLES, noise)
+    masks = {name: draw_counts(text["is_answer"], vrpo.SAMPLES, noise) for name, text in texts.items()}
 
     def scores(m, name):
         """ELBO samples (n, B), Eq. 3."""
@@ -102,7 +102,7 @@ def one_training_kind(args):
     other = copy.deepcopy(model) if naive and stage == 4 else None
     model.train(stage != 4)
     micro = random_questions(config, args.batch, ("chosen", "rejected") if stage == 4 else ("text",))
-    micro["batch"] = train.to_device(micro["batch"], device)
+    micro["batch"] = to_device(micro["batch"], device)
     autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
     reference = tuple(p.detach().clone() for p in trained.values()) if stage == 4 else ()
     context = train.LossContext(model, stage, 0, row, autocast, tuple(trained.values()), reference)
@@ -200,7 +200,7 @@ def estimates(model, example, trained, reference, times, is_shared, is_stratifie
     def scores(masks):
         audio, found = model.adapt(*encoded, example["n_frames"], 4), []
         for name in names:
-            predict = train.predictor(model, texts[name], *audio)
+            predict = model.predictor(texts[name], *audio)
             found.append(vrpo.score(predict, texts[name]["ids"], masks[name], c.mask_id))
         return found
 

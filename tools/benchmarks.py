@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import jiwer
 from whisper.normalizers import EnglishTextNormalizer
 
-from data import ASR_QUESTION, read_manifest
+from data import read_manifest
 from runtime.errors import UserError
-from runtime.manifests import read_entries
+from runtime.manifests import ASR_QUESTION, read_entries
 from tools.prompts import LETTERS, mmau_prompt, mmsu_prompt
 
 # ---------------------------------------------------------------------------------------------

@@ -32,9 +32,10 @@ import numpy as np
 import torch
 
 from adapters import merge_lora
-from data import SAMPLE_RATE, load_audio, log_mel, split_clip
+from data import SAMPLE_RATE, load_audio, log_mel, window_samples
 from decode import CACHES, Options, ask, clock
 from runtime.errors import Parser, UserError, exit_status
+from runtime.recordings import split_clip
 from runtime.terminal import Stream
 from tools.figures import Frames, new_figure
 from weights import load
@@ -81,7 +82,10 @@ def moments(model, tokenizer, audio, question, options, seed):
     audio (n,) 16 kHz.  Closing the generator ends the work at the next call.  Raises UserError as `ask`.
     """
     found, is_closed, began = queue.SimpleQueue(), threading.Event(), time.perf_counter()
-    pieces = [clock(start / SAMPLE_RATE, end / SAMPLE_RATE) for start, end in split_clip(audio, model.config)]
+    pieces = [
+        clock(start / SAMPLE_RATE, end / SAMPLE_RATE)
+        for start, end in split_clip(audio, window_samples(model.config))
+    ]
     frames, stream = Frames(tokenizer, model.config), Stream(tokenizer, model.config, io.StringIO())
     n_pieces = 0
 
@@ -179,7 +183,7 @@ def draw_clip(audio, config):
     columns = audio[: len(audio) // step * step].reshape(-1, step)
     at = np.arange(len(columns)) * step / SAMPLE_RATE
     wave.fill_between(at, columns.min(1), columns.max(1), color="#2f5d8a")
-    for start, end in split_clip(audio, config):
+    for start, end in split_clip(audio, window_samples(config)):
         values, n_frames = log_mel(audio[start:end], config)
         values = values[:, : 2 * n_frames : 1 + n_frames // 500].numpy()
         extent = (start / SAMPLE_RATE, end / SAMPLE_RATE, 0, len(values))

@@ -11,8 +11,8 @@ import torch
 
 from model import DIFFA2, PRESETS
 from runtime.errors import Parser, exit_status
-from runtime.files import write_file
-from weights import load_whisper, save_sorted, whisper_file
+from runtime.files import save_sorted, write_file
+from weights import load_whisper, whisper_file
 
 
 def export_encoder(whisper, folder):
@@ -24,8 +24,8 @@ def export_encoder(whisper, folder):
     whisper = whisper_file(whisper)
     with torch.device("meta"):
         model = DIFFA2(PRESETS["tiny"])
-    load_whisper(model, whisper, torch.device("cpu"), torch.float16)
-    weights = {k: v.contiguous() for k, v in model.state_dict().items() if k.startswith("encoder.")}
+    load_whisper(model, whisper, torch.device("cpu"))
+    weights = {k: v.half().contiguous() for k, v in model.state_dict().items() if k.startswith("encoder.")}
     source = {"source": os.path.basename(whisper), "source_sha256": sha256(whisper)}
     path = os.path.join(folder, "encoder.safetensors")
     write_file(path, lambda temporary: save_sorted(weights, temporary, source))

@@ -24,8 +24,9 @@ from data import SAMPLE_RATE
 from decode import ask
 from model import DIFFA2, PRESETS, SPECIAL_TOKENS
 from runtime.errors import UserError
+from runtime.names import released_name
 from tools.measure import Laps, Peak
-from weights import load, released_name
+from weights import load
 
 LLADA_BYTES, SHARDS = 16_031_162_368, 6  # model.safetensors.index.json of GSAI-ML/LLaDA-8B-Instruct
 TABLE_B3 = {  # parameters

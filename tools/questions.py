@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import soundfile
 
-from data import ASR_QUESTION
 from runtime.errors import UserError
 from runtime.files import check_out
+from runtime.manifests import ASR_QUESTION
 from tools.corpora import DIGITS
 from tools.prompts import LETTERS, capital, format_choices, mmau_prompt, mmsu_prompt
 

@@ -20,10 +20,10 @@ from collections import defaultdict
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from data import ASR_QUESTION, BEFORE_AUDIO, SYSTEM, prompt_text
+from data import BEFORE_AUDIO, SYSTEM, prompt_text
 from model import SPECIAL_TOKENS
 from runtime.errors import UserError
-from runtime.manifests import read_entries
+from runtime.manifests import ASR_QUESTION, read_entries
 from tools.compose import mix, strings
 from tools.corpora import DIGITS, plain, read_corpus
 from tools.prompts import LETTERS, mmau_prompt, mmsu_prompt

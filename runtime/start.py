@@ -1,0 +1,102 @@
+"""What a stage of train.py begins with: its model, its files, its row with what the command line says."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+
+import torch
+
+import weights
+from model import PRESETS
+from runtime.errors import UserError
+from runtime.fresh import build, with_fresh_adapters
+from runtime.hub import RELEASES, fetch
+from runtime.loading import epoch_length, path_and_share
+
+
+def folder_of(args, stage):
+    """Where a stage writes, and the next one begins: out/tiny/stage2, of the baseline out/tiny-ar/stage2."""
+    return f"out/{args.model}{'-ar' if args.objective == 'ar' else ''}/stage{stage}"
+
+
+def complete(args, stages):
+    """Fills in args.data and args.out; UserError for what cannot be trained.  stages: the model's rows.
+
+    What can be wrong with the options is found here, before a model of 8 billion parameters is read.
+    """
+    stage, name = args.stage, args.model
+    if stage not in stages:
+        raise UserError(f"there is no stage {stage} for {name}; there are {sorted(stages)}")
+    if args.init in RELEASES and args.init != name:
+        raise UserError(f"--init {args.init} goes with --model {args.init}")
+    if args.objective == "ar" and (name in RELEASES or stage == 4):
+        raise UserError("the autoregressive baseline is a small model's, stages 0 to 3")
+    args.data = args.data or [f"data/stage{stage}.jsonl"]
+    args.out = args.out or folder_of(args, stage)
+    first, _ = path_and_share(args.data[0])
+    if not os.path.exists(first):
+        raise UserError(f"{first}: no such manifest; docs/DATA.md says how one is made of your corpora")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard")
+
+
+def start_from(args, device):
+    """The model a stage begins with, and its tokenizer: what the stage before has written, if any."""
+    stage, name, init, is_causal = args.stage, args.model, args.init, args.objective == "ar"
+    is_released, files = name in RELEASES, (args.llada, args.whisper)
+    if stage == 0 and not init:  # fresh weights, under the manifest's own tokenizer, made from its text
+        tokenizer = weights.load_tokenizer(os.path.dirname(args.data[0]) or ".")
+        config = dataclasses.replace(PRESETS[name].with_tokenizer(tokenizer), causal=is_causal)
+        model = build(config, device, seed=args.seed)
+        if name in weights.ASSETS:
+            weights.load_tiny_encoder(model, args.whisper, device)
+        return model, tokenizer
+
+    dtype = torch.bfloat16 if is_released and args.precision != "fp32" else torch.float32
+    if stage == 1 and is_released and not init:  # LLaDA and Whisper as they were published
+        found = fetch(name, None, *files, adapters=False)
+        model, tokenizer = weights.assemble(PRESETS[name], *found, device, dtype, 1, name)
+        return with_fresh_adapters(model, args.seed), tokenizer
+
+    if init in RELEASES:  # the authors' model: as it was after stage 1 for stages 1 and 2, else the last
+        released_stage = 1 if stage in (1, 2) else 4
+        model, tokenizer = weights.load(init, device, dtype, released_stage, *files, args.diffa)
+        if released_stage == 1:  # its acoustic adapter was not trained, and may be missing from the file
+            model.acoustic = with_fresh_adapters(model, args.seed).acoustic
+        return model, tokenizer
+
+    # adapters that already write what LLaDA can read are the reason to train in stages
+    is_first = stage == 1 and name in weights.ASSETS  # of the stages that hear
+    if is_first and not is_causal:
+        init = init or weights.ASSETS[name]  # the shipped backbone, as it was before any audio
+    init = init or folder_of(args, stage - 1)
+    if not os.path.exists(os.path.join(init, "model.safetensors")):
+        how = f"; `python train.py --stage {stage - 1} --model {name}` makes it" if stage else ""
+        raise UserError(f"{init}: no checkpoint to start from{how}")
+    model, tokenizer = weights.load(init, device, dtype, None, *files)
+    if model.base and model.base["name"] != name:  # it would train, by the other model's numbers
+        raise UserError(f"{init}: a checkpoint of {model.base['name']}: give --model {model.base['name']}")
+    if model.config.causal != is_causal:  # the weights would fit, and mean something else
+        kind = "ar" if model.config.causal else "diffusion"
+        raise UserError(f"{init}: a backbone of the other kind; --objective {kind} goes with it")
+    if is_first:
+        model = with_fresh_adapters(model, args.seed)
+    return model, tokenizer
+
+
+def settings_of(row, args, examples):
+    """A row of the table with what the command line says otherwise, and the number of steps."""
+    names = ("lr", "batch", "warmup", "weight_decay", "augment", "epochs")
+    asked = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.epochs:
+        asked["steps"] = 0  # the paper's stages count epochs, the small model's steps
+    settings = dataclasses.replace(row, **asked)
+    an_epoch = math.ceil(epoch_length(examples.shares) / settings.batch)
+    steps = args.max_steps or settings.steps or math.ceil(settings.epochs * an_epoch)
+    # a warm-up made for a hundred thousand steps would outlast a short run: it becomes a tenth of a run of
+    # one's own, and of any of which it would take a third (not of the paper's stage 4: 200 of 750 steps)
+    is_own = args.init or args.max_steps or args.batch or args.epochs
+    if settings.warmup > steps / (10 if is_own else 3) and args.warmup is None:
+        settings = dataclasses.replace(settings, warmup=max(1, steps // 10))
+    return settings, steps
