@@ -64,7 +64,7 @@ class LossContext:
     seed: int  # of the masks, with the epoch and the example's id
     settings: "Stage"  # its row of the table
     autocast: Callable  # () -> context manager
-    trained: tuple = ()  # the parameters that train
+    parameters: tuple = ()  # those that train
     reference: tuple = ()  # their values before stage 4
 
     def generators(self, micro):
@@ -122,7 +122,7 @@ def vrpo(context, micro):
     # same network with its trained parameters as they were before the stage: swapped in, and back again.
     with torch.no_grad():
         policy = [elbo_of(name, audio) for name in texts]  # chosen, rejected: (n, B) each
-        with swapped(context.trained, context.reference):
+        with swapped(context.parameters, context.reference):
             reference_audio, _ = adapted()
             reference = [elbo_of(name, reference_audio) for name in texts]
     margins = margin(*policy, *reference)
