@@ -45,7 +45,8 @@ class SemanticAdapter(nn.Module):
         # 4n on, and cutting the batch at the longest clip leaves the shorter ones' tokens exact.
         x = final[:, : 4 * A].transpose(1, 2)  # (B, d, 4A)
         x = self.conv2(F.gelu(self.conv1(x)))  # (B, 4d, A)
-        x = F.relu(self.fc1(x.transpose(1, 2)))  # (B, A, d)
+        # contiguous, or torch would choose another product with gradients than without: VRPO compares the two
+        x = F.relu(self.fc1(x.transpose(1, 2).contiguous()))  # (B, A, d)
         x = self.norm(F.relu(self.fc2(x)))  # (B, A, D)
         is_audio = torch.arange(A, device=x.device) < n_tokens[:, None]  # (B, A)
         return x, is_audio
@@ -151,7 +152,7 @@ class LoRALinear(nn.Linear):
     def merged(self):
         """The plain Linear that computes the same, up to rounding, as this one without dropout."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        update = self.scale * self.lora_B @ self.lora_A  # (out, in), fp32; rounded only with the sum
+        update = self.scale * self.lora_B.float() @ self.lora_A.float()  # rounded only with the sum
         linear.weight = nn.Parameter(
             (self.weight.to(update.dtype) + update).to(self.weight.dtype).detach(), requires_grad=False
         )

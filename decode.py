@@ -472,13 +472,14 @@ def ask_pieces(model, tokenizer, pieces, stage, options, on_step, on_block):
     The whole way of a recording: log-mel, Whisper's encoder, the adapters (Section 3.1), decoding, text.
     """
     c, began = model.config, time.perf_counter()
-    device, dtype = model.soft_prompts.device, model.soft_prompts.dtype  # the adapters'
+    adapter = model.semantic.fc1.weight
     audios, questions, generator = zip(*pieces, strict=True)
     mels, n_frames = zip(*(log_mel(samples, c) for samples in audios), strict=True)
     prompts, audio_at = zip(*(build_prompt(tokenizer, question) for question in questions), strict=True)
-    n_frames = torch.tensor(n_frames, device=device)
-    taps, final = model.encode(torch.stack(mels).to(device, dtype), n_frames)
-    audio, is_audio = model.adapt(taps, final, n_frames, stage or model.stage)  # (B, A, D), (B, A)
+    n_frames = torch.tensor(n_frames, device=adapter.device)
+    encoded = model.encode(torch.stack(mels).to(adapter.device), n_frames)  # in fp32
+    encoded = (x.to(adapter.dtype) for x in encoded)
+    audio, is_audio = model.adapt(*encoded, n_frames, stage or model.stage)  # (B, A, D), (B, A)
     if options.answer_length == "auto":
         lengths = [length_for(len(samples) / SAMPLE_RATE) for samples in audios]
         options = dataclasses.replace(options, answer_length=lengths, block=max(lengths))

@@ -6,7 +6,7 @@
     python train.py --model tiny --stage 2             # both adapters: questions about clips
     python train.py --model tiny --stage 3             # both adapters and LoRA
     python train.py --model tiny --stage 4             # the same parts by preference (vrpo.py)
-    python train.py --model tiny --stage 4 --resume    # goes on where a stopped run was, to the bit
+    python train.py --model tiny --stage 4 --resume    # goes on where a stopped run was
     torchrun --nproc_per_node=8 train.py --stage 1     # diffa2 on eight GPUs; add --nnodes for more
 
 Stages 2 to 4 start from the folder that the one before wrote (out/MODEL/stageN), or from --init; stage 1
@@ -217,8 +217,9 @@ def freeze_all_but(model, prefixes):
 
 def frozen_to_bf16(model):
     """Frozen matrices in bf16, as LLaDA is published; in what trains, bf16 would lose steps of 1e-5."""
-    for p in model.parameters():
-        if not p.requires_grad and p.dim() > 1:  # no vectors: Whisper's norms want fp32, and weigh nothing
+    for name, p in model.named_parameters():
+        # no vectors: Whisper's norms want fp32, and weigh nothing.  No adapters: they are saved in fp32
+        if name.startswith(("backbone.", "encoder.")) and not p.requires_grad and p.dim() > 1:
             p.data = p.data.to(torch.bfloat16)
 
 
@@ -268,7 +269,7 @@ def make_optimizers(trained, settings):
 # ---------------------------------------------------------------------------------------------
 # the loop.  nanoGPT's with four things more: five stages share it, with most of the network frozen; gradients
 # of several processes are summed where one can see it; a signal, a bad clip or a loss that is not a number
-# ends in a saved checkpoint or a clear line; and a run cut in two equals the whole run to the bit.
+# ends in a saved checkpoint or a clear line; and a run cut in two equals the whole run, on a CPU to the bit.
 
 MAX_BAD_STEPS = 10  # in a row: one may be a clip's fault, ten are the weights'
 
@@ -289,6 +290,7 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
     # ---- what trains, and with what.  VRPO's reference is a copy of what trains, as it was: 1 % of diffa2
     trained = freeze_all_but(model, settings.trains)
     parameters = tuple(trained.values())
+    group.broadcast(parameters)
     if is_bf16 and args.model in RELEASES:  # a small model's stay in fp32
         frozen_to_bf16(model)
     optimizers = make_optimizers(trained, settings)  # AdamW, perhaps Muon

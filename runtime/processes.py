@@ -79,6 +79,12 @@ class ProcessGroup:
             raise UserError(error)
         return result
 
+    def broadcast(self, parameters):
+        """Gives all processes rank 0's values: GPUs of two kinds draw other numbers from the same seed."""
+        if self.size > 1:
+            for p in parameters:
+                dist.broadcast(p.data, 0)
+
     def all_reduce_gradients(self, parameters):
         """Sums .grad over the processes, once a step.
 
@@ -112,19 +118,21 @@ def process_group(device=None):
     if is_ours:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     group = ProcessGroup(dist.get_rank(), size, device)
-    try:
-        yield group
-        # rank 0 leaves last: a process that goes while another still waits for it takes that one down.  A
-        # barrier would not do: some come out of it while others are still inside.
-        goodbye = torch.zeros(1, device=device)
-        if group.rank:
-            dist.send(goodbye, 0)
-        else:
-            for rank in range(1, size):
-                dist.recv(goodbye, rank)
-    finally:
-        if is_ours:
-            dist.destroy_process_group()
+    # an error leaves from here, without goodbye: NCCL would wait for the others, and they for this process
+    yield group
+    # nobody goes while another still waits for it: that would take the other one down
+    goodbye = torch.zeros(1, device=device)
+    if device.type == "cuda":
+        dist.all_reduce(goodbye)
+        goodbye.item()  # NCCL's calls return before they are done
+    elif group.rank:
+        # with gloo rank 0 leaves last: some come out of a barrier while others are still inside
+        dist.send(goodbye, 0)
+    else:
+        for rank in range(1, size):
+            dist.recv(goodbye, rank)
+    if is_ours:
+        dist.destroy_process_group()
 
 
 def exit_process(code):

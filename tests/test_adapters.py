@@ -190,3 +190,11 @@ def test_lora_trains_in_fp32_beside_bf16_weights():
     assert merge_lora(net)["q_proj"].weight.dtype == torch.bfloat16
     with pytest.raises(RuntimeError):
         layer(torch.randn(3, 5, dtype=torch.bfloat16))
+
+
+def test_the_semantic_adapter_multiplies_rows_that_lie_together():
+    """torch multiplies a strided input in another way with gradients than without; VRPO compares the two."""
+    adapter, strides = SemanticAdapter(64, 96), []
+    adapter.fc1.register_forward_pre_hook(lambda module, inputs: strides.append(inputs[0].is_contiguous()))
+    adapter(torch.randn(3, 40, 64), torch.tensor([40, 20, 31]))
+    assert strides == [True]

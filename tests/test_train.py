@@ -168,6 +168,27 @@ def test_gradients_and_optimizer_state_are_the_named_parts(one, toured, tmp_path
     assert {n for n, p in model.named_parameters() if p.requires_grad} == named
 
 
+UNEQUAL = """
+import torch
+from runtime.processes import process_group
+
+with process_group("cpu") as group:
+    parameter = torch.nn.Parameter(torch.full((3,), group.rank + 1.0))
+    group.broadcast([parameter])
+    assert parameter.tolist() == [1.0] * 3, parameter
+"""
+
+
+def test_processes_begin_with_the_weights_of_the_first(tmp_path):
+    (tmp_path / "unequal.py").write_text(UNEQUAL)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1"}
+    command.append(str(tmp_path / "unequal.py"))
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_two_processes_train_like_one(one, toured, tmp_path_factory):
     """The same losses and weights after 20 steps of every part of every stage, to 1e-5, under torchrun.
 
