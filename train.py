@@ -193,10 +193,10 @@ STAGES = {
     },
     # the same table with small numbers, and a stage 0 for what the paper downloads: the backbone
     "tiny": {
-        0: Stage(("backbone.",), lr=2e-3, batch=32, warmup=30, steps=3000, is_imitated=True, **TINY),
+        0: Stage(("backbone.",), lr=2e-3, batch=32, warmup=30, steps=1400, is_imitated=True, **TINY),
         1: Stage(("semantic.", "soft_prompts"), lr=1.5e-3, batch=32, warmup=20, steps=150, **TINY_AUDIO),
-        2: Stage(ADAPTERS, lr=2e-3, batch=32, warmup=20, steps=1650, **TINY_AUDIO),
-        3: Stage((*ADAPTERS, "lora"), lr=1e-3, batch=32, warmup=10, steps=450, **TINY_AUDIO),
+        2: Stage(ADAPTERS, lr=2e-3, batch=32, warmup=20, steps=850, **TINY_AUDIO),
+        3: Stage((*ADAPTERS, "lora"), lr=1e-3, batch=32, warmup=10, steps=300, **TINY_AUDIO),
         4: Stage((*ADAPTERS, "lora"), 5e-5, 8, warmup=5, steps=50, loss=VRPO, beta2=0.98),
     },
 }
