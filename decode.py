@@ -286,7 +286,7 @@ def generate(
     prompts: B lists of token ids.  audio (B, A, D), is_audio (B, A), audio_at (list of B): as
     model.adapt and data.build_prompt give them; audio=None is text alone.
     options: an Options; single fields may be given by name.  generator: one, or a list of B, for sampling.
-    on_step(response (B, L), confidence (B, L), call): after each call; call: the number of it.
+    on_step(response (B, L), confidence (B, L), call): after each; call: that of the row with most calls.
     on_block(response (B, L), end): when a block is final; columns before `end` change no more.
     Returns answers (B, L), L the longest length, and the number of network calls each row needed (B,).
     Raises UserError for options that do not fit together, and for logits that are not numbers.

@@ -363,7 +363,7 @@ def load_released(model, path, device="cpu"):
 
 
 # ---------------------------------------------------------------------------------------------
-# the released models: where their parts are published, and how they are put together
+# the released models, put together from parts that lie in three places (runtime/hub.py)
 
 
 def load_frozen(model, llada, whisper, device, dtype, name):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import random
@@ -86,7 +87,7 @@ def kept_tokens(model, tokenizer, examples, block):
         count = functools.partial(count_masked, masks, model.config.mask_id)
         clips = clips_of([e], model)
         ask(model, tokenizer, clips, [e.question], answer_length=block, block=block, on_step=count)
-        found.append([a - b for a, b in zip(masks, masks[1:], strict=False) if a > b])
+        found.append([a - b for a, b in itertools.pairwise(masks) if a > b])
     return found
 
 
