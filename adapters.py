@@ -195,20 +195,6 @@ def count(module):
 
 
 if __name__ == "__main__":
-    with torch.device("meta"):
-        D, ffn = 4096, 12288
-        outputs = {"q_proj": D, "k_proj": D, "v_proj": D, "ff_proj": ffn, "up_proj": ffn}
-        backbone = nn.ModuleList()
-        for _ in range(32):
-            backbone.append(nn.ModuleDict({n: nn.Linear(D, o, bias=False) for n, o in outputs.items()}))
-        frozen = count(backbone)
-        semantic, acoustic = SemanticAdapter(1280, D), AcousticAdapter(1280, D, n_taps=8, n_heads=20)
-        rows = [
-            ("semantic adapter, 1280 -> 4096", "36.4M", count(semantic)),
-            ("acoustic adapter, 8 taps, 64 queries", "47.9M", count(acoustic)),
-            ("LoRA, rank 8, 5 matrices in 32 layers", "14.7M", count(add_lora(backbone)) - frozen),
-        ]
-    rows.append(("trained in stages 3 and 4", "99.0M", sum(n for *_, n in rows)))
-    print(f"{'module':40}{'Table B.3':>10}{'this file':>14}")
-    for name, paper, ours in rows:
-        print(f"{name:40}{paper:>10}{ours:>14,}")
+    from runtime import tutorials
+
+    tutorials.adapters()

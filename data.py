@@ -14,7 +14,6 @@ days needs beyond that, for manifests that do not fit in memory, is in runtime/l
 import itertools
 import math
 import os
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,8 +23,8 @@ from torch.nn.utils.rnn import pad_sequence
 from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram, pad_or_trim
 
 from model import SPECIAL_TOKENS
-from runtime.errors import UserError, exit_status, first_line
-from runtime.manifests import need, parse_fields, parse_messages, read_entries, seconds_in
+from runtime.errors import CANNOT_BE_USED, UserError, unusable
+from runtime.manifests import parse_entry, read_entries
 from runtime.recordings import load_audio
 from runtime.variations import augment, imitate_audio, mask_mel
 
@@ -77,33 +76,10 @@ def read_manifest(path, stage=None, check=True):
 
 def parse_example(entry, id, where, folder, stage=None, check=True):
     """One manifest entry -> Example.  All is checked here, where file and line are known (UserError)."""
-    if not isinstance(entry, dict):
-        raise UserError(f"{where}: not a JSON object")
-    if "messages" in entry:
-        audio, question, answer, rejected = parse_messages(entry, where)
-    elif "audio_filepath" in entry:
-        audio, question, answer, rejected = parse_fields(entry, where, stage)
-    else:
-        raise UserError(f"{where}: has neither 'messages' nor 'audio_filepath'")
-    if stage == 4 and rejected is None:
-        raise UserError(f"{where}: stage 4 needs a rejected_response")
-    if not isinstance(rejected, str | None):
-        raise UserError(f"{where}: rejected_response must be text")
-    if not question.strip():
-        raise UserError(f"{where}: the question is empty")
-    facts = need(entry, "facts", where, dict) if "facts" in entry else {}
-    if not all(isinstance(value, str) for value in facts.values()):
-        raise UserError(f"{where}: facts must be text")
-    for text in (question, answer, rejected or "", *facts.values()):
+    fields = parse_entry(entry, where, folder, stage, check)
+    for text in (fields["question"], fields["answer"], fields["rejected"] or "", *fields["facts"].values()):
         refuse_special_tokens(text, where)
-    if audio is not None:
-        audio = os.path.join(folder, audio)
-        if check and not os.path.isfile(audio):
-            raise UserError(f"{where}: no such audio file: {audio}")
-    dataset, task = str(entry.get("dataset", "")), str(entry.get("task", ""))
-    offset = seconds_in(entry, "offset", where, 0.0)
-    duration = seconds_in(entry, "duration", where, None)
-    return Example(id, audio, question, answer, rejected, facts, dataset, task, offset, duration, where)
+    return Example(id=id, where=where, **fields)
 
 
 def refuse_special_tokens(text, where):
@@ -173,12 +149,6 @@ def build_prompt(tokenizer, question):
     return encoding.ids, audio_at
 
 
-def is_transcription(question):
-    """Whether a question, by its first words, asks for a transcript: answers about pieces can be joined."""
-    words_alone = r"\W*(please )?(transcribe|write down what is said|what is said)\b.{0,40}$"
-    return re.match(words_alone, question, re.IGNORECASE) is not None
-
-
 def answer_ids(tokenizer, answer, config):
     """The answer's tokens and its end of turn.  In the response, end marks follow."""
     return tokenizer.encode(answer, add_special_tokens=False).ids + [config.eot_id]
@@ -203,17 +173,6 @@ def response_length(n, extra):
     return (n // RESPONSE_UNIT + 1 + extra) * RESPONSE_UNIT
 
 
-def encode_text(example, tokenizer, config, generator=None):
-    """The item of an example in stages 0 to 3: encode_answer with a response of random length.
-
-    That depends on the example and `generator` alone, never on the batch's longest.  It varies, since
-    decoding fixes one that is mostly too long (Table B.4), and the rest must become end marks.
-    """
-    # a causal model stops at the first end mark and needs no more of them
-    extra = None if config.causal else int(torch.randint(3, (1,), generator=generator))
-    return encode_answer(example, example.answer, tokenizer, config, extra)
-
-
 def encode_answer(example, answer, tokenizer, config, extra=None):
     """Prompt, answer and end marks -> {"ids", "is_answer", "audio_at"}, an item for `collate`.
 
@@ -233,9 +192,15 @@ def encode_answer(example, answer, tokenizer, config, extra=None):
     return {"ids": ids + response, "is_answer": is_answer, "audio_at": audio_at}
 
 
-def encode_question(example, tokenizer, config, generator):
-    """The texts of an example in stages 0 to 3, by name."""
-    return {"text": encode_text(example, tokenizer, config, generator)}
+def encode_question(example, tokenizer, config, generator=None):
+    """The texts of an example in stages 0 to 3, by name: one, whose response has a random length.
+
+    That depends on the example and `generator` alone, never on the batch's longest.  It varies, since
+    decoding fixes one that is mostly too long (Table B.4), and the rest must become end marks.
+    """
+    # a causal model stops at the first end mark and needs no more of them
+    extra = None if config.causal else int(torch.randint(3, (1,), generator=generator))
+    return {"text": encode_answer(example, example.answer, tokenizer, config, extra)}
 
 
 def encode_pair(example, tokenizer, config, generator):
@@ -294,19 +259,12 @@ def to_device(batch, device):
 # ---------------------------------------------------------------------------------------------
 # examples -> micro-batches
 
-CANNOT_BE_USED = (UserError, OSError, ValueError, RuntimeError)  # a line or a clip that raises one is skipped
-
 
 def generator_for(seed, epoch, example_id, stream=0):
     """An example's randomness, the same in any batch and process.  stream: 0 the loader's, 1 the loss's."""
     # digits of one number.  Beyond a million examples two may share their draws, but in different epochs
     number = ((seed * 2 + stream) * 1_000_003 + epoch) * 1_000_003 + example_id
     return torch.Generator().manual_seed(number % (1 << 63))
-
-
-def unusable(id, where, error):
-    """What skipped.jsonl says of an example."""
-    return {"id": id, "where": where, "why": first_line(error)}
 
 
 @dataclass(frozen=True)
@@ -372,23 +330,7 @@ class BatchBuilder:
         return {"ids": ids, "epoch": epoch, "skipped": skipped, "seconds": seconds, "batch": batch}
 
 
-def main(argv):
-    from weights import load
-
-    model, tokenizer = load("tiny")
-    config = model.config
-    clip, *question = argv or [os.path.join(os.path.dirname(__file__), "assets", "demo", "seven.wav")]
-    audio, notes = load_audio(clip, limit=window_seconds(config))
-    mel, n_frames = log_mel(audio, config)
-    ids, audio_at = build_prompt(tokenizer, " ".join(question) or "What do you hear?")
-    seconds = f"{len(audio) / SAMPLE_RATE:.2f} s at 16 kHz"
-    print(*notes, f"{seconds} -> mel {tuple(mel.shape)} -> {n_frames} encoder frames", sep="\n")
-    n_semantic = max(n_frames // 4, 1)
-    print(f"-> {config.n_queries} acoustic + {n_semantic} semantic tokens before token {audio_at}:\n")
-    # a byte-level tokenizer writes a space as Ġ and a line feed as Ċ
-    tokens = [tokenizer.id_to_token(i).replace("Ġ", "_").replace("Ċ", "\\n") for i in ids]
-    print(" ".join(tokens[:audio_at]), "[ audio ]", " ".join(tokens[audio_at:]), sep="\n")
-
-
 if __name__ == "__main__":
-    sys.exit(exit_status("data.py", lambda: main(sys.argv[1:])))
+    from runtime import tutorials
+
+    sys.exit(tutorials.data(sys.argv[1:]))

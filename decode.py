@@ -21,7 +21,6 @@ Two defects of the released sampler are mended: it keeps a block's last candidat
 Eq. 8, and where an answer ends early it leaves [MASK]s in the blocks behind.
 """
 
-import argparse
 import dataclasses
 import itertools
 import os
@@ -32,19 +31,13 @@ import numpy as np
 import torch
 
 from adapters import merge_lora
-from data import (
-    SAMPLE_RATE,
-    answer_text,
-    build_prompt,
-    is_transcription,
-    log_mel,
-    window_samples,
-    window_seconds,
-)
+from data import SAMPLE_RATE, answer_text, build_prompt, log_mel, window_samples, window_seconds
 from model import Cache
-from runtime.errors import Parser, UserError, exit_status
-from runtime.recordings import as_samples, load_audio, split_clip
-from runtime.terminal import Printer, clock
+from runtime import command_line
+from runtime.errors import UserError, exit_status
+from runtime.pieces import cut_clips, join_answers, load_clips
+from runtime.recordings import as_samples, load_audio
+from runtime.terminal import Printer
 from weights import load, save
 
 # ---------------------------------------------------------------------------------------------
@@ -429,32 +422,14 @@ def ask(
     options, batch = dataclasses.replace(options, **fields), batch or max(16, n)
     if isinstance(options.answer_length, list):
         raise UserError("answer_length must be a number or auto: lists are `generate`'s")
-    window = window_samples(model.config)
-    spans = []  # of each clip: [(start, end)] of its pieces, in samples
-    pieces = []  # of all clips: (samples, question, generator)
-    for i, (audio, question) in enumerate(zip(audios, questions, strict=True)):
-        samples = as_samples(audio, f"clip {i + 1}")
-        samples = samples[:window] if long == "cut" else samples
-        spans.append(split_clip(samples, window))
-        own = generators_of_pieces(generators[i], len(spans[i]))
-        for (start, end), piece_generator in zip(spans[i], own, strict=True):
-            pieces.append((samples[start:end], question, piece_generator))
+    clips = [as_samples(audio, f"clip {i + 1}") for i, audio in enumerate(audios)]
+    pieces, spans = cut_clips(clips, questions, generators, window_samples(model.config), long)
     # pieces of long clips and whole short ones pass the network side by side
     answers = []
     for i in range(0, len(pieces), batch):
         answers += ask_pieces(model, tokenizer, pieces[i : i + batch], stage, options, on_step, on_block)
-    answers, joined = iter(answers), []
-    for clip_spans, question in zip(spans, questions, strict=True):
-        joined.append(join_pieces(list(itertools.islice(answers, len(clip_spans))), clip_spans, question))
-    return joined[0] if is_one else joined
-
-
-def generators_of_pieces(generator, n):
-    """One generator for each of a clip's n pieces, so that an answer does not depend on the others."""
-    if n == 1:
-        return [generator]
-    seed = int(torch.randint(2**62, (), generator=generator))
-    return [torch.Generator().manual_seed(seed + k) for k in range(n)]
+    answers = join_answers(answers, spans, questions)
+    return answers[0] if is_one else answers
 
 
 def length_for(seconds, most=128):
@@ -511,90 +486,13 @@ def ask_pieces(model, tokenizer, pieces, stage, options, on_step, on_block):
     return answers
 
 
-def join_pieces(answers, spans, question):
-    """The Answers about a clip's pieces, at spans [(start, end)] in samples, as one."""
-    if len(answers) == 1:
-        return answers[0]
-    times = [(start / SAMPLE_RATE, end / SAMPLE_RATE) for start, end in spans]
-    pieces = [(*time, answer.text) for time, answer in zip(times, answers, strict=True)]
-    if is_transcription(question):
-        text = " ".join(said for *_, said in pieces if said)
-    else:
-        # "Sad." and "Happy." do not add up to an answer about the whole clip
-        text = "\n".join(f"{clock(start, end)} {said}" for start, end, said in pieces)
-    return Answer(
-        text=text,
-        calls=sum(answer.calls for answer in answers),
-        seconds=sum(answer.seconds for answer in answers),
-        audio_seconds=sum(answer.audio_seconds for answer in answers),
-        confidence=[c for answer in answers for c in answer.confidence],
-        pieces=pieces,
-    )
-
-
 # ---------------------------------------------------------------------------------------------
 # the command line
 
 
-def length_option(text):
-    try:
-        return text if text == "auto" else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
-
-
 def parse(argv):
-    """The command line -> args, with args.options the Options.  Raises UserError for what does not fit."""
-    parser = Parser("decode.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("words", nargs="*", metavar='CLIP... "QUESTION"')
-    # the model
-    add("--model", help="tiny (default), diffa1, diffa2, or a checkpoint folder")
-    instead = "instead of the hub's (diffa1, diffa2)"
-    add("--llada", metavar="PATH", help=f"folder of LLaDA (which: docs/MODELS.md), {instead}")
-    add("--whisper", metavar="PATH", help=f"encoder: .pt, .safetensors, model.bin, {instead}")
-    add("--diffa", metavar="PATH", help=f"pytorch_model.bin, {instead}")
-    add("--stage", type=int, choices=(1, 2, 3, 4), help="read audio as in this stage (default: the model's)")
-    add("--device")
-    add("--int8", action="store_true", help="matrices in int8: half the memory of bf16, about 1 %% off each")
-    add("--compile", action="store_true", help="torch.compile the backbone's blocks")
-    add("--export", metavar="DIR", help="write the model as a compact bf16 checkpoint")
-    # how it decodes: up to --temperature the fields of Options, by the same names
-    add("--answer-length", type=length_option, default=32, metavar="N", help="tokens (default 32), or auto")
-    add("--block", type=int, metavar="N", help="tokens (default 32 if they tile the answer, else all)")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--steps", type=int, metavar="N", help="fixed-step remasking in N network calls")
-    how.add_argument("--factor", type=float, default=1.0, metavar="F", help="factor decoding (default, 1)")
-    how.add_argument("--threshold", type=float, metavar="C", help="keep what is surer than C")
-    add("--cache", choices=CACHES, default="none")
-    add("--cache-refresh", dest="refresh", type=int, metavar="K", help="refresh the cache every K calls")
-    add("--temperature", type=float, default=0.0)
-    add("--seed", type=int, default=0)
-    add("--long", choices=("split", "cut"), default="split", help="clips beyond the window: in pieces or cut")
-    # what is printed
-    live = parser.add_mutually_exclusive_group()
-    live.add_argument("--show", action="store_true", help="watch the answer emerge")
-    live.add_argument("--stream", action="store_true", help="print each --block as soon as it is final")
-    add("--json", action="store_true", help="one JSON object a clip")
-    args = parser.parse_args(argv)
-    # refused now, not after minutes of loading
-    if not 0 <= args.seed < 1 << 63:
-        raise UserError(f"--seed {args.seed} must lie between 0 and 2^63")
-    if len(args.words) < 2 and (args.words or args.export is None):
-        raise UserError('give a recording and a question: python decode.py clip.wav "What do you hear?"')
-    if args.words and not args.words[-1].strip():
-        raise UserError("the question is empty")
-    if args.answer_length == "auto" and (args.block is not None or args.steps is not None):
-        raise UserError("--answer-length auto is one block, without --steps")
-    if args.int8 and args.compile:
-        raise UserError("--compile cannot read matrices in int8: give one of the two")
-    if args.int8 and args.export is not None:
-        raise UserError("--export writes the weights as they were trained: leave --int8 out")
-    if args.stream and args.json:
-        raise UserError("--stream prints text as it becomes final; --json comes after it")
-    if args.block is None:
-        is_tiled = args.answer_length == "auto" or args.answer_length % 32 == 0
-        args.block = 32 if is_tiled else args.answer_length
+    """The command line -> args, with args.options the Options.  UserError for what does not go together."""
+    args = command_line.decode(argv, __doc__, CACHES)
     args.options = Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
     args.options.check()
     return args
@@ -620,15 +518,9 @@ def run(args):
     if args.compile:
         for block in model.backbone.blocks:
             block.compile(dynamic=True)  # the number of tokens changes between calls
-    clips, limit = [], window_seconds(model.config)
-    for path in paths:
-        audio, notes = load_audio(path, limit=limit if args.long == "cut" else None)
-        clips.append(audio)
-        seconds = len(audio) / SAMPLE_RATE
-        if seconds > limit:
-            notes.append(f"{path}: {seconds:.1f} s long; answered in pieces of at most {limit:g} s")
-        for text in notes:
-            note(text)
+    clips, notes = load_clips(paths, window_seconds(model.config), args.long)
+    for text in notes:
+        note(text)
     printer = Printer(args, tokenizer, model.config)
     size = 1 if printer.live else 16  # what is watched is watched one by one
     settings = {"stage": args.stage, "options": args.options, "long": args.long, "batch": size} | printer.live
@@ -646,18 +538,7 @@ def main(argv=None):
     return exit_status("decode.py", lambda: run(parse(argv)))
 
 
-def tutorial():
-    """What `python decode.py` alone shows: how many of six guesses each rule keeps, then a real answer."""
-    confidence = torch.tensor([[0.99, 0.97, 0.93, 0.85, 0.6, 0.3]])
-    print("Six [MASK]s were guessed with these confidences:", *(f"{c:.2f}" for c in confidence[0]))
-    print("Each rule says how many of them stay; the others are masked again.\n")
-    for name, value in (("steps", 3), ("factor", 0.5), ("factor", 1.0), ("factor", 2.0), ("threshold", 0.9)):
-        options = Options(6, 6, **{name: value})
-        print(f"  --{name} {value}".ljust(20), f"keeps {int(count_to_keep(confidence, options, step=0))}")
-    clip = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "demo", "digits.wav")
-    print(f"\nThe small model, {os.path.basename(clip)}, call by call (_ is a [MASK]):\n")
-    return main([clip, "What is said?", "--model", "tiny", "--show"])
-
-
 if __name__ == "__main__":
-    sys.exit(main() if len(sys.argv) > 1 else tutorial())
+    from runtime import tutorials
+
+    sys.exit(main() if len(sys.argv) > 1 else tutorials.decode())

@@ -151,62 +151,7 @@ def elbo(predict, ids, is_masked, weight, mask_id):
     return torch.stack(samples)
 
 
-class Toy:
-    """A joint distribution over `length` tokens of `vocab` kinds, small enough to enumerate.
-
-    Called as `predict`, it answers with the exact conditionals p(token | visible tokens), which
-    is what a perfectly trained network would say.  [MASK] is the id `vocab`.
-    """
-
-    def __init__(self, length=4, vocab=3, seed=0):
-        g = torch.Generator().manual_seed(seed)
-        self.vocab, self.mask_id = vocab, vocab
-        self.all = torch.cartesian_prod(*[torch.arange(vocab)] * length)  # (vocab ** length, length)
-        # p[i]: the probability of all[i]
-        self.p = torch.randn(len(self.all), generator=g, dtype=torch.float64).mul(2).softmax(0)
-
-    def __call__(self, noisy, where):
-        logits = []
-        for row, pos in where.nonzero().tolist():
-            seen = noisy[row] != self.mask_id  # (length,)
-            agrees = (self.all[:, seen] == noisy[row][seen]).all(1)  # sequences with these visible tokens
-            mass = [self.p[agrees & (self.all[:, pos] == v)].sum() for v in range(self.vocab)]
-            logits.append(torch.stack(mass).log())  # not normalised; softmax will do that
-        return torch.stack(logits)
-
-    def log_prob(self, ids):
-        """log p of one sequence (length,)."""
-        return self.p[(self.all == ids).all(1)].log().sum()
-
-
 if __name__ == "__main__":
-    text = "the speaker sounds happy and a dog barks in the background"
-    sentence = text.split()
-    ids, is_answer = torch.arange(len(sentence))[None], torch.ones(1, len(sentence), dtype=torch.bool)
-    generator = torch.Generator().manual_seed(0)
-    print("Forward process: every token is hidden with probability t.\n")
-    for t in (0.1, 0.4, 0.7, 1.0):
-        noisy, _ = corrupt(ids, is_answer, -1, torch.tensor([t]), generator=generator)
-        shown = ["_" * len(word) if i < 0 else word for word, i in zip(sentence, noisy[0], strict=True)]
-        print(f"  t = {t:.1f}  {' '.join(shown)}")
+    from runtime import tutorials
 
-    toy = Toy()
-    x = toy.all[(toy.p - toy.p.median()).abs().argmin()]  # neither a likely sentence nor an unlikely one
-    print(f"\nReverse process: a toy of {len(toy.all)} sentences with exact predictions; the bound is tight.")
-    print(f"\n  exact          log p = {toy.log_prob(x):.4f}")
-    draws, is_answer = 2000, torch.ones(1, len(x), dtype=torch.bool)  # draws: for either estimate
-    estimates = {
-        "1/t loss (Eq. 1)": [
-            -sft_loss(toy, x[None], is_answer, toy.mask_id, generator=generator, per_token=False)
-            for _ in range(draws)
-        ],
-        "ELBO, n=4 (Eq. 3)": [
-            elbo(toy, x[None], *draw_counts(is_answer, 4, generator), toy.mask_id).mean(0)
-            for _ in range(draws // 4)
-        ],
-    }
-    for name, values in estimates.items():
-        values = torch.cat(values)
-        mean, deviation = values.mean(), values.std()
-        error = deviation / len(values) ** 0.5
-        print(f"  {name:18} {mean:.4f} +- {error:.4f}   one estimate's standard deviation {deviation:.3f}")
+    tutorials.diffusion()

@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from whisper.model import AudioEncoder, sinusoids
 
-from adapters import AcousticAdapter, SemanticAdapter, add_lora, count
+from adapters import AcousticAdapter, SemanticAdapter, add_lora
 from runtime.errors import UserError
 
 
@@ -449,9 +449,6 @@ class DIFFA2(nn.Module):
 
 
 if __name__ == "__main__":
-    with torch.device("meta"):
-        for name, config in PRESETS.items():
-            model = DIFFA2(config, lora=True)
-            print(f"\n{name}: {count(model):,} parameters")
-            for part in ("encoder", "semantic", "acoustic", "backbone"):
-                print(f"  {part:10}{count(getattr(model, part)):>16,}")
+    from runtime import tutorials
+
+    tutorials.model()

@@ -16,15 +16,13 @@ Stage 0 makes that backbone, on text with word embeddings in the place of audio 
 Rank r takes the examples ids[r::world] of a batch.  What one is masked and augmented with is seeded by
 (seed, epoch, example): but for dropout and rounding, processes and micro-batches change the speed alone.
 
-Reading order: losses, table of stages, optimizers, `train` (the loop); then the command line.
+Reading order: losses, table of stages, `train` (the loop), command line (options: runtime/command_line.py).
 """
 
-import argparse
 import dataclasses
 import functools
 import math
 import os
-import re
 import sys
 from collections.abc import Callable
 
@@ -34,16 +32,15 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import weights
-from adapters import count
 from diffusion import draw_counts, draw_t, next_token_loss, sft_loss
 from model import DIFFA2, PRESETS
-from runtime import checkpoints, loading, plan, start
+from runtime import checkpoints, command_line, loading, plan, start
 from runtime.ctc import ctc_loss
-from runtime.errors import Parser, UserError, exit_status, number
+from runtime.errors import UserError, exit_status
 from runtime.held_out import held_out_loss
 from runtime.hub import RELEASES
 from runtime.log import Log
-from runtime.muon import Muon
+from runtime.optimizers import make_optimizers
 from runtime.processes import StopSignal, exit_process, locked, process_group
 from vrpo import SAMPLES, backward_per_sample, margin, score, swapped, vrpo_loss
 
@@ -150,7 +147,7 @@ VRPO = Loss(vrpo, data.encode_pair, has_reference=True)
 
 
 # ---------------------------------------------------------------------------------------------
-# the table
+# the table, and what a row of it decides: which parts train, at what rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,10 +226,6 @@ def recompute(model):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
-# ---------------------------------------------------------------------------------------------
-# optimizers
-
-
 def learning_rate(step, settings, steps):
     """Linear warm-up, then a cosine down to zero.  step counts from 0, steps is the length of the run.
 
@@ -244,26 +237,6 @@ def learning_rate(step, settings, steps):
         return settings.lr * (step + 1) / settings.warmup
     done = (step - settings.warmup) / max(1, steps - settings.warmup)
     return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def make_optimizers(trained, settings):
-    """AdamW for `trained` (name -> parameter); with settings.muon Muon for the matrices of the blocks.
-
-    Muon is for matrices that map hidden states to hidden states.  All else stays with AdamW, as its authors
-    advise: a row of an embedding, say, is a word's alone, and most words are in no batch.
-    """
-    in_blocks = re.compile(r"(backbone\.blocks|acoustic\.layers)\.\d+\..*weight$")
-    by_muon = sorted(n for n, p in trained.items() if settings.muon and p.dim() == 2 and in_blocks.match(n))
-    others = [p for n, p in trained.items() if n not in by_muon]
-    # decay keeps matrices from growing for ever; a norm's gain it would only pull to 0, where nothing passes
-    groups = [
-        {"params": [p for p in others if p.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    optimizers = [torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=True)]
-    if by_muon:
-        optimizers.append(Muon([trained[n] for n in by_muon], settings.lr, settings.weight_decay))
-    return optimizers
 
 
 # ---------------------------------------------------------------------------------------------
@@ -454,68 +427,14 @@ def run_stage(group, args):
 
 
 def parse(argv):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    option = parser.add_argument
-    positive, natural, rate = number(int, 1), number(int, 0), number(float, 1e-12)
-    option("--stage", type=int, choices=range(5))
-    option("--model", default="diffa2", choices=sorted(STAGES))
-    option("--objective", choices=("diffusion", "ar"), default="diffusion", help="ar: next-token loss")
-    option("--data", nargs="+", metavar="FILE[:SHARE]", help="all or a SHARE (default: data/stageN.jsonl)")
-    option("--held-out", help="stages 0 to 3: held-out examples (default: held_out.jsonl beside --data)")
-    option("--init", help="folder to start from, or diffa2: the released model (default: see above)")
-    option("--out", help="folder to write (default: out/MODEL/stageN)")
-    option("--llada", help="diffa2: folder of LLaDA (docs/MODELS.md), instead of the hub's")
-    option("--whisper", help="the encoder's file, instead of the hub's or the shipped one")
-    option("--diffa", help="with --init diffa2: the authors' pytorch_model.bin, instead of the hub's")
-    option("--resume", action="store_true", help="go on with the run that --out holds")
-    option("--restart", action="store_true", help="begin anew over the run that --out holds")
-    option("--wait", action="store_true", help="wait until no other run is training in --out")
-    option("--dry-run", nargs="?", type=natural, const=0, metavar="PROCESSES", help="print the plan, stop")
-    # instead of the table's: fine-tuning on a few hundred clips wants other numbers than the paper's stages
-    option("--lr", type=rate, help="learning rate, instead of the table's")
-    option("--batch", type=positive, help="examples in a step, instead of the table's")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--max-steps", type=positive, help="end the stage, and its schedule, here")
-    length.add_argument("--epochs", type=rate, help="times the manifest is read, instead of the table's")
-    option("--warmup", type=positive, metavar="STEPS", help="instead of the table's, less in a short run")
-    option("--weight-decay", type=number(float, 0, 1000), help="instead of the table's")
-    option("--augment", action=argparse.BooleanOptionalAction, help="speeds, levels, noise, SpecAugment")
-    option("--no-dropout", action="store_false", dest="dropout")
-    option("--seed", type=natural, default=42, help="of masks, order, augmentation, dropout, fresh weights")
-    # none of the rest changes what is learned, but for rounding
-    option("--stop-after", type=positive, help="save and leave after so many steps (the schedule stays)")
-    option("--tokens", type=positive, default=6144, help="of a micro-batch, in positions: ten of diffa2")
-    option("--workers", type=natural, default=0, help="processes that read clips, for each GPU")
-    option("--save-every", type=positive, default=250, metavar="STEPS")
-    option("--held-out-every", type=positive, default=100, metavar="STEPS")
-    option("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, else fp32")
-    option("--recompute", action="store_true", help="activation checkpointing: less memory, 1/3 more time")
-    option("--compile", action="store_true", help="torch.compile the backbone's blocks")
-    option("--skip-limit", type=number(float, 0, 1), default=0.01, help="stop when a larger share is bad")
-    option("--tensorboard", action="store_true", help="write TensorBoard's files beside log.jsonl")
-    option("--device")
-    args = parser.parse_args(argv)
-    if args.stage is None:
-        raise UserError("give a stage: python train.py --stage 1 --model tiny")
-    return args
+    return command_line.train(argv, __doc__, sorted(STAGES))
 
 
 def main(argv=None):
     return exit_status("train.py", lambda: run(parse(argv)))
 
 
-def tutorial():
-    """What `python train.py` alone shows: the table of stages, and what each of them trains."""
-    for name, stages in STAGES.items():
-        with torch.device("meta"):
-            model = DIFFA2(PRESETS[name], lora=True)
-        print(f"{name}: {count(model):,} parameters, of which train")
-        for stage, settings in stages.items():
-            n = sum(p.numel() for p in freeze_all_but(model, settings.trains).values())
-            numbers = f"{n:>11,} ({n / count(model):5.1%}), rate {settings.lr:<7g}batch {settings.batch:<6}"
-            print(f"  stage {stage}  {plan.parts(settings):26}{numbers}{settings.loss.backward.__name__}")
-    print("python train.py --stage N --model tiny   trains one of them; --help lists the options")
-
-
 if __name__ == "__main__":
-    exit_process(main() if len(sys.argv) > 1 else tutorial())
+    from runtime import tutorials
+
+    exit_process(main() if len(sys.argv) > 1 else tutorials.train())

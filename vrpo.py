@@ -27,7 +27,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from diffusion import draw_counts, elbo
+from diffusion import elbo
 
 BETA = 0.2  # the authors' script; the paper gives none
 SAMPLES = 4  # K in Eq. 3, N in Section 3.5, n in this file
@@ -87,52 +87,6 @@ def score(predict, ids, masks, mask_id, j=None):
 
 
 if __name__ == "__main__":
-    from diffusion import Toy, corrupt, draw_t, masked_nll
+    from runtime import tutorials
 
-    # policy and reference: two toys a small step apart, as in the first steps of training
-    policy, reference = Toy(length=4, vocab=3), Toy(length=4, vocab=3)
-    nudge = torch.randn(len(reference.p), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    reference.p = (reference.p.log() + 0.1 * nudge).softmax(0)
-    order = policy.p.argsort(descending=True)  # the chosen answer is the third likeliest, the other the 21st
-    good, bad = policy.all[order[2]][None], policy.all[order[20]][None]
-    exact = sum(s * (policy.log_prob(x[0]) - reference.log_prob(x[0])) for s, x in ((1, good), (-1, bad)))
-    everything, g, n = torch.ones(1, 4, dtype=torch.bool), torch.Generator().manual_seed(0), SAMPLES
-
-    def iid(predict, x, t, is_masked):
-        """The 1/t estimate with independent coin flips, which stratified exact counts replace."""
-        samples = []
-        for s, mask in zip(t, is_masked, strict=True):
-            noisy, _ = corrupt(x, everything, policy.mask_id, is_masked=mask)
-            samples.append(-masked_nll(predict, x, noisy, mask) / s)
-        return torch.stack(samples)
-
-    def draw_iid():
-        t = [draw_t(1, g) for _ in range(n)]
-        return t, [torch.rand(1, 4, generator=g) < s for s in t]
-
-    def draw_stratified():
-        return draw_counts(everything, n, g)
-
-    def stratified_samples(predict, x, is_masked, weight):
-        return elbo(predict, x, is_masked, weight, policy.mask_id)
-
-    def one(is_shared, draw, samples):
-        """One estimate of the margin: masks from `draw`, ELBO samples of them from `samples`."""
-        values = []
-        for x in (good, bad):
-            masks = draw()
-            other_masks = masks if is_shared else draw()
-            values += [samples(policy, x, *masks), samples(reference, x, *other_masks)]
-        return margin(values[0], values[2], values[1], values[3])
-
-    print(f"margin of a toy pair, {n} samples an estimate, 300 estimates; exact value {exact:.4f}\n")
-    kinds = (
-        ("independent t", draw_iid, iid),
-        ("stratified exact counts", draw_stratified, stratified_samples),
-    )
-    for is_shared in (False, True):
-        for kind, draw, samples in kinds:
-            found = torch.cat([one(is_shared, draw, samples) for _ in range(300)])
-            name = f"{'shared' if is_shared else 'independent'} masks, {kind}"
-            error = found.std() / len(found) ** 0.5
-            print(f"  {name:48} {found.mean():8.4f} +- {error:.4f}   variance {found.var():10.5f}")
+    tutorials.vrpo()

@@ -25,7 +25,6 @@ the weights), never where they lie, so that it can be given to somebody else.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -37,10 +36,10 @@ from whisper.model import sinusoids
 from model import DIFFA2, PRESETS, SPECIAL_TOKENS, Config
 from runtime import ctranslate2
 from runtime.errors import UserError, first_line
-from runtime.files import open_pickle, open_safetensors, read_json, save_sorted, write_file
+from runtime.files import fingerprint, open_pickle, open_safetensors, read_json, save_sorted, write_file
 from runtime.hub import RELEASES, fetch
 from runtime.int8 import Int8Linear, quantise
-from runtime.names import released_name, whisper_name
+from runtime.names import released_name, whisper_file, whisper_name
 from runtime.processes import pick_device
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -185,22 +184,6 @@ def load_tiny_encoder(model, whisper=None, device="cpu"):
     model.base = {"name": "tiny", "whisper": TINY_ENCODER if found == TINY_FINGERPRINT else found}
 
 
-def fingerprint(module):
-    """What tells one set of frozen weights from another: 16 hexadecimal digits.
-
-    A hash of the first 256 numbers of each tensor: 16 GB would take long to read, and no training leaves the
-    beginning of every tensor as it was.  In bf16, so that it is the same for every file format and
-    precision that the weights were read from.
-    """
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        if "lora_" not in name:  # trained, and so no part of what it was trained beside
-            digest.update(name.encode())
-            # as 16-bit integers: numpy has no bf16
-            digest.update(value.flatten()[:256].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def saved_part(model):
     """Names of what a checkpoint of this model holds: all but the frozen parts that lie in other files."""
     if not model.base:
@@ -258,15 +241,6 @@ def load_strictly(model, weights, path, device, dtype, expected):
 # Whisper's encoder.  Three projects publish the same tensors under three sets of names, and a reader may have
 # any of them on the disk already; large-v3 is 3 GB.  The decoder, more than half of every size, is not read:
 # LLaDA takes its place (Section 3.1).
-
-
-def whisper_file(path):
-    """The file itself, or the first of these in a folder: the hub's name, ours, CTranslate2's."""
-    known = ("model.safetensors", "encoder.safetensors", "model.bin")
-    for file in (path, *(os.path.join(path, name) for name in known)):
-        if os.path.isfile(file):
-            return file
-    raise UserError(f"{path}: no such file, nor a folder with one of {', '.join(known)}")
 
 
 def load_whisper(model, path, device):
@@ -394,28 +368,7 @@ def assemble(config, llada, whisper, diffa, device, dtype, stage, name="diffa2")
     return model.eval(), tokenizer
 
 
-def tutorial():
-    """What `python weights.py` alone shows: what lies in the small model's checkpoint, and what does not."""
-    path = os.path.join(ASSETS["tiny"], "model.safetensors")
-    with open_safetensors(path) as f:
-        header = f.metadata()
-        sizes = {key: f.get_tensor(key).numel() for key in f.keys()}
-    print(f"{os.path.relpath(path, HERE)}: {len(sizes)} tensors, trained up to stage {header['stage']}\n")
-    print(f"{'part':12}{'tensors':>9}{'parameters':>13}   the largest")
-    for part in sorted({key.split(".")[0] for key in sizes}):
-        mine = {key: n for key, n in sizes.items() if key.split(".")[0] == part}
-        print(f"{part:12}{len(mine):>9}{sum(mine.values()):>13,}   {max(mine, key=mine.get)}")
-    print(f"\nnot in it, because it was never trained here: {header['base']}")
-    _, tokenizer = load("tiny", "cpu")
-    print(f"\nload('tiny'): every tensor in its place; {tokenizer.get_vocab_size()} kinds of tokens")
-    print("Names of other formats that `load` turns into ours, one of each:")
-    for format, rename, key in (
-        ("transformers' Whisper", whisper_name, "layers.0.fc1.weight"),
-        ("CTranslate2's Whisper", whisper_name, "encoder/layer_0/ffn/linear_0/weight"),
-        ("the authors' adapters", released_name, "acoustic_connector.proj.1.weight"),
-    ):
-        print(f"  {format:24}{key:38}-> {rename(key)}")
-
-
 if __name__ == "__main__":
-    tutorial()
+    from runtime import tutorials
+
+    tutorials.weights()

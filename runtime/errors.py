@@ -23,6 +23,15 @@ def first_line(error):
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+# a line or a clip that raises one of these is skipped
+CANNOT_BE_USED = (UserError, OSError, ValueError, RuntimeError)
+
+
+def unusable(id, where, error):
+    """What skipped.jsonl says of an example."""
+    return {"id": id, "where": where, "why": first_line(error)}
+
+
 class Parser(argparse.ArgumentParser):
     """Reports a wrong command line as every other wrong input: one line, exit status 2."""
 

@@ -1,5 +1,6 @@
 """Files: written whole or not at all, and weights opened as data, never as code."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -86,6 +87,22 @@ def read_json(folder, name, key):
         return json.loads(Path(folder, name).read_text("utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{folder}: no {name} that has {key} ({first_line(e)})") from None
+
+
+def fingerprint(module):
+    """What tells one set of frozen weights from another: 16 hexadecimal digits.
+
+    A hash of the first 256 numbers of each tensor: 16 GB would take long to read, and no training leaves the
+    beginning of every tensor as it was.  In bf16, so that it is the same for every file format and
+    precision that the weights were read from.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        if "lora_" not in name:  # trained, and so no part of what it was trained beside
+            digest.update(name.encode())
+            # as 16-bit integers: numpy has no bf16
+            digest.update(value.flatten()[:256].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def save_sorted(weights, path, metadata):

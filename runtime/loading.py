@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data import CANNOT_BE_USED, BatchBuilder, parse_example, unusable, window_seconds
-from runtime.errors import UserError
+from data import BatchBuilder, parse_example, window_seconds
+from runtime.errors import CANNOT_BE_USED, UserError, unusable
 from runtime.files import write_file
 from runtime.manifests import decode_entry, open_manifest, scan, starts_a_list, where_in
 from runtime.processes import ignore_signals

@@ -108,6 +108,45 @@ def scan_list(f, path, chunk):
 # the fields of an entry: one parser a format
 
 
+def parse_entry(entry, where, folder, stage, check):
+    """An entry of any format -> the fields of an Example.  folder: what its path is relative to.
+
+    check: the audio file must exist.  Raises UserError for what is missing or of the wrong kind.
+    """
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: not a JSON object")
+    if "messages" in entry:
+        audio, question, answer, rejected = parse_messages(entry, where)
+    elif "audio_filepath" in entry:
+        audio, question, answer, rejected = parse_fields(entry, where, stage)
+    else:
+        raise UserError(f"{where}: has neither 'messages' nor 'audio_filepath'")
+    if stage == 4 and rejected is None:
+        raise UserError(f"{where}: stage 4 needs a rejected_response")
+    if not isinstance(rejected, str | None):
+        raise UserError(f"{where}: rejected_response must be text")
+    if not question.strip():
+        raise UserError(f"{where}: the question is empty")
+    facts = need(entry, "facts", where, dict) if "facts" in entry else {}
+    if not all(isinstance(value, str) for value in facts.values()):
+        raise UserError(f"{where}: facts must be text")
+    if audio is not None:
+        audio = os.path.join(folder, audio)
+        if check and not os.path.isfile(audio):
+            raise UserError(f"{where}: no such audio file: {audio}")
+    return {
+        "audio": audio,
+        "question": question,
+        "answer": answer,
+        "rejected": rejected,
+        "facts": facts,
+        "dataset": str(entry.get("dataset", "")),
+        "task": str(entry.get("task", "")),
+        "offset": seconds_in(entry, "offset", where, 0.0),
+        "duration": seconds_in(entry, "duration", where, None),
+    }
+
+
 def parse_messages(entry, where):
     """ms-swift's and LLaMA-Factory's format -> audio, question, answer, rejected answer."""
     match entry["messages"]:

@@ -1,6 +1,9 @@
-"""Other projects' names of tensors -> ours, for weights.py.  Strict loading says if one has no place."""
+"""Other projects' names of files and tensors, for weights.py.  Strict loading says if one has no place."""
 
+import os
 import re
+
+from runtime.errors import UserError
 
 # ---------------------------------------------------------------------------------------------
 # Whisper's encoder: three projects publish the same tensors under three sets of names
@@ -22,6 +25,15 @@ WHISPER_NAMES = {  # a module of a layer: transformers' name -> openai-whisper's
     "ffn.linear_0": "mlp.0",
     "ffn.linear_1": "mlp.2",
 }
+
+
+def whisper_file(path):
+    """The file itself, or the first of these in a folder: the hub's name, ours, CTranslate2's."""
+    known = ("model.safetensors", "encoder.safetensors", "model.bin")
+    for file in (path, *(os.path.join(path, name) for name in known)):
+        if os.path.isfile(file):
+            return file
+    raise UserError(f"{path}: no such file, nor a folder with one of {', '.join(known)}")
 
 
 def whisper_name(key):

@@ -26,8 +26,6 @@ from data import (
     collate,
     encode_pair,
     encode_question,
-    encode_text,
-    is_transcription,
     load_audio,
     log_mel,
     prompt_text,
@@ -41,6 +39,7 @@ from runtime import loading
 from runtime.errors import UserError
 from runtime.loading import Manifest, Mixture, bucket, cost_of, epoch_length, schedule_of, size_of
 from runtime.manifests import ASR_QUESTION, scan
+from runtime.pieces import is_transcription
 from runtime.recordings import split_clip
 
 
@@ -235,7 +234,7 @@ def test_response_length(tokenizer, config, tmp_path):
     example = read_manifest(str(tmp_path / "m.jsonl"))[0]
     lengths = set()
     for seed in range(40):
-        item = encode_text(example, tokenizer, config, torch.Generator().manual_seed(seed))
+        item = encode_question(example, tokenizer, config, torch.Generator().manual_seed(seed))["text"]
         response = [t for t, a in zip(item["ids"], item["is_answer"], strict=True) if a]
         assert len(response) % RESPONSE_UNIT == 0 and item["is_answer"] == sorted(item["is_answer"])
         reply = answer_ids(tokenizer, "Rain.", config)
@@ -248,7 +247,7 @@ def test_response_length(tokenizer, config, tmp_path):
 def test_text_that_does_not_fit_is_refused(tokenizer, config, tmp_path):
     (tmp_path / "m.jsonl").write_text(json.dumps({"messages": [user("Hm?"), assistant("rain " * 600)]}))
     with pytest.raises(UserError, match="m.jsonl:1"):
-        encode_text(read_manifest(str(tmp_path / "m.jsonl"))[0], tokenizer, config)
+        encode_question(read_manifest(str(tmp_path / "m.jsonl"))[0], tokenizer, config)
 
 
 def test_pairs_that_do_not_fit_are_refused(tokenizer, config):

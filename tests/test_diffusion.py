@@ -9,7 +9,6 @@ import torch
 
 from diffusion import (
     EPS,
-    Toy,
     corrupt,
     draw_counts,
     draw_t,
@@ -18,6 +17,7 @@ from diffusion import (
     sft_loss,
     stratified_counts,
 )
+from runtime.tutorials import Toy
 
 L, V = 5, 3
 MASK = V

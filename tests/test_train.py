@@ -43,10 +43,11 @@ from runtime.checkpoints import list_states, read_state, write_state
 from runtime.errors import UserError
 from runtime.fresh import build
 from runtime.loading import MicroBatches, cost_of, schedule_of, size_of
+from runtime.optimizers import make_optimizers
 from runtime.plan import memory_of, saved_bytes
 from runtime.start import settings_of
 from runtime.variations import augment, mask_mel
-from train import STAGES, Stage, freeze_all_but, learning_rate, main, make_optimizers, parse
+from train import STAGES, Stage, freeze_all_but, learning_rate, main, parse
 from weights import load
 
 RUNNER = os.path.join(os.path.dirname(__file__), "runner.py")

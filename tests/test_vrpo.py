@@ -9,8 +9,9 @@ import torch
 import torch.nn as nn
 
 from data import BatchBuilder, encode_pair, generator_for, part_of, read_manifest
-from diffusion import Toy, draw_counts, elbo
+from diffusion import draw_counts, elbo
 from runtime.fresh import build
+from runtime.tutorials import Toy
 from train import VRPO, LossContext, Stage, freeze_all_but, vrpo
 from vrpo import BETA, SAMPLES, backward_per_sample, margin, score, swapped, vrpo_loss
 

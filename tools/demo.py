@@ -33,10 +33,10 @@ import torch
 
 from adapters import merge_lora
 from data import SAMPLE_RATE, load_audio, log_mel, window_samples
-from decode import CACHES, Options, ask, clock
+from decode import CACHES, Options, ask
 from runtime.errors import Parser, UserError, exit_status
 from runtime.recordings import split_clip
-from runtime.terminal import Stream
+from runtime.terminal import Stream, clock
 from tools.figures import Frames, new_figure
 from weights import load
 

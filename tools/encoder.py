@@ -12,7 +12,8 @@ import torch
 from model import DIFFA2, PRESETS
 from runtime.errors import Parser, exit_status
 from runtime.files import save_sorted, write_file
-from weights import load_whisper, whisper_file
+from runtime.names import whisper_file
+from weights import load_whisper
 
 
 def export_encoder(whisper, folder):

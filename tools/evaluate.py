@@ -27,10 +27,12 @@ import soxr
 from tqdm import tqdm
 
 from adapters import merge_lora
-from data import SAMPLE_RATE, is_transcription, load_audio, window_seconds
-from decode import Options, ask, length_option
+from data import SAMPLE_RATE, load_audio, window_seconds
+from decode import Options, ask
+from runtime import command_line
 from runtime.errors import Parser, UserError, exit_status, number
 from runtime.files import check_out
+from runtime.pieces import is_transcription
 from runtime.processes import exit_process, process_group
 from tools.benchmarks import (
     BENCHMARKS,
@@ -619,7 +621,9 @@ def main(argv=None):
         parser.add_argument(f"--{part}", metavar="PATH", help="as in decode.py")
     parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4))
     parser.add_argument(
-        "--answer-length", type=length_option, help="tokens; auto: from each clip's seconds, for transcripts"
+        "--answer-length",
+        type=command_line.answer_length,
+        help="tokens; auto: from each clip's seconds, for transcripts",
     )
     parser.add_argument("--block", type=int)
     how = parser.add_mutually_exclusive_group()

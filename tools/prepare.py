@@ -21,7 +21,7 @@ from collections import Counter
 
 from tqdm import tqdm
 
-from data import build_prompt, encode_text, load_audio, parse_example, read_manifest
+from data import build_prompt, encode_question, load_audio, parse_example, read_manifest
 from model import PRESETS
 from runtime.errors import Parser, UserError, exit_status, number
 from runtime.files import check_out
@@ -195,7 +195,7 @@ def show(path, n, tokenizer_folder):
         return repr(tokenizer.decode(ids, skip_special_tokens=False))
 
     for example in read_manifest(path)[:n]:
-        item = encode_text(example, tokenizer, config)
+        item = encode_question(example, tokenizer, config)["text"]
         _, audio_at = build_prompt(tokenizer, example.question)
         ids, start = item["ids"], item["is_answer"].index(True)
         response = ids[start:]

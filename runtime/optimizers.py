@@ -1,6 +1,28 @@
-"""Muon, the optimizer for the matrices of a small model's blocks."""
+"""Optimizers: AdamW, and Muon for the matrices of a small model's blocks."""
+
+import re
 
 import torch
+
+
+def make_optimizers(trained, settings):
+    """AdamW for `trained` (name -> parameter); with settings.muon Muon for the matrices of the blocks.
+
+    Muon is for matrices that map hidden states to hidden states.  All else stays with AdamW, as its authors
+    advise: a row of an embedding, say, is a word's alone, and most words are in no batch.
+    """
+    in_blocks = re.compile(r"(backbone\.blocks|acoustic\.layers)\.\d+\..*weight$")
+    by_muon = sorted(n for n, p in trained.items() if settings.muon and p.dim() == 2 and in_blocks.match(n))
+    others = [p for n, p in trained.items() if n not in by_muon]
+    # decay keeps matrices from growing for ever; a norm's gain it would only pull to 0, where nothing passes
+    groups = [
+        {"params": [p for p in others if p.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizers = [torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=True)]
+    if by_muon:
+        optimizers.append(Muon([trained[n] for n in by_muon], settings.lr, settings.weight_decay))
+    return optimizers
 
 
 class Muon(torch.optim.Optimizer):
