@@ -36,7 +36,7 @@ class SemanticAdapter(nn.Module):
 
         Every four frames give a token; what is left over at the end is dropped, but a clip of less than
         four takes frames of the silence after it.  Returns tokens (B, A, D) and is_audio (B, A): A is the
-        longest clip's number of tokens, and is_audio is False past a shorter clip's own.
+        longest clip's number of tokens; is_audio marks each clip's own, the rest is padding.
         """
         n_tokens = (n_frames // 4).clamp(min=1)  # (B,)
         A = int(n_tokens.max())
@@ -45,7 +45,7 @@ class SemanticAdapter(nn.Module):
         # 4n on, and cutting the batch at the longest clip leaves the shorter ones' tokens exact.
         x = final[:, : 4 * A].transpose(1, 2)  # (B, d, 4A)
         x = self.conv2(F.gelu(self.conv1(x)))  # (B, 4d, A)
-        # contiguous, or torch would choose another product with gradients than without: VRPO compares the two
+        # contiguous: else torch takes another kernel with gradients than without, and VRPO compares the two
         x = F.relu(self.fc1(x.transpose(1, 2).contiguous()))  # (B, A, d)
         x = self.norm(F.relu(self.fc2(x)))  # (B, A, D)
         is_audio = torch.arange(A, device=x.device) < n_tokens[:, None]  # (B, A)
@@ -91,11 +91,11 @@ class QFormerLayer(nn.Module):
 
 
 class AcousticAdapter(nn.Module):
-    """Several layers of the encoder -> 64 tokens of the backbone's width D (paper 3.1).
+    """Several layers of the encoder -> n_queries tokens (64) of the backbone's width D (paper 3.1).
 
-    Each tapped layer has its own 64 queries.  One Q-Former, shared by all taps, lets them attend to the
-    1500 frames of their layer.  Each of the 64 tokens is then a weighted mean over the taps, with learned
-    weights of its own (a softmax).
+    Each tapped layer has its own queries.  One Q-Former, shared by all taps, lets them attend to the F frames
+    of their layer.  Each token is then a weighted mean over the taps, with learned weights of its own (a
+    softmax).  Queries for each tap and the mean over taps are the authors' code; the paper is silent there.
     """
 
     def __init__(self, d, D, n_taps, n_heads, d_ffn=3072, n_queries=64, n_layers=2, dropout=0.1):
@@ -153,9 +153,8 @@ class LoRALinear(nn.Linear):
         """The plain Linear that computes the same, up to rounding, as this one without dropout."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         update = self.scale * self.lora_B.float() @ self.lora_A.float()  # rounded only with the sum
-        linear.weight = nn.Parameter(
-            (self.weight.to(update.dtype) + update).to(self.weight.dtype).detach(), requires_grad=False
-        )
+        weight = self.weight.to(update.dtype) + update
+        linear.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
         linear.bias = self.bias
         return linear
 

@@ -5,8 +5,8 @@ trained on.  One audio reader serves all of them too (runtime/recordings.py): an
 resampled by soxr to 16 kHz mono.  The log-mel is openai-whisper's, computed clip by clip: on a batch it
 would take its maximum over all clips, and one loud clip would change another.
 
-The batch that leaves `collate` is clean: noise is added in the training step (diffusion.py).  What a run of
-days needs beyond that, for manifests that do not fit in memory, is in runtime/loading.py.
+The batch that leaves `collate` is clean: noise is added in the training step (diffusion.py).  In stage 0 word
+embeddings of what is known of a clip imitate its audio tokens (runtime/variations.py).
 
 `python data.py CLIP [QUESTION]` shows what the model is given for a clip.
 """
@@ -138,13 +138,13 @@ def prompt_text(question):
 def build_prompt(tokenizer, question):
     """-> token ids (list), audio_at: the audio tokens go in front of the token that begins " <audio>".
 
-    How many tokens stand before it is the tokenizer's choice, so the place is found by characters; in the
-    prompt without a question, for that may contain <audio> too.
+    How many tokens stand before it is the tokenizer's choice, so the place is found by characters.
     """
     refuse_special_tokens(question, "question")
+    text = prompt_text(question)
     # the text has its special tokens: some tokenizers would add a second <|startoftext|>
-    encoding = tokenizer.encode(prompt_text(question), add_special_tokens=False)
-    at = prompt_text("").index(" <audio>")
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    at = text.index(" <audio>")
     audio_at = next(i for i, (_, end) in enumerate(encoding.offsets) if end > at)
     return encoding.ids, audio_at
 
@@ -165,7 +165,7 @@ def answer_text(tokenizer, ids, config):
 
 
 def response_length(n, extra):
-    """The next multiple of RESPONSE_UNIT after n tokens, `extra` more of them: an end mark always follows.
+    """The first multiple of RESPONSE_UNIT above n tokens, plus `extra` units: an end mark always follows.
 
     The end mark <|endoftext|> is also the padding, and the model must learn to predict it (Section 3.4):
     an answer that filled its response exactly would show it none.
@@ -195,8 +195,8 @@ def encode_answer(example, answer, tokenizer, config, extra=None):
 def encode_question(example, tokenizer, config, generator=None):
     """The texts of an example in stages 0 to 3, by name: one, whose response has a random length.
 
-    That depends on the example and `generator` alone, never on the batch's longest.  It varies, since
-    decoding fixes one that is mostly too long (Table B.4), and the rest must become end marks.
+    Random, because decoding uses one fixed length, usually longer than the answer (Table B.4), and the model
+    must fill the rest with end marks.  It depends on the example and `generator`, never on the batch.
     """
     # a causal model stops at the first end mark and needs no more of them
     extra = None if config.causal else int(torch.randint(3, (1,), generator=generator))
@@ -215,7 +215,7 @@ def pad_rows(rows, fill=0):
 
 
 def collate(items, config):
-    """Items of encode_answer -> a clean batch: ids, valid and is_answer (B, T), audio_at (B,).
+    """Items from encode_answer -> a clean batch: ids, valid and is_answer (B, T), audio_at (B,).
 
     valid: False on padding.  Never read it off the ids: the end mark is also the padding id.
     """
@@ -228,7 +228,7 @@ def collate(items, config):
 
 
 def pad_imitations(items):
-    """Items of imitate_audio as one batch: ids, weights (B, A, 2), noise (B, A, width), valid (B, A)."""
+    """Items from imitate_audio as one batch: ids, weights (B, A, 2), noise (B, A, width), valid (B, A)."""
     batch = {name: pad_rows([item[name] for item in items]) for name in ("ids", "weights", "noise")}
     return batch | {"valid": pad_rows([[True] * len(item["ids"]) for item in items])}
 
@@ -269,7 +269,7 @@ def generator_for(seed, epoch, example_id, stream=0):
 
 @dataclass(frozen=True)
 class BatchBuilder:
-    """Examples -> a clean micro-batch.  An example that cannot be used is left out and told of."""
+    """Examples -> a clean micro-batch.  An example that cannot be used is left out and reported."""
 
     tokenizer: object
     config: object
@@ -294,8 +294,8 @@ class BatchBuilder:
         mel, n_frames = log_mel(audio, c)
         if self.is_augmented:
             mel = mask_mel(mel, generator)
-        pieces = self.tokenizer.encode(example.facts.get("words", ""), add_special_tokens=False).ids
-        item |= {"transcript": torch.tensor(pieces, dtype=torch.long)}  # for CTC
+        transcript = self.tokenizer.encode(example.facts.get("words", ""), add_special_tokens=False).ids
+        item |= {"transcript": torch.tensor(transcript, dtype=torch.long)}  # for CTC
         return item | {"mel": mel, "n_frames": n_frames, "seconds": len(audio) / SAMPLE_RATE}
 
     def batch_of(self, items):

@@ -13,12 +13,12 @@ How many stay is the whole difference between the samplers:
     --factor F    the largest n with (n + 1)(1 - c_n) < F, c_n the n-th highest confidence (Eq. 8)
     --threshold C all whose confidence exceeds C (Fast-dLLM)
 
-Cheaper calls: --cache prefix keeps keys and values of prompt and audio while a block is filled, --cache
-dual those of later blocks too.  Fewer: --answer-length auto fits a transcript's length to the clip's.  Half
+Cheaper calls: --cache prefix keeps keys and values of all before a block while it is filled, --cache dual
+those of later blocks too.  Fewer: --answer-length auto fits a transcript's length to the clip's.  Half
 the memory: --int8.  A clip beyond the window (30 s; 10 s of the small model) is answered in pieces (--long).
 
-Two defects of the released sampler are mended: it keeps a block's last candidate even where that fails
-Eq. 8, and where an answer ends early it leaves [MASK]s in the blocks behind.
+Two defects of the released sampler are fixed: it keeps a block's last candidate even where that fails
+Eq. 8, and where an answer ends early it leaves [MASK]s in later blocks.
 """
 
 import dataclasses
@@ -110,7 +110,7 @@ def count_by_factor(confidence, factor):
     """
     n = torch.arange(1, confidence.size(1) + 1, device=confidence.device)
     passes = (n + 1) * (1 - confidence) < factor  # (B, n)
-    # both factors grow with n, so the n that pass are the first ones: their number is the largest of them
+    # the product grows with n: it passes up to some n and fails after it, so that n is the number of passes
     return passes.sum(1).clamp(min=1)
 
 
@@ -126,7 +126,7 @@ class Options:
 
     answer_length: int | list | str = 32  # tokens; a list: of each row; "auto": `ask` fits it to the clip
     block: int = 32  # tokens that are filled before the next ones are begun
-    steps: int | list | None = None  # network calls in all; a list: tokens to keep in each call of a block
+    steps: int | None = None  # network calls in all: LLaDA's schedule
     factor: float = 1.0  # of Eq. 8; what decides unless steps or threshold are given
     threshold: float | None = None  # keep what is surer
     cache: str = "none"  # one of CACHES, see BlockReader
@@ -147,10 +147,7 @@ class Options:
             raise UserError(f"answer length {length} and block {block} must be at least 1")
         if length % block:
             raise UserError(f"answer length {length} is not a multiple of block {block}")
-        if isinstance(steps, list):
-            if min(steps) < 1 or sum(steps) != block:
-                raise UserError(f"steps {steps} do not add up to the block of {block}")
-        elif steps is not None:
+        if steps is not None:
             blocks = length // block
             if steps < 1 or steps % blocks:
                 raise UserError(f"steps {steps} is not a positive multiple of the {blocks} blocks")
@@ -171,9 +168,7 @@ class Options:
 def count_to_keep(confidence, options, step):
     """How many stay, (B,), in a block's call `step` by the rule that `options` ask for; new rules go here."""
     if options.steps is not None:
-        counts = options.steps  # in each call of a block
-        if not isinstance(counts, list):
-            counts = schedule(options.block, options.steps * options.block // options.longest)
+        counts = schedule(options.block, options.steps * options.block // options.longest)
         return torch.full((len(confidence),), counts[step], device=confidence.device)
     if options.threshold is not None:
         return count_by_threshold(confidence, options.threshold)
@@ -185,7 +180,7 @@ def count_to_keep(confidence, options, step):
 
 
 def lay_out(prompts, lengths, fill, eos_id, audio, is_audio, audio_at, device):
-    """What DIFFA2.forward reads, by its names of it: prompts, each before a response full of `fill`.
+    """The keyword arguments of DIFFA2.forward: each prompt followed by a response full of `fill`.
 
     ids, valid (B, P + L): text, and where it is no padding.  audio (B, A, D), is_audio (B, A).  audio_at
     (B,): the text column that the audio stands in front of.
@@ -214,8 +209,8 @@ def close_after_end(response, mask_id, eos_id):
     Nothing behind it can be part of the answer, so no call is spent on it.  With a [MASK] before it the end
     mark may be wrong about where it stands: tokens are not kept from left to right.
     """
-    is_open = (response == mask_id).cumsum(1) > 0
-    ended = ((response == eos_id) & ~is_open).cumsum(1) > 0
+    has_mask_before = (response == mask_id).cumsum(1) > 0
+    ended = ((response == eos_id) & ~has_mask_before).cumsum(1) > 0
     response[ended] = eos_id
 
 
@@ -233,7 +228,7 @@ class BlockReader:
     """
 
     def __init__(self, model, inputs, first, options):
-        """inputs: of `lay_out`.  first: the block's first column in inputs["ids"]."""
+        """inputs: from `lay_out`.  first: the block's first column in inputs["ids"]."""
         self.model, self.inputs, self.first, self.options = model, inputs, first, options
         self.live = slice(first, first + options.block if options.cache == "dual" else None)
         # the network counts columns with the audio among them, and the audio stands before every response
@@ -246,7 +241,8 @@ class BlockReader:
         rows (n,): rows of the batch that still have masked tokens in this block, ascending.  row, column
         (N,): where the tokens are, in the batch and in the block.  step: the call's number in the block.
         """
-        row, refresh = torch.searchsorted(rows, row), self.options.refresh  # row: counted among these n
+        row = torch.searchsorted(rows, row)  # counted among these n
+        refresh = self.options.refresh
         if self.cache is None or (refresh is not None and step % refresh == 0):
             self.cache = None if self.options.cache == "none" else Cache()
             self.cached_rows = rows
@@ -279,7 +275,7 @@ def generate(
     prompts: B lists of token ids.  audio (B, A, D), is_audio (B, A), audio_at (list of B): as
     model.adapt and data.build_prompt give them; audio=None is text alone.
     options: an Options; single fields may be given by name.  generator: one, or a list of B, for sampling.
-    on_step(response (B, L), confidence (B, L), call): after each; call: that of the row with most calls.
+    on_step(response (B, L), confidence (B, L), call): after each call; call: that of the row with most calls.
     on_block(response (B, L), end): when a block is final; columns before `end` change no more.
     Returns answers (B, L), L the longest length, and the number of network calls each row needed (B,).
     Raises UserError for options that do not fit together, and for logits that are not numbers.
@@ -299,30 +295,31 @@ def generate(
     # model trained on responses padded with end marks is surest of those, and would keep many of them before
     # a word of a long answer is there.
     for first in range(0, L, block):
-        reader, left = BlockReader(model, inputs, P + first, options), None  # left (B,): masked tokens
+        reader = BlockReader(model, inputs, P + first, options)
+        left = None  # (B,): masked tokens before the last call
         for step in itertools.count():
-            # (B, block), on the CPU: the one place of a step that waits for the device
+            # (B, block), on the CPU: here each call waits for the device
             masked = (response[:, first : first + block] == c.mask_id).cpu()
             rows = masked.any(1).nonzero()[:, 0]  # (n,): rows that are done cost nothing more
             if not len(rows):
                 break
             # a call keeps a token of each row, but none whose confidence is NaN: the next would ask the same
-            left, before = masked.sum(1), left
-            if step and (left == before)[rows].any():
+            if step and (masked.sum(1) == left)[rows].any():
                 raise UserError("the network's output is NaN: weights or audio are not finite")
+            left = masked.sum(1)
             calls[rows] += 1
             # Eq. 6: predict all masked tokens of the block at once
             row, column = masked.nonzero(as_tuple=True)  # (N,) each: the masked tokens
             rows, row, column = (x.to(device, non_blocking=True) for x in (rows, row, column))
             logits = reader.logits(rows, row, column, step)
-            token, sure = choose(logits, c.mask_id, options.temperature, row, generator)  # (N,) each
+            token, token_confidence = choose(logits, c.mask_id, options.temperature, row, generator)  # (N,)
             # keep the surest of each row, mask the others again
             candidates = torch.full((B, block), float("-inf"), device=device)
-            candidates[row, column] = sure
+            candidates[row, column] = token_confidence
             keep = most_confident(candidates, options, step)[row, column]  # (N,)
-            place = (row, first + column)
-            response[place] = torch.where(keep, token, c.mask_id)
-            confidence[place] = torch.where(keep, sure, 0.0)
+            position = (row, first + column)
+            response[position] = torch.where(keep, token, c.mask_id)
+            confidence[position] = torch.where(keep, token_confidence, 0.0)
             close_after_end(response, c.mask_id, c.eos_id)
             if on_step is not None:
                 on_step(response, confidence, int(calls.max()))
@@ -335,7 +332,7 @@ def generate(
 def generate_ar(
     model, prompts, audio=None, is_audio=None, audio_at=None, answer_length=32, temperature=0, generator=None
 ):
-    """The autoregressive baseline (Config.causal): one token a call, left to right, with a K/V cache.
+    """The autoregressive baseline (Table 5; Config.causal): a token a call, left to right, with a K/V cache.
 
     Arguments and results as `generate`'s; a row ends at its end mark.  Raises UserError for a model that
     looks both ways.
@@ -348,7 +345,8 @@ def generate_ar(
     inputs = lay_out(prompts, [answer_length] * B, c.eos_id, c.eos_id, audio, is_audio, audio_at, device)
     ids, cache = inputs["ids"], Cache()
     every, zero = torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device)
-    calls, is_open = zero.clone(), zero == 0  # (B,) each; is_open: no end mark yet
+    calls = zero.clone()
+    is_open = torch.ones(B, dtype=torch.bool, device=device)  # no end mark yet
     # the response's columns are computed with the prompt, and overwritten before anyone may see them
     logits = model(**inputs, where=(every, zero + P - 1), cache=cache)  # (B, vocab), of the first token
     for column in range(P, ids.size(1)):
@@ -403,9 +401,9 @@ def ask(
     list.  A clip beyond the window is answered in pieces (recordings.split_clip): a transcript is joined,
     another answer is given for each piece with its time.  long="cut": its beginning alone is answered.
     stage: reads the audio as that stage does; by default the model's.  options, generator (one or a list,
-    one a clip), on_step, on_block, fields: as of `generate`; an autoregressive model takes
+    one a clip), on_step, on_block, fields: as in `generate`; an autoregressive model takes
     answer_length, temperature and generator alone.  answer_length="auto" gives each clip `length_for` its
-    seconds, as one block.  batch: clips or pieces that pass the network together (default: all, at least 16).
+    seconds, as one block.  batch: clips or pieces that pass the network together (default: 16, or all clips).
     Raises UserError for a clip that cannot be read or is no (n,) of finite numbers, and when prompt, audio
     and answer exceed the context.
     """
@@ -435,7 +433,7 @@ def ask(
 def length_for(seconds, most=128):
     """Answer length for transcribing `seconds` of speech: six tokens a second and four to spare, in eights.
 
-    Fast speech has four words a second; the paper's fixed 128 is for 30 s (Table B.4).
+    Fast speech has four words a second.  At most the paper's fixed 128 (Table B.4).
     """
     return min(most, -(-int(6 * seconds + 4) // 8) * 8)
 

@@ -3,7 +3,7 @@
 A masked diffusion model learns to fill in blanks.  Forward process: hide each answer token with
 probability t.  Reverse process: a bidirectional network predicts the hidden tokens.  The whole theory
 fits in one sentence: the cross-entropy of the hidden tokens, summed, divided by t and averaged over
-t ~ U(0, 1], bounds -log p(answer) from above (paper, Eq. 1).
+t ~ U(0, 1] and the masks, bounds -log p(answer) from above (paper, Eq. 1).
 
 Only the answer is ever hidden.  Audio and prompt stay visible (Eq. 2, and L_sft-a in Section 3.4).
 
@@ -15,7 +15,7 @@ on a sentence and compares both estimates of log p with the toy's exact one.
 How it differs from LLaDA's and the authors' code, and why:
   * logits are computed at masked positions only: with a vocabulary of 126,464 all others are costly;
   * the likelihood's numbers of masks are spread so that in every draw each number is equally likely
-    (LLaDA's rounding favours some numbers, which biases the estimate);
+    (LLaDA rounds halves to even, so that some numbers never occur, which biases the estimate);
   * random numbers come from a given generator, one for all rows or one for each, so that an
     example's masks need not depend on its batch or on the number of GPUs.
 """
@@ -55,8 +55,8 @@ def corrupt(ids, is_answer, mask_id, t=None, is_masked=None, generator=None):
         is_masked = torch.zeros_like(is_answer)
         for row in range(len(ids)):
             at = is_answer[row].nonzero().squeeze(1)  # the answer's columns
-            hide = draw_uniform(len(at), generator, row).to(at.device) < t[row].item()
-            is_masked[row, at[hide]] = True
+            masked = draw_uniform(len(at), generator, row).to(at.device) < t[row].item()
+            is_masked[row, at[masked]] = True
     is_masked = is_masked & is_answer
     return torch.where(is_masked, mask_id, ids), is_masked
 
@@ -93,7 +93,7 @@ def sft_loss(predict, ids, is_answer, mask_id, t=None, is_masked=None, generator
 
 
 def next_token_loss(predict, ids, is_answer):
-    """What the autoregressive baseline minimises: cross-entropy of each answer token given all before it.
+    """Cross-entropy of each answer token given all before it: for the autoregressive baseline of Table 5.
 
     `predict` must be causal: its logits at one token are read as the distribution of the next.
     Returns (B,), the mean over each answer.

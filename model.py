@@ -233,7 +233,7 @@ def attend(q, k, v, mask):
         # torch's fused kernel takes a quarter of a training step on a CPU; spelled out it is twice as fast
         score = q @ k.transpose(-1, -2) * q.size(-1) ** -0.5
         score = score if mask is None else score.masked_fill(~mask, float("-inf"))
-        return score.softmax(-1).to(v.dtype) @ v  # autocast's softmax is in fp32
+        return score.softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
@@ -346,8 +346,8 @@ class DIFFA2(nn.Module):
         """Untrained adapters and soft prompts; they replace any that were there."""
         c = self.config
         self.semantic = SemanticAdapter(c.audio_width, c.width)
-        sizes = (len(c.taps), c.audio_heads, c.qformer_ffn, c.n_queries)
-        self.acoustic = AcousticAdapter(c.audio_width, c.width, *sizes)
+        sizes = {"n_heads": c.audio_heads, "d_ffn": c.qformer_ffn, "n_queries": c.n_queries}
+        self.acoustic = AcousticAdapter(c.audio_width, c.width, n_taps=len(c.taps), **sizes)
         self.soft_prompts = nn.Parameter(torch.randn(c.n_soft_prompts, c.width))
 
     def add_lora(self):
@@ -356,14 +356,12 @@ class DIFFA2(nn.Module):
             add_lora(self.backbone, c.lora_rank, c.lora_alpha, c.lora_dropout)
 
     def windows(self, n_frames):
-        """How many frames each clip is padded to for the encoder: real frames (B,) -> padded ones (B,).
+        """How many frames each clip is padded to where pad_to is set: real frames (B,) -> padded ones (B,).
 
         At least a fifth of pad_to is silence, unless the clip fills the longest window: Whisper has not
         been trained on short windows without any.
         """
         c = self.config
-        if not c.pad_to:
-            return torch.full_like(n_frames, c.n_frames)
         with_silence = n_frames + c.pad_to // 5
         return ((with_silence // c.pad_to + 1) * c.pad_to).clamp(max=c.n_frames)
 
@@ -399,8 +397,8 @@ class DIFFA2(nn.Module):
     def adapt(self, taps, final, n_frames, stage):
         """The audio tokens the backbone reads: audio (B, A, D), is_audio (B, A).
 
-        Stage 1: 20 soft prompts, then the semantic tokens.  From stage 2: 64 acoustic tokens, then the
-        semantic ones.  taps, final: of `encode`.  is_audio is False where a shorter clip has no token.
+        Stage 1: soft prompts (the authors' code, not in the paper), then the semantic tokens.  From stage 2:
+        the acoustic tokens, then the semantic ones.  is_audio is False where a shorter clip has no token.
         """
         semantic, is_audio = self.semantic(final, n_frames)
         if stage == 1:
@@ -418,7 +416,7 @@ class DIFFA2(nn.Module):
     def predictor(self, text, audio, is_audio):
         """`predict` of diffusion.py, which knows neither audio nor LLaDA: (noisy ids, where) -> logits there.
 
-        text: of data.collate.  audio, is_audio: of `adapt`.
+        text: a batch from data.collate.  audio, is_audio: from `adapt`.
         """
         return lambda noisy, where: self(noisy, text["valid"], where, audio, is_audio, text["audio_at"])
 
@@ -427,7 +425,7 @@ class DIFFA2(nn.Module):
     ):
         """Logits (N, vocab) at the N text positions where `where` is True, row by row.
 
-        ids, valid, where: (B, T) text, the response included.  audio (B, A, D) and is_audio (B, A) of
+        ids, valid, where: (B, T) text, the response included.  audio (B, A, D) and is_audio (B, A) from
         `adapt` go in front of text token audio_at (B,): the spliced row has T + A columns.  audio=None:
         text alone.  valid=None: no padding, neither in ids nor in audio.
         where may also be a pair of index tensors (row (N,), text column (N,)): to count the True ones of a

@@ -14,7 +14,7 @@ from LLaDA and Whisper as published, or from the small backbone and Whisper tiny
 Stage 0 makes that backbone, on text with word embeddings in the place of audio (runtime/variations.py).
 
 Rank r takes the examples ids[r::world] of a batch.  What one is masked and augmented with is seeded by
-(seed, epoch, example): but for dropout and rounding, processes and micro-batches change the speed alone.
+(seed, epoch, example): the number of processes changes only the speed (and dropout and rounding).
 
 Reading order: losses, table of stages, `train` (the loop), command line (options: runtime/command_line.py).
 """
@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import weights
-from diffusion import draw_counts, draw_t, next_token_loss, sft_loss
+from diffusion import EPS, draw_counts, draw_t, next_token_loss, sft_loss
 from model import DIFFA2, PRESETS
 from runtime import checkpoints, command_line, loading, plan, start
 from runtime.ctc import ctc_loss
@@ -83,7 +83,7 @@ def sft(context, micro):
             # one t for each example.  Near t = 1 the answer must come from the audio alone, as in the first
             # call of decoding; near 0 a word is filled in from its neighbours: least_t leaves that out
             generators = context.generators(micro)
-            t = settings.least_t + (1 - settings.least_t) * draw_t(len(ids), generators)
+            t = draw_t(len(ids), generators, settings.least_t)
             losses = sft_loss(predict, ids, is_answer, model.config.mask_id, t, generator=generators)
     total = losses
     if settings.ctc:
@@ -101,20 +101,22 @@ def vrpo(context, micro):
     for name, text in texts.items():  # they serve policy, reference and gradient
         masks[name] = draw_counts(text["is_answer"], SAMPLES, generators)
 
+    with context.autocast():
+        encoded = model.encode(batch["mel"], batch["n_frames"])  # frozen: once for policy and reference
+
+    # autocast caches bf16 copies of weights.  In a caller's autocast they would survive `swapped`, and the
+    # reference would compute with the policy's weights
     def adapted():
         with context.autocast(cache_enabled=False):
             return model.adapt(*encoded, batch["n_frames"], context.stage)
 
+    audio, is_audio = adapted()
+
     def elbo_of(name, audio, j=None):
-        # within a caller's autocast its bf16 copies of weights would outlive `swapped`, which changes the
-        # weights and not the copies: the reference would compute with the policy's
         with context.autocast(cache_enabled=False):
             predict = model.predictor(texts[name], audio, is_audio)
             return score(predict, texts[name]["ids"], masks[name], model.config.mask_id, j)
 
-    with context.autocast():
-        encoded = model.encode(batch["mel"], batch["n_frames"])  # frozen: once for policy and reference
-    audio, is_audio = adapted()
     # first pass, without gradients: the margins of Eq. 5 under one set of masks.  The reference model is the
     # same network with its trained parameters as they were before the stage: swapped in, and back again.
     with torch.no_grad():
@@ -162,7 +164,7 @@ class Stage:
     steps: int = 0  # this many steps whatever its size
     loss: Loss = SFT
     is_imitated: bool = False  # word embeddings in the place of audio (runtime/variations.py)
-    least_t: float = 0.0  # t is drawn from (least_t, 1]
+    least_t: float = EPS  # t is drawn from (least_t, 1]: a large one leaves out a part of Eq. 1's mean
     ctc: float = 0.0  # weight of CTC of the transcript on the semantic tokens
     weight_decay: float = 0.05  # the authors' script; the paper gives none
     beta2: float = 0.999  # AdamW's memory of squared gradients: some 1 / (1 - beta2) steps
@@ -180,8 +182,8 @@ TINY = {"least_t": 0.3, "beta2": 0.98, "muon": True}
 TINY_AUDIO = TINY | {"ctc": 0.5}
 
 STAGES = {
-    # paper, Table B.2.  No stage has a higher rate than the one before, for it has more to lose.  Stage
-    # 1 has soft prompts where the acoustic tokens will be, so that its prompts have the later form.
+    # paper, Table B.2.  No stage has a higher rate than the one before, for it has more to lose.  Stage 1
+    # has soft prompts (the authors' code) where acoustic tokens will be, so that its prompts have that form
     "diffa2": {
         1: Stage(("semantic.", "soft_prompts"), lr=1e-4, batch=1280, warmup=1000, epochs=12),
         2: Stage(ADAPTERS, lr=5e-5, batch=196, warmup=1000, epochs=10),
@@ -194,7 +196,7 @@ STAGES = {
         1: Stage(("semantic.", "soft_prompts"), lr=1.5e-3, batch=32, warmup=20, steps=150, **TINY_AUDIO),
         2: Stage(ADAPTERS, lr=2e-3, batch=32, warmup=20, steps=850, **TINY_AUDIO),
         3: Stage((*ADAPTERS, "lora"), lr=1e-3, batch=32, warmup=10, steps=300, **TINY_AUDIO),
-        4: Stage((*ADAPTERS, "lora"), 5e-5, 8, warmup=5, steps=50, loss=VRPO, beta2=0.98),
+        4: Stage((*ADAPTERS, "lora"), lr=5e-5, batch=8, warmup=5, steps=50, loss=VRPO, beta2=0.98),
     },
 }
 
@@ -202,8 +204,8 @@ STAGES = {
 def freeze_all_but(model, prefixes):
     """Freezes everything but the named parts; returns the parameters that train, by name.
 
-    Gradients still pass through a frozen layer, to the adapters before it.  Why freeze?  What trains on
-    little data forgets the much that LLaDA has learned from (paper, 3.3).  And memory: gradient and AdamW's
+    Gradients still pass through a frozen layer, to the adapters before it.  Why freeze?  Trained on
+    little data, LLaDA would forget much of what it knows (paper, 3.3).  And memory: gradient and AdamW's
     two moments are 12 bytes a weight, 105 GB for 8.75 billion, 1.2 GB for the 99 million of Table B.3.
     """
     for name, p in model.named_parameters():
@@ -253,7 +255,7 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
     examples: a Mixture.  held_out: a list of Examples.  state: a checkpoint of this stage, to go on from.
     """
     device, has_reference = group.device, settings.loss.has_reference
-    is_bf16 = args.precision == "bf16" if args.precision else device.type == "cuda"
+    is_bf16 = (args.precision or ("bf16" if device.type == "cuda" else "fp32")) == "bf16"
     # what must be the same in a run that goes on: another order or other masks would be another run
     this_run = {"stage": args.stage, "seed": args.seed, "batch": settings.batch}
     this_run["data"] = [list(share) for share in examples.shares]  # (examples, share) of each manifest
@@ -291,9 +293,9 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
     held_out_builder = data.BatchBuilder(tokenizer, model.config, encode, 0, is_imitated)
     builder = dataclasses.replace(held_out_builder, seed=args.seed, is_augmented=settings.augment)
     stop_step = min(steps, step + (args.stop_after or steps))  # the schedule ends at `steps` all the same
-    place = (group.rank, group.size, args.tokens, args.seed, step, stop_step)
+    place = {"rank": group.rank, "size": group.size, "budget": args.tokens, "seed": args.seed}
     loader = torch.utils.data.DataLoader(
-        loading.MicroBatches(examples, builder, settings.batch, *place),
+        loading.MicroBatches(examples, builder, settings.batch, **place, start=step, stop=stop_step),
         batch_size=None,  # the data set makes whole micro-batches
         num_workers=args.workers,
         pin_memory=device.type == "cuda",  # memory that the GPU fetches by itself, beside its work
@@ -357,8 +359,13 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
             counts = {"n": int(n_examples), "hours": audio_hours, "bad": int(is_bad)}
             log.write_step(step=step, loss=loss, lr=lr, norm=norm, **counts, skipped=len(skipped_ids))
             if held_out and (step % args.held_out_every == 0 or step == steps):
-                how = (held_out_builder, held_out, group, args.tokens)
-                log.write(step=step, **held_out_loss(model, args.stage, autocast, *how))
+                on = {
+                    "builder": held_out_builder,
+                    "examples": held_out,
+                    "group": group,
+                    "tokens": args.tokens,
+                }
+                log.write(step=step, **held_out_loss(model, args.stage, autocast, **on))
             # also after the last step: writing the model may fail
             if step % args.save_every == 0 or step == stop_step or n_stop:
                 # all that the next step depends on beside the command line and the frozen parts' files
@@ -389,12 +396,12 @@ def dry_run(args, processes):
     freeze_all_but(model, settings.trains)
     if args.model in RELEASES:
         frozen_to_bf16(model)
-    plan.dry_run(args, model, settings, steps, examples, processes)
+    plan.describe(args, model, settings, steps, examples, processes)
 
 
 def run(args):
     """Trains one stage, or says what it would be."""
-    start.complete(args, STAGES[args.model])
+    args = start.complete(args, STAGES[args.model])
     if args.dry_run is not None:
         with process_group(args.device) as group:
             return group.first_only(lambda: dry_run(args, args.dry_run or group.size))
@@ -411,7 +418,7 @@ def run_stage(group, args):
         group.print(f"{out}: finished already")
         return
     # the data first: a wrong manifest is found before 8 billion parameters are read
-    examples = loading.Mixture(args.data, stage)  # a missing clip is told of when it is read
+    examples = loading.Mixture(args.data, stage)  # a missing clip is reported when it is read
     settings, steps = start.settings_of(STAGES[args.model][stage], args, examples)
     held_out, beside = [], os.path.join(os.path.dirname(args.data[0]), "held_out.jsonl")
     if (args.held_out or os.path.exists(beside)) and not settings.loss.has_reference:

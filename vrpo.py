@@ -2,22 +2,22 @@
 
 DPO needs log p of a chosen answer y+ and a rejected answer y-, under the model that trains (the policy)
 and under a frozen reference.  A diffusion model has no exact log p, only the Monte-Carlo ELBO of Eq. 3,
-and the noise of four such estimates goes straight into the gradient.  VRPO (LLaDA 1.5) reduces the
-noise without more network calls:
+and the noise of all four (two answers, two models) goes straight into the gradient.  VRPO (LLaDA 1.5)
+reduces the noise without more network calls:
 
   * policy and reference see the SAME masks: what both find hard cancels in their difference;
-  * the n calls for an answer go to n mask ratios with one mask each, not to several masks of one ratio;
-  * a ratio is an exact number of masked tokens, and the n numbers are spread (diffusion.draw_counts).
+  * the n calls for an answer go to n mask ratios with one mask each, not to several masks of one ratio.
 
     margin = (ELBO_policy(y+) - ELBO_ref(y+)) - (ELBO_policy(y-) - ELBO_ref(y-))
     loss   = -log sigmoid(beta * margin)
 
-How it differs from the authors' script, and why: masks are shared and dropout is off in both, so
-the margin starts at exactly 0; only the answer and its first end mark are scored; logsigmoid, because
-the log of a sigmoid underflows; one backbone, not two: for the reference, the trained 1 % of the
-parameters are replaced by a copy from before the training.  And memory does not grow with n: the
-margin is computed first, without gradient; it gives d loss / d margin, a number with which each sample
-is then backpropagated on its own.
+How it differs from the paper and the authors' script, and why: a ratio is an exact number of masked
+tokens, and the n numbers are spread over the range instead of independent (diffusion.draw_counts), which
+cuts the variance further; masks are shared and dropout is off in both, so the margin starts at exactly 0;
+only the answer and its first end mark are scored; logsigmoid, because the log of a sigmoid underflows; one
+backbone, not two: for the reference, the trained 1 % of the parameters are replaced by a copy from before
+the training.  And memory does not grow with n: the margin is computed first, without gradient; it gives
+d loss / d margin, a number with which each sample is then backpropagated on its own.
 
 `python vrpo.py` shows the margin's variance with and without shared masks and exact counts.
 """
@@ -79,7 +79,7 @@ def backward_per_sample(sample, n, margins, beta=BETA):
 
 
 def score(predict, ids, masks, mask_id, j=None):
-    """ELBO samples (n, B) of one answer; j: of draw j alone, (B,).  masks: of draw_counts."""
+    """ELBO samples (n, B) of one answer; j: of draw j alone, (B,).  masks: from draw_counts."""
     is_masked, weight = masks
     if j is None:
         return elbo(predict, ids, is_masked, weight, mask_id)

@@ -87,8 +87,9 @@ def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=
 
     LoRA, if the checkpoint has it, is kept apart; adapters.merge_lora(model) folds it in.  dtype: of backbone
     and adapters (default fp32 on a CPU, bf16 on a GPU); of a released model the backbone's alone (default
-    bf16, on a CPU too): its adapters stay in fp32, as does every encoder.  stage, llada, whisper, diffa: see
-    `assemble`; files not given are looked for beside the checkpoint (FOLDER/llada, FOLDER/whisper), then in
+    bf16, on a CPU too): its adapters stay in fp32, as does every encoder.  stage: 1 gives a released model as
+    it was after stage 1; a folder says its own.  llada, whisper, diffa: files, see `assemble`; those not
+    given are looked for beside the checkpoint (FOLDER/llada, FOLDER/whisper), then in
     the hub's cache, then on the hub.
     int8: the matrices of encoder and backbone in int8, LoRA merged (runtime/int8.py), for asking only.
     Raises UserError with one line for anything wrong.
@@ -195,7 +196,7 @@ def saved_part(model):
 
 
 def trained_part(model):
-    """Names of what the paper trains (Section 3.3): adapters, soft prompts, LoRA; 1.1 % of the whole.
+    """Names of what is trained (Section 3.3): adapters, LoRA and stage 1's soft prompts; 1.1 % of the whole.
 
     The authors' files and our checkpoints of the released models hold these and nothing else.
     """
@@ -256,14 +257,14 @@ def load_whisper(model, path, device):
         if not isinstance(found, dict) or "model_state_dict" not in found:
             raise UserError(f"{path}: not one of openai-whisper's files")
         found = found["model_state_dict"]
-    weights = {whisper_name(key): value for key, value in found.items()}
-    weights.pop(None, None)  # mapped and never looked at, the decoder stays on the disk
+    # no name: the decoder, which was mapped and is never looked at, and so stays on the disk
+    weights = {name: value for key, value in found.items() if (name := whisper_name(key))}
     expected = [k for k in model.state_dict() if k.startswith("encoder.")]
     load_strictly(model, weights, path, device, None, expected)
 
 
 # ---------------------------------------------------------------------------------------------
-# LLaDA's shards.  Our backbone has LLaDA's names, so there is no table: a prefix goes, another comes.
+# LLaDA's shards.  Our backbone has LLaDA's names, so there is no table: only the prefix changes.
 
 
 def load_llada(model, folder, device, dtype):
@@ -289,7 +290,7 @@ def load_llada(model, folder, device, dtype):
         for key in keys:
             if not key.startswith("model.transformer."):
                 raise UserError(f"{path}: {key} is not one of LLaDA's names")
-            # a mapping for each tensor: who lets one go (runtime/int8.py) gives its memory back
+            # a mapping for each tensor: dropping one (runtime/int8.py) then frees its memory
             with open_safetensors(path) as f:
                 weights["backbone." + key.removeprefix("model.transformer.")] = f.get_tensor(key)
     expected = [k for k in model.state_dict() if k.startswith("backbone.") and "lora_" not in k]

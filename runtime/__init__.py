@@ -1,4 +1,4 @@
-"""What programs and long runs need and no paper speaks of; a reader of the method can skip this folder.
+"""What programs and long runs need and the paper does not speak of.  On a first reading: tutorials alone.
 
 errors         a wrong input is one line and exit status 2
 command_line   the options of train.py and decode.py

@@ -1,14 +1,55 @@
 """The options of train.py and decode.py.  `--help` prints them below the commands at the top of each file."""
 
 import argparse
+from dataclasses import dataclass
 
 from runtime.errors import Parser, UserError, number
 
 AS_WRITTEN = {"formatter_class": argparse.RawDescriptionHelpFormatter}  # the lines of a description stay
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """What is asked of train.py, by the names of its options; None: what the table of stages says."""
+
+    stage: int
+    model: str
+    objective: str
+    data: list | None  # FILE or FILE:SHARE
+    held_out: str | None
+    init: str | None
+    out: str | None
+    llada: str | None
+    whisper: str | None
+    diffa: str | None
+    resume: bool
+    restart: bool
+    wait: bool
+    dry_run: int | None  # of so many processes; 0: of as many as there are
+    lr: float | None
+    batch: int | None
+    max_steps: int | None
+    epochs: float | None
+    warmup: int | None
+    weight_decay: float | None
+    augment: bool | None
+    dropout: bool
+    seed: int
+    stop_after: int | None
+    tokens: int
+    workers: int
+    save_every: int
+    held_out_every: int
+    precision: str | None
+    recompute: bool
+    compile: bool
+    skip_limit: float
+    tensorboard: bool
+    device: str | None
+
+
 def train(argv, description, models):
-    """train.py's command line -> args.  models: names of those that have a table of stages."""
+    """train.py's command line -> RunOptions.  models: names of those that have a table of stages."""
     parser = Parser("train.py", description=description, **AS_WRITTEN)
     option = parser.add_argument
     positive, natural, rate = number(int, 1), number(int, 0), number(float, 1e-12)
@@ -52,11 +93,11 @@ def train(argv, description, models):
     args = parser.parse_args(argv)
     if args.stage is None:
         raise UserError("give a stage: python train.py --stage 1 --model tiny")
-    return args
+    return RunOptions(**vars(args))
 
 
 def answer_length(text):
-    """An argparse type."""
+    """An argparse type: a number of tokens, or "auto"."""
     try:
         return text if text == "auto" else int(text)
     except ValueError:

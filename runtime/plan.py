@@ -1,12 +1,13 @@
 """What a run will be, in a line; for `train.py --dry-run` in full, with the memory that it would take."""
 
+import dataclasses
 import os
 
 import torch
 
 import weights
 from data import BatchBuilder
-from runtime.hub import RELEASES
+from runtime import start
 from runtime.loading import MicroBatches, epoch_length
 
 
@@ -22,23 +23,22 @@ def summary(stage, settings, steps, examples):
     return f"{what}, {steps} steps of {settings.batch}, {rate}, weight decay {settings.weight_decay:g}"
 
 
-def dry_run(args, model, settings, steps, examples, processes):
+def describe(args, model, settings, steps, examples, processes):
     """Says what the run would be, and reads one batch; neither the weights nor a GPU are needed.
 
     model: on the meta device, its parts frozen as they will be.
     """
     n_examples = epoch_length(examples.shares)
-    init = args.init if args.init not in RELEASES else None  # its tokenizer is LLaDA's
-    folder = init or args.llada or weights.ASSETS.get(args.model, "")
-    if args.stage == 0 and not init:  # the manifest's own, as in start.start_from
-        folder = os.path.dirname(args.data[0]) or "."
-    tokenizer, config = None, model.config
-    if os.path.exists(os.path.join(folder, "tokenizer.json")):
+    _, folder = start.origin(args)
+    tokenizer, config = None, dataclasses.replace(model.config, causal=args.objective == "ar")
+    if folder and os.path.exists(os.path.join(folder, "tokenizer.json")):
         tokenizer = weights.load_tokenizer(folder)
         config = config.with_tokenizer(tokenizer)
-    how = (settings.loss.encode, args.seed, settings.is_imitated, settings.augment)
-    builder = BatchBuilder(tokenizer, config, *how)
-    batches = MicroBatches(examples, builder, settings.batch, 0, processes, args.tokens, args.seed, 0, 1)
+    builder = BatchBuilder(
+        tokenizer, config, settings.loss.encode, args.seed, settings.is_imitated, settings.augment
+    )
+    place = {"rank": 0, "size": processes, "budget": args.tokens, "seed": args.seed}
+    batches = MicroBatches(examples, builder, settings.batch, **place, start=0, stop=1)
     sizes = [len(ids) for _, _, ids, _ in batches.plan()]  # of rank 0 in the first step
     epochs = steps * settings.batch / n_examples
     print(f"{args.model}, stage {args.stage}, {processes} processes")

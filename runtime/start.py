@@ -21,7 +21,7 @@ def folder_of(args, stage):
 
 
 def complete(args, stages):
-    """Fills in args.data and args.out; UserError for what cannot be trained.  stages: the model's rows.
+    """-> args with data and out filled in; UserError for what cannot be trained.  stages: the model's rows.
 
     What can be wrong with the options is found here, before a model of 8 billion parameters is read.
     """
@@ -32,55 +32,72 @@ def complete(args, stages):
         raise UserError(f"--init {args.init} goes with --model {args.init}")
     if args.objective == "ar" and (name in RELEASES or stage == 4):
         raise UserError("the autoregressive baseline is a small model's, stages 0 to 3")
-    args.data = args.data or [f"data/stage{stage}.jsonl"]
-    args.out = args.out or folder_of(args, stage)
+    data = args.data or [f"data/stage{stage}.jsonl"]
+    args = dataclasses.replace(args, data=data, out=args.out or folder_of(args, stage))
     first, _ = path_and_share(args.data[0])
     if not os.path.exists(first):
         raise UserError(f"{first}: no such manifest; docs/DATA.md says how one is made of your corpora")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard")
+    return args
+
+
+def origin(args):
+    """What a stage begins with, and the folder that has its tokenizer: None where that is on the hub.
+
+    "fresh": random weights.  "published": LLaDA and Whisper.  "released": the authors' model.  "checkpoint":
+    a folder that `weights.save` wrote, by default the stage before.  Raises UserError where it is missing.
+    """
+    stage, name, init = args.stage, args.model, args.init
+    if stage == 0 and not init:  # under the manifest's own tokenizer, made from its text
+        return "fresh", os.path.dirname(args.data[0]) or "."
+    if stage == 1 and name in RELEASES and not init:
+        return "published", args.llada
+    if init in RELEASES:
+        return "released", args.llada
+    if stage == 1 and name in weights.ASSETS and args.objective != "ar":
+        init = init or weights.ASSETS[name]  # the shipped backbone, as it was before any audio
+    # adapters that already write what LLaDA can read are the reason to train in stages
+    init = init or folder_of(args, stage - 1)
+    if not os.path.exists(os.path.join(init, "model.safetensors")):
+        how = f"; `python train.py --stage {stage - 1} --model {name}` makes it" if stage else ""
+        raise UserError(f"{init}: no checkpoint to start from{how}")
+    return "checkpoint", init
 
 
 def start_from(args, device):
-    """The model a stage begins with, and its tokenizer: what the stage before has written, if any."""
-    stage, name, init, is_causal = args.stage, args.model, args.init, args.objective == "ar"
-    is_released, files = name in RELEASES, (args.llada, args.whisper)
-    if stage == 0 and not init:  # fresh weights, under the manifest's own tokenizer, made from its text
-        tokenizer = weights.load_tokenizer(os.path.dirname(args.data[0]) or ".")
+    """The model a stage begins with, and its tokenizer."""
+    stage, name, is_causal = args.stage, args.model, args.objective == "ar"
+    kind, folder = origin(args)
+    files = {"llada": args.llada, "whisper": args.whisper}
+    if kind == "fresh":
+        tokenizer = weights.load_tokenizer(folder)
         config = dataclasses.replace(PRESETS[name].with_tokenizer(tokenizer), causal=is_causal)
         model = build(config, device, seed=args.seed)
         if name in weights.ASSETS:
             weights.load_tiny_encoder(model, args.whisper, device)
         return model, tokenizer
 
-    dtype = torch.bfloat16 if is_released and args.precision != "fp32" else torch.float32
-    if stage == 1 and is_released and not init:  # LLaDA and Whisper as they were published
-        found = fetch(name, None, *files, adapters=False)
-        model, tokenizer = weights.assemble(PRESETS[name], *found, device, dtype, 1, name)
+    dtype = torch.bfloat16 if name in RELEASES and args.precision != "fp32" else torch.float32
+    if kind == "published":
+        llada, whisper, _ = fetch(name, **files, adapters=False)
+        model, tokenizer = weights.assemble(PRESETS[name], llada, whisper, None, device, dtype, 1, name)
         return with_fresh_adapters(model, args.seed), tokenizer
 
-    if init in RELEASES:  # the authors' model: as it was after stage 1 for stages 1 and 2, else the last
+    if kind == "released":  # as it was after stage 1 for stages 1 and 2, else after the last
         released_stage = 1 if stage in (1, 2) else 4
-        model, tokenizer = weights.load(init, device, dtype, released_stage, *files, args.diffa)
+        model, tokenizer = weights.load(args.init, device, dtype, released_stage, **files, diffa=args.diffa)
         if released_stage == 1:  # its acoustic adapter was not trained, and may be missing from the file
             model.acoustic = with_fresh_adapters(model, args.seed).acoustic
         return model, tokenizer
 
-    # adapters that already write what LLaDA can read are the reason to train in stages
-    is_first = stage == 1 and name in weights.ASSETS  # of the stages that hear
-    if is_first and not is_causal:
-        init = init or weights.ASSETS[name]  # the shipped backbone, as it was before any audio
-    init = init or folder_of(args, stage - 1)
-    if not os.path.exists(os.path.join(init, "model.safetensors")):
-        how = f"; `python train.py --stage {stage - 1} --model {name}` makes it" if stage else ""
-        raise UserError(f"{init}: no checkpoint to start from{how}")
-    model, tokenizer = weights.load(init, device, dtype, None, *files)
+    model, tokenizer = weights.load(folder, device, dtype, **files)
     if model.base and model.base["name"] != name:  # it would train, by the other model's numbers
-        raise UserError(f"{init}: a checkpoint of {model.base['name']}: give --model {model.base['name']}")
+        raise UserError(f"{folder}: a checkpoint of {model.base['name']}: give --model {model.base['name']}")
     if model.config.causal != is_causal:  # the weights would fit, and mean something else
-        kind = "ar" if model.config.causal else "diffusion"
-        raise UserError(f"{init}: a backbone of the other kind; --objective {kind} goes with it")
-    if is_first:
+        found = "ar" if model.config.causal else "diffusion"
+        raise UserError(f"{folder}: a backbone of the other kind; --objective {found} goes with it")
+    if stage == 1 and name in weights.ASSETS:
         model = with_fresh_adapters(model, args.seed)
     return model, tokenizer
 

@@ -59,22 +59,21 @@ def diffusion():
     x = toy.all[(toy.p - toy.p.median()).abs().argmin()]  # neither a likely sentence nor an unlikely one
     print(f"\nReverse process: a toy of {len(toy.all)} sentences with exact predictions; the bound is tight.")
     print(f"\n  exact          log p = {toy.log_prob(x):.4f}")
-    draws, is_answer = 2000, torch.ones(1, len(x), dtype=torch.bool)  # draws: for either estimate
-    estimates = {
-        "1/t loss (Eq. 1)": [
-            -sft_loss(toy, x[None], is_answer, toy.mask_id, generator=generator, per_token=False)
-            for _ in range(draws)
-        ],
-        "ELBO, n=4 (Eq. 3)": [
-            elbo(toy, x[None], *draw_counts(is_answer, 4, generator), toy.mask_id).mean(0)
-            for _ in range(draws // 4)
-        ],
-    }
-    for name, values in estimates.items():
-        values = torch.cat(values)
+    print("  each estimate is a mean of four draws of masks:")
+    n, is_answer = 4, torch.ones(1, len(x), dtype=torch.bool)
+
+    def by_loss():
+        rows, answers = x.expand(n, -1), is_answer.expand(n, -1)
+        return -sft_loss(toy, rows, answers, toy.mask_id, generator=generator, per_token=False).mean()
+
+    def by_elbo():
+        return elbo(toy, x[None], *draw_counts(is_answer, n, generator), toy.mask_id).mean()
+
+    for name, estimate in (("1/t loss (Eq. 1)", by_loss), ("ELBO (Eq. 3)", by_elbo)):
+        values = torch.stack([estimate() for _ in range(500)])
         mean, deviation = values.mean(), values.std()
         error = deviation / len(values) ** 0.5
-        print(f"  {name:18} {mean:.4f} +- {error:.4f}   one estimate's standard deviation {deviation:.3f}")
+        print(f"  {name:18} {mean:.4f} +- {error:.4f}   standard deviation of one {deviation:.3f}")
 
 
 def adapters():
@@ -95,22 +94,33 @@ def adapters():
             ("LoRA, rank 8, 5 matrices in 32 layers", "14.7M", count(add_lora(backbone)) - frozen),
         ]
     rows.append(("trained in stages 3 and 4", "99.0M", sum(n for *_, n in rows)))
+    print("What trains (Sections 3.1 and 3.3), the paper's count beside that of the classes\n")
     print(f"{'module':40}{'Table B.3':>10}{'this code':>14}")
     for name, paper, ours in rows:
         print(f"{name:40}{paper:>10}{ours:>14,}")
+    print("\nThe table's backbone, 8.03 billion, seems to count LoRA again: LLaDA alone has 8.016 billion.")
 
 
 def model():
-    """The parameters of each preset, part by part."""
+    """Where audio tokens stand in the prompt, who attends to whom, and the parameters of each preset."""
     from adapters import count
-    from model import DIFFA2, PRESETS
+    from model import DIFFA2, PRESETS, splice_order
 
+    text, audio = ["This", "is:", "<audio>.", "[M]", "[M]"], ["a1", "a2", "a3"]
+    order = splice_order(len(text), len(audio), torch.tensor([2]))[0].tolist()
+    print("The row that LLaDA reads (Section 3.1): audio tokens in front of the literal <audio>.\n")
+    print("  " + "  ".join((text + audio)[i] for i in order))
+    print("\nEvery token attends to every other, also to later ones; only padding is hidden.")
     with torch.device("meta"):
         for name, config in PRESETS.items():
             network = DIFFA2(config, lora=True)
-            print(f"\n{name}: {count(network):,} parameters")
-            for part in ("encoder", "semantic", "acoustic", "backbone"):
-                print(f"  {part:10}{count(getattr(network, part)):>16,}")
+            lora = sum(p.numel() for n, p in network.named_parameters() if "lora_" in n)
+            sizes = {part: count(getattr(network, part)) for part in ("encoder", "semantic", "acoustic")}
+            sizes |= {"backbone": count(network.backbone) - lora, "lora": lora}
+            sizes["soft prompts"] = network.soft_prompts.numel()
+            print(f"\n{name}: {sum(sizes.values()):,} parameters")
+            for part, n in sizes.items():
+                print(f"  {part:13}{n:>13,}")
 
 
 def weights():
@@ -142,7 +152,8 @@ def weights():
 
 def data(argv):
     """What the model is given for a clip.  argv: CLIP [QUESTION], or nothing.  -> exit status"""
-    return exit_status("data.py", lambda: prompt_of(*argv or [os.path.join(DEMO, "seven.wav")]))
+    words = argv or [os.path.join(DEMO, "seven.wav")]
+    return exit_status("data.py", lambda: prompt_of(*words))
 
 
 def prompt_of(clip, *question):
@@ -167,9 +178,9 @@ def decode():
     """How many of six guesses each rule keeps, then a real answer.  -> exit status"""
     from decode import Options, count_to_keep, main
 
-    confidence = torch.tensor([[0.99, 0.97, 0.93, 0.85, 0.6, 0.3]])
+    confidence = torch.tensor([[0.99, 0.97, 0.93, 0.85, 0.7, 0.3]])
     print("Six [MASK]s were guessed with these confidences:", *(f"{c:.2f}" for c in confidence[0]))
-    print("Each rule says how many of them stay; the others are masked again.\n")
+    print("Each rule says how many of them stay (--factor: Eq. 8); the others are masked again.\n")
     for name, value in (("steps", 3), ("factor", 0.5), ("factor", 1.0), ("factor", 2.0), ("threshold", 0.9)):
         options = Options(6, 6, **{name: value})
         print(f"  --{name} {value}".ljust(20), f"keeps {int(count_to_keep(confidence, options, step=0))}")
@@ -179,7 +190,7 @@ def decode():
 
 def vrpo():
     """The variance of the margin with and without shared masks, with and without exact counts."""
-    from diffusion import corrupt, draw_counts, draw_t, elbo, masked_nll
+    from diffusion import draw_counts, draw_t, elbo
     from vrpo import SAMPLES, margin
 
     # policy and reference: two toys a small step apart, as in the first steps of training
@@ -191,41 +202,29 @@ def vrpo():
     exact = sum(s * (policy.log_prob(x[0]) - reference.log_prob(x[0])) for s, x in ((1, good), (-1, bad)))
     everything, g, n = torch.ones(1, 4, dtype=torch.bool), torch.Generator().manual_seed(0), SAMPLES
 
-    def iid(predict, x, t, is_masked):
-        """The 1/t estimate with independent coin flips, which stratified exact counts replace."""
-        samples = []
-        for s, mask in zip(t, is_masked, strict=True):
-            noisy, _ = corrupt(x, everything, policy.mask_id, is_masked=mask)
-            samples.append(-masked_nll(predict, x, noisy, mask) / s)
-        return torch.stack(samples)
+    def independent():
+        """Coin flips at independent t, as in the 1/t loss."""
+        t = draw_t(n, g)[:, None]  # (n, 1): each draw has a mask ratio of its own
+        return torch.rand(n, 1, 4, generator=g) < t[..., None], 1 / t
 
-    def draw_iid():
-        t = [draw_t(1, g) for _ in range(n)]
-        return t, [torch.rand(1, 4, generator=g) < s for s in t]
-
-    def draw_stratified():
+    def stratified():
         return draw_counts(everything, n, g)
 
-    def stratified_samples(predict, x, is_masked, weight):
-        return elbo(predict, x, is_masked, weight, policy.mask_id)
-
-    def one(is_shared, draw, samples):
-        """One estimate of the margin: masks from `draw`, ELBO samples of them from `samples`."""
-        values = []
+    def one(is_shared, draw):
+        """One estimate of the margin."""
+        ours, theirs = [], []
         for x in (good, bad):
             masks = draw()
             other_masks = masks if is_shared else draw()
-            values += [samples(policy, x, *masks), samples(reference, x, *other_masks)]
-        return margin(values[0], values[2], values[1], values[3])
+            ours.append(elbo(policy, x, *masks, policy.mask_id))
+            theirs.append(elbo(reference, x, *other_masks, policy.mask_id))
+        return margin(*ours, *theirs)
 
+    print("The margin of Eq. 5 is a difference of four estimates, and the loss is as noisy as it is.\n")
     print(f"margin of a toy pair, {n} samples an estimate, 300 estimates; exact value {exact:.4f}\n")
-    kinds = (
-        ("independent t", draw_iid, iid),
-        ("stratified exact counts", draw_stratified, stratified_samples),
-    )
     for is_shared in (False, True):
-        for kind, draw, samples in kinds:
-            found = torch.cat([one(is_shared, draw, samples) for _ in range(300)])
+        for kind, draw in (("independent t", independent), ("stratified exact counts", stratified)):
+            found = torch.cat([one(is_shared, draw) for _ in range(300)])
             name = f"{'shared' if is_shared else 'independent'} masks, {kind}"
             error = found.std() / len(found) ** 0.5
             print(f"  {name:48} {found.mean():8.4f} +- {error:.4f}   variance {found.var():10.5f}")
@@ -238,6 +237,7 @@ def train():
     from runtime.plan import parts
     from train import STAGES, freeze_all_but
 
+    print("Stages (Section 3.3, Table B.2): what each trains, by which loss: sft (Eq. 2) or vrpo (Eq. 5)\n")
     for name, stages in STAGES.items():
         with torch.device("meta"):
             network = DIFFA2(PRESETS[name], lora=True)

@@ -51,7 +51,7 @@ def imitate_audio(facts, tokenizer, config, generator, is_transcript=False):
 
     LLaDA-8B can answer questions about a description before it hears anything, and the adapters only have to
     learn to describe.  A small backbone learns this from text alone (stage 0) if the description looks as
-    adapters write: mixtures of facts for acoustic tokens, pieces of the transcript for semantic ones, all of
+    adapters write: mixtures of facts for acoustic tokens, the transcript for semantic ones, all of
     them louder or softer than words, under noise.  is_transcript: the answer is the words alone, so now and
     then the other facts are hidden.
 
@@ -60,13 +60,13 @@ def imitate_audio(facts, tokenizer, config, generator, is_transcript=False):
     """
     # seeded by torch's generator, for it can shuffle and choose
     rng = random.Random(int(torch.randint(1 << 62, (1,), generator=generator)))
-    pieces = tokenizer.encode(facts.get("words", ""), add_special_tokens=False).ids
+    transcript = tokenizer.encode(facts.get("words", ""), add_special_tokens=False).ids
     known = []
     for kind, value in facts.items():
         if kind not in ("words", "speaker", "caption"):  # no acoustic token stands for these
             known += tokenizer.encode(" " + value, add_special_tokens=False).ids
     tokens = imitate_acoustic(known, config, rng, is_transcript)
-    tokens += [(piece, piece, 1.0) for piece in imitate_semantic(pieces, config, rng)]
+    tokens += [(token, token, 1.0) for token in imitate_semantic(transcript, config, rng)]
     tokens = tokens[: config.n_queries + config.n_frames // 4]  # as many as a clip can have
     loudness = torch.tensor([rng.uniform(0.4, 1.4) for _ in tokens])
     noise = rng.uniform(0.0, 0.8) * torch.randn(len(tokens), config.width, generator=generator)
@@ -94,22 +94,22 @@ def imitate_acoustic(known, config, rng, is_transcript):
     return tokens
 
 
-def imitate_semantic(pieces, config, rng):
-    """-> an id for each semantic token: the transcript's pieces between blanks, as CTC aligns them.
+def imitate_semantic(transcript, config, rng):
+    """-> an id for each semantic token: the transcript's tokens between blanks, as CTC aligns them.
 
-    There are 12.5 tokens a second, more than pieces are spoken, so most are blanks and a piece may stand
-    twice; equal pieces are parted by a blank.  The blank is the end mark, as in runtime/ctc.py.
+    There are 12.5 tokens a second, more than are spoken, so most are blanks and one of the transcript may
+    stand twice; equal ones are parted by a blank.  The blank is the end mark, as in runtime/ctc.py.
     """
     blank = config.eos_id
     gap = rng.choice((1, 2, 3, 4))  # slow speech has more blanks
     ids = [blank] * rng.randint(0, 4)
-    for piece in pieces:
-        ids += [blank] * rng.randint(int(ids[-1:] == [piece]), gap)
-        ids += [piece] * rng.choice((1, 1, 1, 1, 2))
+    for token in transcript:
+        ids += [blank] * rng.randint(int(ids[-1:] == [token]), gap)
+        ids += [token] * rng.choice((1, 1, 1, 1, 2))
     ids += [blank] * rng.randint(0, 4)
-    if not pieces:  # a sound makes the semantic adapter write anything
+    if not transcript:  # a sound makes the semantic adapter write anything
         is_talkative = rng.random() < 0.5
         for _ in range(rng.randint(4, 40)):
-            is_piece = is_talkative and rng.random() < 0.3
-            ids.append(rng.randrange(config.vocab) if is_piece else blank)
+            is_word = is_talkative and rng.random() < 0.3
+            ids.append(rng.randrange(config.vocab) if is_word else blank)
     return ids

@@ -12,6 +12,7 @@ import torch
 
 import train
 from data import build_prompt
+from decode import generate
 from model import DIFFA2, PRESETS, SPECIAL_TOKENS
 from runtime.fresh import build
 from tools import bench, bench_decode, measure
@@ -19,6 +20,26 @@ from tools.bench_train import naive_step, random_questions
 from tools.fullsize import full_tokenizer, random_tensor, released_keys
 from tools.measure import anonymous_bytes
 from weights import trained_part
+
+
+def test_counts_are_replayed():
+    """Blocks of 8 that keep 1, 2 and 5 tokens, whatever the network says; then the rule is as before."""
+    model = build(PRESETS["tiny"], seed=0).eval()
+    with torch.no_grad():
+        model.backbone.ff_out.weight[model.config.eos_id] = 0  # no end mark closes the row early
+    left = []
+    work = functools.partial(
+        generate,
+        model,
+        [[5, 6, 7]],
+        on_step=lambda response, *_: left.append(int((response == model.config.mask_id).sum())),
+        answer_length=16,
+        block=8,
+    )
+    _, calls = bench_decode.replay(work, [1, 2, 5])
+    assert left == [15, 13, 8, 7, 5, 0] and calls.tolist() == [6]
+    work(steps=16)
+    assert left[6:] == list(range(15, -1, -1))
 
 
 def test_released_keys_cover_what_is_trained():
@@ -61,7 +82,7 @@ with torch.device("meta"):
 before = anonymous_bytes()
 with Peak() as peak:
     config = Config(**json.loads({config!r}))
-    model, _ = assemble(config, {llada!r}, {ear!r}, {diffa!r}, torch.device("cpu"), torch.{dtype}, 4)
+    model, _ = assemble(config, {llada!r}, {encoder!r}, {diffa!r}, torch.device("cpu"), torch.{dtype}, 4)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if {int8}:
         quantise(model, torch.device("cpu"))
@@ -88,12 +109,12 @@ def test_loading_is_lean(tmp_path, tokenizer, dtype, int8, most):
     authors = Authors(c, True)
     write_llada(f"{tmp_path}/llada", {k: v.to(torch.bfloat16) for k, v in authors.llada().items()}, tokenizer)
     torch.save(authors.trained(), f"{tmp_path}/pytorch_model.bin")
-    ear = write_whisper(str(tmp_path), authors.whisper_model, c, "pt")
+    encoder = write_whisper(str(tmp_path), authors.whisper_model, c, "pt")
     script = LEAN.format(
         root=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
         config=json.dumps(vars(c)),
         llada=f"{tmp_path}/llada",
-        ear=ear,
+        encoder=encoder,
         diffa=f"{tmp_path}/pytorch_model.bin",
         dtype=dtype,
         int8=int8,
@@ -119,17 +140,17 @@ def test_the_naive_step_computes_the_same(config, stage):
     if stage >= 3:
         model.add_lora()
     row = train.STAGES["diffa2"][stage]
-    chosen = train.freeze_all_but(model, row.trains)
+    trained = train.freeze_all_but(model, row.trains)
     other = copy.deepcopy(model)
     with torch.no_grad():
-        for p in chosen.values():
+        for p in trained.values():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     model.eval(), other.eval()
     micro = random_questions(
         config, 3, ("chosen", "rejected") if stage == 4 else ("text",), prompt=30, response=6
     )
     reference = (
-        tuple(p.detach().clone() for n, p in other.named_parameters() if n in chosen) if stage == 4 else ()
+        tuple(p.detach().clone() for n, p in other.named_parameters() if n in trained) if stage == 4 else ()
     )
     context = train.LossContext(
         model,
@@ -137,17 +158,17 @@ def test_the_naive_step_computes_the_same(config, stage):
         0,
         row,
         functools.partial(torch.autocast, "cpu", enabled=False),
-        tuple(chosen.values()),
+        tuple(trained.values()),
         reference,
     )
     ours = row.loss.backward(context, micro)
-    gradients = {n: p.grad.clone() for n, p in chosen.items() if p.grad is not None}
+    gradients = {n: p.grad.clone() for n, p in trained.items() if p.grad is not None}
     model.zero_grad()
     naive = naive_step(model, other, micro, stage)
     assert torch.allclose(ours, naive, rtol=1e-4), (ours, naive)
     naive.sum().backward()
     for n, g in gradients.items():
-        assert torch.allclose(g, chosen[n].grad, atol=1e-4 * max(1, g.abs().max())), n
+        assert torch.allclose(g, trained[n].grad, atol=1e-4 * max(1, g.abs().max())), n
 
 
 def test_one_kind_prints_a_line_of_json(capsys, config, monkeypatch):

@@ -674,7 +674,7 @@ def test_judge_keeps_scores_and_asks_again():
     replies = iter(['{"score": 4}', "five", '{"score": 9}', '{"score": 2}'])
 
     class Judge:
-        def ask(self, system, user, read):
+        def complete(self, system, user, read):
             assert "User: say hi" in user and "1 to 5" in system
             for _ in range(3):
                 try:

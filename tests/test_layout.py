@@ -1,90 +1,85 @@
-"""The house: files in reading order, each importing only what stands above it."""
+"""The house: what a learner reads from top to bottom, each file importing only what stands above it."""
 
 import ast
+import glob
 import os
 
 import pytest
 
-# what no paper speaks of lies in runtime/; a learner reads the root alone
-ORDER = [
-    "runtime.errors",
-    "runtime.command_line",
-    "runtime.files",
-    "runtime.names",
-    "runtime.ctranslate2",
-    "runtime.hub",
-    "runtime.recordings",
-    "runtime.manifests",
-    "runtime.checkpoints",
-    "runtime.log",
-    "runtime.processes",
-    "runtime.optimizers",
-    "runtime.variations",
-    "diffusion",
-    "adapters",
-    "runtime.int8",
-    "model",
-    "runtime.fresh",
-    "runtime.ctc",
-    "weights",
-    "data",
-    "runtime.loading",
-    "runtime.held_out",
-    "runtime.terminal",
-    "runtime.pieces",
-    "decode",
-    "vrpo",
-    "runtime.start",
-    "runtime.plan",
-    "train",
-    "runtime.tutorials",
-]
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from tools.lines import ROOT, measures
+
+# the reading order of README; what the paper does not speak of lies in runtime/
+ORDER = ["diffusion", "adapters", "model", "weights", "data", "decode", "vrpo", "train"]
 
 
-def our_imports(path):
-    """Names of our modules that a file imports, wherever in it: NAME, runtime.NAME or tools.NAME."""
-    with open(os.path.join(ROOT, path), encoding="utf-8") as f:
+def modules(folder):
+    """Names of a folder's modules, as they are imported."""
+    prefix = f"{folder}." if folder else ""
+    return {
+        prefix + f.removesuffix(".py") for f in os.listdir(os.path.join(ROOT, folder)) if f.endswith(".py")
+    }
+
+
+OURS = modules("") | modules("runtime") | modules("tools")
+
+
+def imports(name):
+    """Our modules that a module imports, wherever in it."""
+    with open(os.path.join(ROOT, name.replace(".", "/") + ".py"), encoding="utf-8") as f:
         tree = ast.parse(f.read())
-    last = tree.body[-1]
+    last = tree.body[-1] if tree.body else None
     if isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'":
-        # run alone, a file shows what it is about: the tutorials may use all that there is
-        tree.body.pop()
+        tree.body.pop()  # run alone, a file shows what it is about: runtime/tutorials.py may use all there is
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module in ("runtime", "tools"):
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module)
-    return {name for name in names if name in ORDER or name.split(".")[0] in ("runtime", "tools")}
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names & OURS
+
+
+def reached(name):
+    """All that a module imports, and what that imports in turn."""
+    found, new = set(), {name}
+    while new:
+        found |= new
+        new = set().union(*map(imports, new)) - found
+    return found - {name}
 
 
 @pytest.mark.parametrize("name", ORDER)
-def test_a_file_imports_only_files_above_it(name):
-    for imported in our_imports(name.replace(".", "/") + ".py"):
-        assert not imported.startswith("tools"), f"{name} imports {imported}: the programs stand alone"
-        assert ORDER.index(imported) < ORDER.index(name), f"{name} imports {imported}, which stands below it"
+def test_a_file_needs_only_files_above_it(name):
+    """Also by way of runtime/: the root's files can be read in their order, and none in a circle."""
+    needed = reached(name)
+    assert needed & set(ORDER) <= set(ORDER[: ORDER.index(name)])
+    assert not any(module.startswith("tools") for module in needed)
+
+
+def test_no_imports_go_in_a_circle():
+    for name in OURS:
+        assert not any(name in reached(other) for other in imports(name)), name
+
+
+def test_the_root_holds_the_files_of_the_readme():
+    assert modules("") == set(ORDER)
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+        rows = [line.split("`")[1] for line in f if line.startswith("| `")]
+    assert [row.removesuffix(".py") for row in rows if row.endswith(".py")] == ORDER
 
 
 def test_the_network_knows_nothing_of_files_and_programs():
-    assert not {"weights", "data", "decode", "train"} & our_imports("model.py")
-    assert "decode" not in our_imports("train.py")
+    assert not {"weights", "data", "decode", "train"} & reached("model")
+    assert "decode" not in reached("train")
 
 
-def modules(folder):
-    return {f.removesuffix(".py") for f in os.listdir(os.path.join(ROOT, folder)) if f.endswith(".py")}
-
-
-def test_root_and_runtime_hold_nothing_else():
-    assert modules("") == {name for name in ORDER if "." not in name}
-    assert {f"runtime.{name}" for name in modules("runtime") - {"__init__"}} == set(ORDER) - modules("")
-
-
-def test_tools_are_no_longer_than_can_be_read():
-    folder = os.path.join(ROOT, "tools")
-    for name in os.listdir(folder):
-        if name.endswith(".py"):
-            with open(os.path.join(folder, name), encoding="utf-8") as f:
-                assert len(f.readlines()) <= 700, f"tools/{name} has more than 700 lines: split it by concept"
+def test_the_measures_are_kept():
+    """`python -m tools.lines` prints them all."""
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+        assert len(f.readlines()) <= 200
+    root = {path: measures(path) for path in glob.glob(os.path.join(ROOT, "*.py"))}
+    assert sum(n for n, *_ in root.values()) <= 2600
+    for path, (_, explaining, _) in root.items():
+        assert explaining >= 30, path
+    for path in glob.glob(os.path.join(ROOT, "tools", "*.py")):
+        assert measures(path)[0] <= 700, f"{path}: split it by concept"

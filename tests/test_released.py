@@ -111,7 +111,7 @@ class Authors(nn.Module):
                 self.lora[f"{n}/{part}/A"] = nn.Parameter(torch.randn(c.lora_rank, i) * 0.2)
                 self.lora[f"{n}/{part}/B"] = nn.Parameter(torch.randn(o, c.lora_rank) * 0.2)
 
-    def hear(self, audio, stage):
+    def encode(self, audio, stage):
         """One clip -> the audio embeddings (A, D)."""
         c = self.c
         mel = whisper.audio.log_mel_spectrogram(
@@ -239,9 +239,9 @@ def released(tmp_path_factory, tokenizer):
             authors = Authors(c, lora).eval()
             folder = str(tmp_path_factory.mktemp(f"released{taps}{stage}"))
             write_llada(f"{folder}/llada", authors.llada(), tokenizer)
-            ear = write_whisper(folder, authors.whisper_model, c, "pt" if taps == 8 else "safetensors")
+            encoder = write_whisper(folder, authors.whisper_model, c, "pt" if taps == 8 else "safetensors")
             torch.save(authors.trained(peft=taps == 8), f"{folder}/pytorch_model.bin")
-            made[taps, stage] = c, authors, folder, ear
+            made[taps, stage] = c, authors, folder, encoder
         return made[taps, stage]
 
     return make
@@ -259,9 +259,9 @@ def test_parity(released, tokenizer, taps, stage):
 
     And the same tokens in every mode.
     """
-    c, authors, folder, ear = released(taps, stage)
+    c, authors, folder, encoder = released(taps, stage)
     model, _ = assemble(
-        c, f"{folder}/llada", ear, f"{folder}/pytorch_model.bin", torch.device("cpu"), torch.float32, stage
+        c, f"{folder}/llada", encoder, f"{folder}/pytorch_model.bin", "cpu", torch.float32, stage
     )
     if taps == 8 and stage > 1:
         merge_lora(model)
@@ -271,17 +271,19 @@ def test_parity(released, tokenizer, taps, stage):
 
     def predict(i):
         prompt = list(prompts[i])
-        return lambda answer: authors.logits(prompt + answer, heard[i], at[i])[len(prompt) :]
+        return lambda answer: authors.logits(prompt + answer, embeddings[i], at[i])[len(prompt) :]
 
     with torch.no_grad():
         audio, is_audio = model.adapt(
             *model.encode(torch.stack(mels), torch.tensor(n_frames)), torch.tensor(n_frames), stage
         )
-        heard = [authors.hear(clip, stage) for clip in CLIPS]
+        embeddings = [authors.encode(clip, stage) for clip in CLIPS]
         first = 4 if stage == 1 else 6
-        assert [len(h) for h in heard] == is_audio.sum(1).tolist() == [first + 12, first + 112, first + 375]
+        assert (
+            [len(h) for h in embeddings] == is_audio.sum(1).tolist() == [first + 12, first + 112, first + 375]
+        )
         for i in range(3):
-            torch.testing.assert_close(audio[i][is_audio[i]], heard[i], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(audio[i][is_audio[i]], embeddings[i], atol=1e-4, rtol=1e-4)
         L = 8
         for i in range(3):
             ids = torch.tensor([list(prompts[i]) + [c.mask_id] * L])
@@ -305,9 +307,9 @@ def test_parity(released, tokenizer, taps, stage):
 
 @pytest.mark.parametrize("taps, stage", [(8, 4), (4, 1)])
 def test_gradients_of_the_sft_loss(released, tokenizer, taps, stage):
-    c, authors, folder, ear = released(taps, stage)
+    c, authors, folder, encoder = released(taps, stage)
     model, _ = assemble(
-        c, f"{folder}/llada", ear, f"{folder}/pytorch_model.bin", torch.device("cpu"), torch.float32, stage
+        c, f"{folder}/llada", encoder, f"{folder}/pytorch_model.bin", "cpu", torch.float32, stage
     )
     prompt, at = build_prompt(tokenizer, "What sound is this?")
     answer = tokenizer.encode("Rain dog.").ids + [c.eot_id, c.eos_id, c.eos_id]
@@ -318,9 +320,9 @@ def test_gradients_of_the_sft_loss(released, tokenizer, taps, stage):
     t = torch.tensor([0.6])
     for p in authors.parameters():
         p.requires_grad_(True)
-    heard = authors.hear(CLIPS[0], stage)
+    embeddings = authors.encode(CLIPS[0], stage)
     theirs = sft_loss(
-        lambda noisy, where: authors.logits(noisy[0].tolist(), heard, at)[where[0]],
+        lambda noisy, where: authors.logits(noisy[0].tolist(), embeddings, at)[where[0]],
         ids,
         is_answer,
         c.mask_id,
@@ -359,9 +361,9 @@ def test_gradients_of_the_sft_loss(released, tokenizer, taps, stage):
 
 def test_names_with_and_without_wrapping(released):
     """peft's wrapping on or off, and a full training state dict, give the same model."""
-    c, authors, folder, ear = released(8, 4)
+    c, authors, folder, encoder = released(8, 4)
     cpu = torch.device("cpu")
-    plain, _ = assemble(c, f"{folder}/llada", ear, f"{folder}/pytorch_model.bin", cpu, torch.float32, 4)
+    plain, _ = assemble(c, f"{folder}/llada", encoder, f"{folder}/pytorch_model.bin", cpu, torch.float32, 4)
     unwrapped = f"{folder}/unwrapped.bin"
     torch.save(authors.trained(peft=False), unwrapped)
     full = authors.trained() | {
@@ -373,35 +375,35 @@ def test_names_with_and_without_wrapping(released):
         full[f"llm_model.base_model.model.{wrapped}"] = value
     torch.save(full, f"{folder}/full.bin")
     for path in (unwrapped, f"{folder}/full.bin"):
-        other, _ = assemble(c, f"{folder}/llada", ear, path, cpu, torch.float32, 4)
+        other, _ = assemble(c, f"{folder}/llada", encoder, path, cpu, torch.float32, 4)
         for key, value in plain.state_dict().items():
             assert torch.equal(other.state_dict()[key], value), key
 
 
 def test_stage_1_file_with_a_random_qformer_or_none(released):
-    c, authors, folder, ear = released(8, 1)
+    c, authors, folder, encoder = released(8, 1)
     state = authors.trained()
     torch.save({k: v for k, v in state.items() if not k.startswith("acoustic")}, f"{folder}/without.bin")
     cpu = torch.device("cpu")
-    a, _ = assemble(c, f"{folder}/llada", ear, f"{folder}/pytorch_model.bin", cpu, torch.float32, 1)
-    b, _ = assemble(c, f"{folder}/llada", ear, f"{folder}/without.bin", cpu, torch.float32, 1)
+    a, _ = assemble(c, f"{folder}/llada", encoder, f"{folder}/pytorch_model.bin", cpu, torch.float32, 1)
+    b, _ = assemble(c, f"{folder}/llada", encoder, f"{folder}/without.bin", cpu, torch.float32, 1)
     assert not any("lora_" in n for n, _ in b.named_parameters())
     mel, n = log_mel(CLIPS[0], c)
 
-    def hear(m):
+    def encode(m):
         return m.adapt(*m.encode(mel[None], torch.tensor([n])), torch.tensor([n]), 1)[0]
 
-    assert torch.equal(hear(a), hear(b))
+    assert torch.equal(encode(a), encode(b))
 
 
 def test_compact_checkpoint(released, tmp_path, tokenizer):
     """--export writes adapters and LoRA alone; load finds the frozen parts, and knows them from others."""
-    c, authors, folder, ear = released(8, 4)
+    c, authors, folder, encoder = released(8, 4)
     model, _ = assemble(
-        c, f"{folder}/llada", ear, f"{folder}/pytorch_model.bin", torch.device("cpu"), torch.float32, 4
+        c, f"{folder}/llada", encoder, f"{folder}/pytorch_model.bin", torch.device("cpu"), torch.float32, 4
     )
     save(model, tokenizer, tmp_path / "compact", dtype=torch.float32)
-    parts = {"llada": f"{folder}/llada", "whisper": ear}
+    parts = {"llada": f"{folder}/llada", "whisper": encoder}
     again, _ = load(str(tmp_path / "compact"), "cpu", torch.float32, **parts)
     assert again.stage == 4
     # on another machine: no path is stored, and parts beside the checkpoint are found
@@ -424,9 +426,9 @@ def test_compact_checkpoint(released, tmp_path, tokenizer):
 
 def test_dtypes(released):
     """Encoder, adapters and LoRA in fp32, the backbone in the type asked for."""
-    c, _, folder, ear = released(8, 4)
+    c, _, folder, encoder = released(8, 4)
     model, _ = assemble(
-        c, f"{folder}/llada", ear, f"{folder}/pytorch_model.bin", torch.device("cpu"), torch.bfloat16, 4
+        c, f"{folder}/llada", encoder, f"{folder}/pytorch_model.bin", torch.device("cpu"), torch.bfloat16, 4
     )
     for name, p in model.named_parameters():
         frozen = name.startswith("backbone.") and "lora_" not in name
@@ -435,7 +437,7 @@ def test_dtypes(released):
     assert merge_lora(model).backbone.blocks[0].q_proj.weight.dtype == torch.bfloat16
     ask(
         model,
-        assemble(c, f"{folder}/llada", ear, None, torch.device("cpu"), torch.bfloat16, 4)[1],
+        assemble(c, f"{folder}/llada", encoder, None, torch.device("cpu"), torch.bfloat16, 4)[1],
         CLIPS[:1],
         ["Hm?"],
         answer_length=4,
@@ -449,14 +451,14 @@ def test_dtypes(released):
 @pytest.fixture
 def files(released, tmp_path, tokenizer):
     """A copy that a test may break, and what loading it then says."""
-    c, authors, _, ear = released(8, 4)
+    c, authors, _, encoder = released(8, 4)
     folder = str(tmp_path / "f")
     write_llada(f"{folder}/llada", authors.llada(), tokenizer)
     torch.save(authors.trained(), f"{folder}/pytorch_model.bin")
 
-    def says(llada=f"{folder}/llada", ear=ear, diffa=f"{folder}/pytorch_model.bin"):
+    def says(llada=f"{folder}/llada", encoder=encoder, diffa=f"{folder}/pytorch_model.bin"):
         with pytest.raises(UserError) as e:
-            assemble(c, llada, ear, diffa, torch.device("cpu"), torch.float32, 4)
+            assemble(c, llada, encoder, diffa, torch.device("cpu"), torch.float32, 4)
         assert "\n" not in str(e.value)
         return str(e.value)
 
@@ -560,9 +562,9 @@ def test_broken_released_files(files):
 def test_whisper_of_another_size(files, tmp_path):
     folder, says, authors, c = files
     other = Authors(dataclasses.replace(c, audio_layers=33), False)
-    assert "no place" in says(ear=write_whisper(str(tmp_path), other.whisper_model, c, "safetensors"))
+    assert "no place" in says(encoder=write_whisper(str(tmp_path), other.whisper_model, c, "safetensors"))
     torch.save({"a": torch.ones(1)}, tmp_path / "x.pt")
-    assert "openai-whisper" in says(ear=str(tmp_path / "x.pt"))
+    assert "openai-whisper" in says(encoder=str(tmp_path / "x.pt"))
 
 
 def test_command_line_without_network(tmp_path, capsys, monkeypatch):

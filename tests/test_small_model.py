@@ -1,4 +1,4 @@
-"""The shipped weights: eighty questions about clips that the project makes itself.
+"""The shipped weights: sixty questions about clips that the project makes itself.
 
 And its scores on real recordings where they are.
 """

@@ -116,7 +116,7 @@ def weights(folder):
 
 @pytest.fixture(scope="session")
 def one(toured, tmp_path_factory):
-    """Stages 0 to 4, 20 steps a part, in this process."""
+    """Stages 0 to 4, 20 steps each, in this process."""
     out = str(tmp_path_factory.mktemp("one"))
     for stage in range(5):
         assert main(arguments(toured, out, stage)) == 0
@@ -124,12 +124,21 @@ def one(toured, tmp_path_factory):
 
 
 TRAINED = {
-    0: ("backbone.",),
     1: ("semantic.", "soft_prompts"),
     2: ("semantic.", "acoustic."),
     3: ("semantic.", "acoustic.", "lora_"),
     4: ("semantic.", "acoustic.", "lora_"),
 }
+
+
+def test_stage_0_trains_the_backbone_alone(one):
+    model, _ = load(f"{one}/stage0", "cpu", torch.float32)
+    fresh = build(model.config, seed=42).state_dict()  # --seed's default
+    for name, value in model.state_dict().items():
+        if name.startswith("backbone."):
+            assert not torch.equal(value, fresh[name]), f"{name} did not train"
+        else:
+            assert torch.equal(value, fresh[name]), f"{name} changed"
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
@@ -191,7 +200,7 @@ def test_processes_begin_with_the_weights_of_the_first(tmp_path):
 
 
 def test_two_processes_train_like_one(one, toured, tmp_path_factory):
-    """The same losses and weights after 20 steps of every part of every stage, to 1e-5, under torchrun.
+    """The same losses and weights after 20 steps of every stage, to 1e-5, under torchrun.
 
     But for single weights whose gradient is nearly zero, such as a rare token's embedding or an entry of
     LoRA while B is small: AdamW makes whole steps of its rounding, and that differs from run to run.
@@ -227,16 +236,16 @@ def test_muon_takes_the_matrices_of_the_blocks(config):
     """
     model = build(config, seed=0)
     row = Stage(("acoustic.", "backbone."), 1e-3, 4, 2, muon=True)
-    chosen = freeze_all_but(model, row.trains)
-    adamw, muon = make_optimizers(chosen, row)
+    trained = freeze_all_but(model, row.trains)
+    adamw, muon = make_optimizers(trained, row)
     held = {o: [id(p) for group in o.param_groups for p in group["params"]] for o in (adamw, muon)}
-    assert sorted(held[adamw] + held[muon]) == sorted(map(id, chosen.values()))
+    assert sorted(held[adamw] + held[muon]) == sorted(map(id, trained.values()))
     assert set(held[muon]) == {
-        id(p) for n, p in chosen.items() if (".blocks." in n or "acoustic.layers." in n) and p.dim() == 2
+        id(p) for n, p in trained.items() if (".blocks." in n or "acoustic.layers." in n) and p.dim() == 2
     }
     assert all(p.dim() > 1 for group in adamw.param_groups if group["weight_decay"] for p in group["params"])
-    (name, p), *_ = [(n, p) for n, p in chosen.items() if id(p) in held[muon]]
-    for q in chosen.values():
+    (name, p), *_ = [(n, p) for n, p in trained.items() if id(p) in held[muon]]
+    for q in trained.values():
         q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
     before, (u, _, v) = p.detach().clone(), torch.linalg.svd(p.grad, full_matrices=False)
     muon.step()
@@ -245,7 +254,7 @@ def test_muon_takes_the_matrices_of_the_blocks(config):
     assert torch.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.95, name
     # 0.2 is what AdamW's updates are taken to have
     assert 0.1 * row.lr < step.pow(2).mean().sqrt() < 0.3 * row.lr
-    assert len(make_optimizers(chosen, dataclasses.replace(row, muon=False))) == 1
+    assert len(make_optimizers(trained, dataclasses.replace(row, muon=False))) == 1
 
 
 def test_paper_values_are_the_defaults():
@@ -938,15 +947,15 @@ def test_a_micro_batch_with_nothing_hidden_is_no_error(one, toured, monkeypatch)
     model, tokenizer = load(f"{one}/stage2", "cpu", torch.float32)
     example = read_manifest(f"{toured}/stage2.jsonl", 2)[0]
     row = SMALL_STAGES[2]
-    chosen = freeze_all_but(model, row.trains)
-    context = train.LossContext(model, 2, 0, row, contextlib.nullcontext, tuple(chosen.values()))
+    trained = freeze_all_but(model, row.trains)
+    context = train.LossContext(model, 2, 0, row, contextlib.nullcontext, tuple(trained.values()))
     builder = builder_for(tokenizer, model.config, row, 0)
-    monkeypatch.setattr(train, "draw_t", lambda n, generators: torch.full((n,), 1e-9))
+    monkeypatch.setattr(train, "draw_t", lambda n, *_: torch.full((n,), 1e-9))
     assert train.sft(context, builder([example], 0)).tolist() == [0.0]
-    assert all(p.grad is None for p in chosen.values())
+    assert all(p.grad is None for p in trained.values())
     monkeypatch.setattr(train, "draw_t", lambda n, generators: torch.ones(n))
     assert train.sft(context, builder([example], 0)).item() > 0 and any(
-        p.grad is not None for p in chosen.values()
+        p.grad is not None for p in trained.values()
     )
 
 
@@ -1016,9 +1025,9 @@ def test_training_by_eq_1_memorises_an_answer(toured, config, tokenizer):
         e for e in read_manifest(f"{toured}/stage0.jsonl", 0) if e.task == "sex" and len(e.answer) < 10
     ][:4]
     row = dataclasses.replace(SMALL_STAGES[0], trains=("backbone.",))
-    chosen = freeze_all_but(model, row.trains)
-    context = train.LossContext(model, 0, 0, row, contextlib.nullcontext, tuple(chosen.values()))
-    optimizer = torch.optim.AdamW(chosen.values(), lr=5e-3)
+    trained = freeze_all_but(model, row.trains)
+    context = train.LossContext(model, 0, 0, row, contextlib.nullcontext, tuple(trained.values()))
+    optimizer = torch.optim.AdamW(trained.values(), lr=5e-3)
     builder, curve = builder_for(tokenizer, config, row, 0), []
     for step in range(800):
         optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 800)
@@ -1029,15 +1038,15 @@ def test_training_by_eq_1_memorises_an_answer(toured, config, tokenizer):
     batch = builder(examples, 0)["batch"]
     with torch.no_grad():
         audio, is_audio = audio_tokens(model, batch, 0)
-        side = part_of(batch)
+        text = part_of(batch)
         for n, e in enumerate(examples):
-            prompt = side["ids"][n][side["valid"][n] & ~side["is_answer"][n]].tolist()
+            prompt = text["ids"][n][text["valid"][n] & ~text["is_answer"][n]].tolist()
             ids, _ = generate(
                 model,
                 [prompt],
                 audio[n : n + 1],
                 is_audio[n : n + 1],
-                [int(side["audio_at"][n])],
+                [int(text["audio_at"][n])],
                 answer_length=32,
                 steps=32,
             )
@@ -1089,6 +1098,14 @@ def test_dry_run_trains_nothing(one, toured, tmp_path, capsys):
     assert f"{2 * -(-drawn // SMALL_STAGES[2].batch)} of {SMALL_STAGES[2].batch}" in out
     assert "3 processes" in out and "read 3 examples" in out and "text.ids" in out
     assert not os.path.exists(tmp_path / "out")
+
+
+def test_dry_run_refuses_what_the_run_would(toured, tmp_path, capsys, monkeypatch):
+    """Where the stage before has left nothing, a plan that says "fine" would be found wrong days later."""
+    monkeypatch.chdir(tmp_path)
+    for given in ([], ["--dry-run"]):
+        assert main(["--model", "tiny", "--stage", "2", "--data", f"{toured}/stage2.jsonl", *given]) == 2
+        assert "out/tiny/stage1: no checkpoint to start from" in capsys.readouterr().err
 
 
 def test_memory_grows_with_the_length_even_past_the_width(config):

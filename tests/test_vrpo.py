@@ -38,13 +38,13 @@ class Net(nn.Module):
 
 def pair(B=3, L=5, vocab=4, seed=0):
     g = torch.Generator().manual_seed(seed)
-    ids = {side: torch.randint(vocab, (B, L), generator=g) for side in ("chosen", "rejected")}
+    ids = {text: torch.randint(vocab, (B, L), generator=g) for text in ("chosen", "rejected")}
     return ids, torch.ones(B, L, dtype=torch.bool)
 
 
 def margins_of(net, other, ids, masks):
-    def s(model, side):
-        return score(model, ids[side], masks[side], net.mask_id)
+    def s(model, text):
+        return score(model, ids[text], masks[text], net.mask_id)
 
     return margin(s(net, "chosen"), s(net, "rejected"), s(other, "chosen"), s(other, "rejected"))
 
@@ -63,7 +63,7 @@ def test_margin_is_zero_when_policy_is_reference():
 
 
 @pytest.mark.parametrize("n", [1, 4])
-def test_pushing_sample_by_sample_is_the_plain_gradient(n):
+def test_backward_per_sample_is_the_plain_gradient(n):
     policy, reference, (ids, is_answer) = Net(seed=0).double(), Net(seed=1).double(), pair()
     masks = draw_pair_masks(is_answer, is_answer, n, torch.Generator().manual_seed(2))
     plain = vrpo_loss(margins_of(policy, reference, ids, masks)).sum()
@@ -72,7 +72,7 @@ def test_pushing_sample_by_sample_is_the_plain_gradient(n):
     policy.zero_grad()
     with torch.no_grad():
         m = margins_of(policy, reference, ids, masks)
-    backward_per_sample(lambda side, j: score(policy, ids[side], masks[side], policy.mask_id, j), n, m)
+    backward_per_sample(lambda text, j: score(policy, ids[text], masks[text], policy.mask_id, j), n, m)
     for p, e in zip(policy.parameters(), expected, strict=True):
         assert torch.allclose(p.grad, e, atol=1e-6), (p.grad - e).abs().max()  # cross-entropy is fp32
     assert max(e.abs().max() for e in expected) > 1e-3
@@ -109,19 +109,19 @@ def test_memory_does_not_grow_with_the_number_of_samples():
     net, (ids, is_answer) = Net(), pair()
     peaks, plain = [], []
 
-    def push(n, masks):
-        def sample(side, j):
-            return score(net, ids[side], masks[side], net.mask_id, j)
+    def one_by_one(n, masks):
+        def sample(text, j):
+            return score(net, ids[text], masks[text], net.mask_id, j)
 
         backward_per_sample(sample, n, torch.zeros(3))
 
-    def push_at_once(masks):
+    def all_at_once(masks):
         vrpo_loss(margins_of(net, net, ids, masks)).sum().backward()
 
     for n in (2, 8):
         masks = draw_pair_masks(is_answer, is_answer, n, torch.Generator().manual_seed(3))
-        peaks.append(live_bytes_at_most(functools.partial(push, n, masks)))
-        plain.append(live_bytes_at_most(functools.partial(push_at_once, masks)))
+        peaks.append(live_bytes_at_most(functools.partial(one_by_one, n, masks)))
+        plain.append(live_bytes_at_most(functools.partial(all_at_once, masks)))
     # a sample with all tokens masked keeps a little more than one with few
     assert peaks[1] < 1.3 * peaks[0] and plain[1] > 3.5 * plain[0]
 
@@ -181,13 +181,13 @@ def test_chosen_gains_on_rejected():
     for _ in range(40):
         masks = draw_pair_masks(is_answer, is_answer, SAMPLES, g)
         with torch.no_grad():
-            mine = {side: score(net, ids[side], masks[side], net.mask_id) for side in ids}
+            mine = {text: score(net, ids[text], masks[text], net.mask_id) for text in ids}
             with swapped(net.parameters(), reference):
-                old = {side: score(net, ids[side], masks[side], net.mask_id) for side in ids}
+                old = {text: score(net, ids[text], masks[text], net.mask_id) for text in ids}
         m = margin(mine["chosen"], mine["rejected"], old["chosen"], old["rejected"])
 
-        def sample(side, j, masks=masks):
-            return score(net, ids[side], masks[side], net.mask_id, j)
+        def sample(text, j, masks=masks):
+            return score(net, ids[text], masks[text], net.mask_id, j)
 
         optimizer.zero_grad()
         backward_per_sample(sample, SAMPLES, m)
@@ -202,8 +202,8 @@ def pairs(toured, config, tokenizer):
 
 
 def test_scored_are_the_response_and_its_first_end_mark(pairs, config):
-    side = part_of(pairs["batch"], "rejected")
-    for ids, is_answer, valid in zip(side["ids"], side["is_answer"], side["valid"], strict=True):
+    text = part_of(pairs["batch"], "rejected")
+    for ids, is_answer, valid in zip(text["ids"], text["is_answer"], text["valid"], strict=True):
         scored = ids[is_answer].tolist()
         assert (
             scored[-1] == config.eos_id and scored[-2] == config.eot_id and config.eos_id not in scored[:-1]
@@ -218,8 +218,8 @@ def test_whole_model_step_is_the_plain_formula(pairs, config):
     """
     model = build(config, seed=0)
     model.add_lora()
-    chosen = freeze_all_but(model, ("semantic.", "acoustic.", "lora"))
-    reference = tuple(p.detach().clone() for p in chosen.values())
+    trained = freeze_all_but(model, ("semantic.", "acoustic.", "lora"))
+    reference = tuple(p.detach().clone() for p in trained.values())
     model.eval()
     row = Stage((), 1.0, 3, 0, loss=VRPO)
     context = LossContext(
@@ -228,30 +228,30 @@ def test_whole_model_step_is_the_plain_formula(pairs, config):
         0,
         row,
         functools.partial(torch.autocast, "cpu", enabled=False),
-        tuple(chosen.values()),
+        tuple(trained.values()),
         reference,
     )
     start = vrpo(context, pairs)
     assert torch.equal(start, torch.full((3,), math.log(2)))  # margin exactly 0, in fp32
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in chosen.values():
+        for p in trained.values():
             p.grad = None
             p.add_(0.05 * torch.randn(p.shape, generator=g))
     loss = vrpo(context, pairs)
-    got = {n: p.grad.clone() for n, p in chosen.items()}
+    got = {n: p.grad.clone() for n, p in trained.items()}
     model.zero_grad()
 
-    batch, sides = pairs["batch"], {name: part_of(pairs["batch"], name) for name in ("chosen", "rejected")}
+    batch, texts = pairs["batch"], {name: part_of(pairs["batch"], name) for name in ("chosen", "rejected")}
     masks = draw_pair_masks(
-        *(sides[n]["is_answer"] for n in sides),
+        *(texts[n]["is_answer"] for n in texts),
         SAMPLES,
         [generator_for(0, 0, i, stream=1) for i in pairs["ids"]],
     )
 
     def both():
         audio, is_audio = model.adapt(*model.encode(batch["mel"], batch["n_frames"]), batch["n_frames"], 4)
-        for n, s in sides.items():
+        for n, s in texts.items():
             yield elbo(
                 lambda noisy, where, s=s: model(noisy, s["valid"], where, audio, is_audio, s["audio_at"]),
                 s["ids"],
@@ -259,13 +259,13 @@ def test_whole_model_step_is_the_plain_formula(pairs, config):
                 config.mask_id,
             )
 
-    with torch.no_grad(), swapped(chosen.values(), reference):
+    with torch.no_grad(), swapped(trained.values(), reference):
         old = list(both())
     plain = vrpo_loss(margin(*both(), *old), BETA)
     plain.sum().backward()
     assert torch.allclose(loss, plain, atol=1e-6) and not torch.allclose(loss, start, atol=1e-3)
-    biggest = max(p.grad.abs().max() for p in chosen.values())
-    for n, p in chosen.items():
+    biggest = max(p.grad.abs().max() for p in trained.values())
+    for n, p in trained.items():
         assert (p.grad - got[n]).abs().max() < 1e-5 * max(1, biggest), n
 
 

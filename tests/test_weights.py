@@ -31,7 +31,7 @@ from weights import (
 
 SHIPPED = os.path.join(os.path.dirname(weights.__file__), "assets", TINY_ENCODER)
 CPU = torch.device("cpu")
-EAR = {  # Config of tiny.en's encoder, every state tapped, whatever else the preset says
+ENCODER = {  # Config of tiny.en's encoder, every state tapped, whatever else the preset says
     "n_mels": 80,
     "audio_width": 384,
     "audio_heads": 6,
@@ -106,7 +106,7 @@ def written(path, variables, version=6, kind="WhisperSpec", dtypes=None):
 
 
 @pytest.fixture
-def ear():
+def encoder():
     """A random encoder of the small preset, as {"encoder....": tensor}."""
     model = build(SMALL, seed=3)
     g = torch.Generator().manual_seed(0)
@@ -122,8 +122,8 @@ def says(call, *args):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_ctranslate2_round_trip(ear, tmp_path, dtype):
-    state = {k: v.to(dtype) for k, v in ear.items()}
+def test_ctranslate2_round_trip(encoder, tmp_path, dtype):
+    state = {k: v.to(dtype) for k, v in encoder.items()}
     found = read_encoder(written(tmp_path / "model.bin", ctranslate2_variables(state, 100)))
     assert found.keys() == state.keys()
     for key, value in state.items():
@@ -143,7 +143,7 @@ def test_ctranslate2_cut_anywhere(tmp_path):
     assert "1 bytes follow" in says(read_encoder, str(tmp_path / "cut.bin"))
 
 
-def test_ctranslate2_other_files(tmp_path, ear):
+def test_ctranslate2_other_files(tmp_path, encoder):
     one, path = {"encoder/conv1/weight": torch.ones(2, 2)}, tmp_path / "model.bin"
     assert "'TransformerSpec'" in says(read_encoder, written(path, one, kind="TransformerSpec"))
     assert "not version 6" in says(read_encoder, written(path, one, version=5))
@@ -155,15 +155,15 @@ def test_ctranslate2_other_files(tmp_path, ear):
     torch.save({"a": torch.ones(1)}, path)
     assert "not version 6" in says(read_encoder, str(path))
     for name, changed in (("bias", torch.ones(48)), ("weight", torch.ones(47, 16))):
-        variables = ctranslate2_variables(ear, 100)
+        variables = ctranslate2_variables(encoder, 100)
         variables[f"encoder/layer_0/self_attention/linear_0/{name}"] = changed
         wrong = "bias for the keys" if name == "bias" else "q, k and v"
         assert wrong in says(read_encoder, written(path, variables))
     # a name that no Whisper has is found by the strict loading that follows
     for extra in ("encoder/strange", "encoder/layer_0/ffn/linear_9/weight"):
-        written(path, ctranslate2_variables(ear, 100) | {extra: torch.ones(2)})
+        written(path, ctranslate2_variables(encoder, 100) | {extra: torch.ones(2)})
         assert "no place" in says(load_whisper, build(SMALL), str(path), CPU)
-    variables = ctranslate2_variables(ear, 100)
+    variables = ctranslate2_variables(encoder, 100)
     del variables["encoder/layer_1/ffn/linear_1/bias"]
     message = says(load_whisper, build(SMALL), written(path, variables), CPU)
     assert "encoder.blocks.1.mlp.2.bias is missing" in message
@@ -182,23 +182,23 @@ def transformers_names(state):
     return {key: state[whisper_name(key)] for key in theirs if whisper_name(key) is not None}
 
 
-def test_three_formats_give_equal_tensors(ear, tmp_path):
+def test_three_formats_give_equal_tensors(encoder, tmp_path):
     positions = {"encoder.positional_embedding": torch.zeros(1500, 16), "decoder.ln.weight": torch.ones(3)}
-    torch.save({"dims": {}, "model_state_dict": ear | positions}, tmp_path / "small.pt")
+    torch.save({"dims": {}, "model_state_dict": encoder | positions}, tmp_path / "small.pt")
     os.makedirs(tmp_path / "hub")
-    renamed = {f"model.encoder.{k}": v for k, v in transformers_names(ear).items()}
+    renamed = {f"model.encoder.{k}": v for k, v in transformers_names(encoder).items()}
     renamed["model.encoder.embed_positions.weight"] = torch.zeros(1500, 16)
     renamed["model.decoder.x"] = torch.ones(3)
     save_file(renamed, tmp_path / "hub" / "model.safetensors")
     os.makedirs(tmp_path / "faster")
-    written(tmp_path / "faster" / "model.bin", ctranslate2_variables(ear, 100))
+    written(tmp_path / "faster" / "model.bin", ctranslate2_variables(encoder, 100))
     os.makedirs(tmp_path / "ours")
-    save_file(ear, tmp_path / "ours" / "encoder.safetensors")
+    save_file(encoder, tmp_path / "ours" / "encoder.safetensors")
     for path in ("small.pt", "hub", "hub/model.safetensors", "faster", "faster/model.bin", "ours"):
         model = build(SMALL, seed=1)
         before = model.encoder.positional_embedding
         load_whisper(model, str(tmp_path / path), CPU)
-        for key, value in ear.items():
+        for key, value in encoder.items():
             assert torch.equal(model.state_dict()[key], value), (path, key)
         assert torch.equal(model.encoder.positional_embedding, before)
     os.makedirs(tmp_path / "empty")
@@ -213,7 +213,7 @@ def test_three_formats_give_equal_tensors(ear, tmp_path):
 @pytest.fixture(scope="module")
 def tiny():
     """Our encoder with the shipped weights and a window of 10 s; a random mel, its taps and final states."""
-    config = dataclasses.replace(PRESETS["tiny"], **EAR)
+    config = dataclasses.replace(PRESETS["tiny"], **ENCODER)
     with torch.device("meta"):
         model = DIFFA2(config)
     load_whisper(model, SHIPPED, CPU)
@@ -362,7 +362,7 @@ def test_unusable_checkpoints_are_named(tmp_path, small_folder):
 @pytest.fixture
 def without_encoder(config, tokenizer, tmp_path):
     """A small model with tiny.en's encoder, saved; its checkpoint's folder."""
-    model = build(dataclasses.replace(config, **EAR), seed=0)
+    model = build(dataclasses.replace(config, **ENCODER), seed=0)
     load_tiny_encoder(model)
     model.stage = 3
     model.add_lora()

@@ -13,13 +13,24 @@ import time
 import numpy as np
 import torch
 
+import decode
 from adapters import merge_lora
 from data import load_audio, read_manifest, window_seconds
 from decode import ask, choose, generate, generate_ar, schedule
 from model import DIFFA2, Cache
 from tools.benchmarks import is_transcript, read_exact, read_mmsu, score_exact, score_mmsu, wilson
 from tools.figures import new_figure, save_figure
-from tools.measure import SIZES, Laps, Peak, anonymous_bytes, bandwidth, clock, everywhere, machine, spread
+from tools.measure import (
+    SIZES,
+    Laps,
+    Peak,
+    anonymous_bytes,
+    bandwidth,
+    everywhere,
+    machine,
+    seconds_of,
+    spread,
+)
 from weights import load
 
 SECONDS = 30  # of audio in the measurements of speed
@@ -43,14 +54,14 @@ def naive_generate(model, prompt, audio, is_audio, audio_at, answer_length, bloc
     c, P = model.config, len(prompt)
     ids = torch.tensor([list(prompt) + [c.mask_id] * answer_length], device=audio.device)
     valid, at = torch.ones_like(ids, dtype=torch.bool), torch.tensor([audio_at], device=audio.device)
-    side = {"valid": valid, "audio_at": at}
+    fields = {"valid": valid, "audio_at": at}
     if is_audio is None:
         is_audio = torch.ones(audio.shape[:2], dtype=torch.bool, device=audio.device)
     done = 0
     for first in range(P, P + answer_length, block):
         for keep in schedule(block, steps * block // answer_length):
             with torch.no_grad():
-                logits, order = everywhere(model, ids, side, audio, is_audio)
+                logits, order = everywhere(model, ids, fields, audio, is_audio)
             logits[..., c.mask_id] = float("-inf")
             confidence, token = logits.double().softmax(-1).max(-1)
             is_text = order < ids.size(1)
@@ -69,14 +80,6 @@ def clips_of(asked, model):
     """The clips of examples or questions, as far as the model's window reaches."""
     limit = window_seconds(model.config)
     return [load_audio(x.audio, x.offset, x.duration, limit)[0] for x in asked]
-
-
-def ask_all(model, tokenizer, clips, prompts, batch, **options):
-    """`ask` in batches of this size."""
-    answers = []
-    for i in range(0, len(clips), batch):
-        answers += ask(model, tokenizer, clips[i : i + batch], prompts[i : i + batch], **options)
-    return answers
 
 
 def kept_tokens(model, tokenizer, examples, block):
@@ -116,16 +119,34 @@ def autoregressive(model, inputs):
         return generate_ar(model, *inputs, answer_length=16)
 
 
-def ways(model, inputs, replay):
+@contextlib.contextmanager
+def replayed(counts):
+    """For a while, call i of a block keeps counts[i] tokens: random weights are never confident."""
+    rule = decode.count_to_keep
+    decode.count_to_keep = lambda confidence, options, step: torch.full((1,), counts[step]).to(
+        confidence.device
+    )
+    try:
+        yield
+    finally:
+        decode.count_to_keep = rule
+
+
+def replay(work, counts, **options):
+    with replayed(counts):
+        return work(**options)
+
+
+def ways(model, inputs, counts):
     """What is timed: name -> network calls, tokens, work."""
     short = functools.partial(generate, model, *inputs, answer_length=16, block=16)
     long = functools.partial(generate, model, *inputs, answer_length=128, block=32, cache="dual")
-    r16, r32 = replay[16], replay[32]
+    r16, r32 = counts[16], counts[32]
     return {
         "exact, 16 steps": (16, 16, lambda: short(steps=16)),
         "prefix cache, 16 steps": (16, 16, lambda: short(steps=16, cache="prefix")),
-        f"prefix cache, factor, replayed {r16}": (len(r16), 16, lambda: short(steps=r16, cache="prefix")),
-        f"dual cache, 128 tokens, replayed {r32} x 4": (4 * len(r32), 128, lambda: long(steps=r32)),
+        f"prefix cache, factor, replayed {r16}": (len(r16), 16, lambda: replay(short, r16, cache="prefix")),
+        f"dual cache, 128 tokens, replayed {r32} x 4": (4 * len(r32), 128, lambda: replay(long, r32)),
         "autoregressive baseline, 16 tokens": (16, 16, lambda: autoregressive(model, inputs)),
     }
 
@@ -137,7 +158,7 @@ def measured(work, device):
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if on_gpu else anonymous_bytes()
     with Peak() as peak:
-        seconds = clock(work, device)
+        seconds = seconds_of(work, device)
     most = torch.cuda.max_memory_allocated() if on_gpu else peak.bytes
     return seconds, most - before
 
@@ -264,7 +285,7 @@ def parts_of_a_call(model, audio, device):
         found[kind] = {}
         for name, part in parts.items():
             part()
-            found[kind][name] = statistics.median(clock(part, device) for _ in range(3))
+            found[kind][name] = statistics.median(seconds_of(part, device) for _ in range(3))
     return found
 
 
@@ -318,7 +339,7 @@ def accuracy_bench(args):
             for variant in variants:
                 options = {"answer_length": 16, "block": 16} | variant
                 start = time.perf_counter()
-                answers = ask_all(model, tokenizer, clips, prompts, args.batch, **options)
+                answers = ask(model, tokenizer, clips, prompts, batch=args.batch, **options)
                 took = time.perf_counter() - start
                 n = len(answers)
                 right = sum(score(q, a.text)["right"] for q, a in zip(questions, answers, strict=True))
@@ -334,8 +355,9 @@ def accuracy_bench(args):
     clips, prompts = clips_of(questions, model), [q.prompt for q in questions]
     rates = []
     for size in (1, 4, 16, 64):
-        work = functools.partial(ask_all, model, tokenizer, clips, prompts, size, answer_length=16, block=16)
-        rates.append(f"batch {size}: {len(clips) / clock(work, 'cpu'):.1f}")
+        options = {"answer_length": 16, "block": 16, "batch": size}
+        work = functools.partial(ask, model, tokenizer, clips, prompts, **options)
+        rates.append(f"batch {size}: {len(clips) / seconds_of(work, 'cpu'):.1f}")
     print("\nclips a second, from samples to text, factor 1: " + ", ".join(rates))
     return points
 

@@ -12,7 +12,7 @@ import torch.nn as nn
 
 from runtime.errors import UserError
 from runtime.int8 import Int8Linear
-from tools.measure import clock, machine, spread
+from tools.measure import machine, seconds_of, spread
 
 MATRICES, ROWS = 8, (1, 16, 128, 480)  # 16: an answer beside a cache; 480: a whole row with its audio
 
@@ -22,7 +22,7 @@ def milliseconds(layers, x, repeats):
     for layer in layers:
         layer(x)
     turns = itertools.islice(itertools.cycle(layers), repeats)
-    return [1000 * clock(functools.partial(layer, x), x.device) for layer in turns]
+    return [1000 * seconds_of(functools.partial(layer, x), x.device) for layer in turns]
 
 
 @torch.no_grad()

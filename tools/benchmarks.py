@@ -38,7 +38,7 @@ class Question:
     duration: float | None = None
 
 
-def need(entry, where, benchmark, *fields):
+def fields_of(entry, where, benchmark, *fields):
     """The entry's fields; says which benchmark the file looks like when they are not there."""
     if not isinstance(entry, dict):
         raise UserError(f"{where}: not a JSON object")
@@ -77,7 +77,7 @@ LOOKS = {  # benchmark -> fields by which its question file is known
 def read_mmsu(path, root):
     for where, e in read_entries(path):
         fields = ("id", "audio_path", "question", "answer_gt", "category", "choice_a")
-        id_, audio, question, answer, category, first = need(e, where, "mmsu", *fields)
+        id_, audio, question, answer, category, first = fields_of(e, where, "mmsu", *fields)
         others = [k for k in ("choice_b", "choice_c", "choice_d") if k in e]
         choices = (first, *(read_field(e, k, where) for k in others))
         skill = read_field(e, "sub-sub-category", where, "-")
@@ -91,7 +91,7 @@ def read_mmsu(path, root):
 def read_mmau(path, root):
     for where, e in read_entries(path):
         fields = ("id", "audio_id", "question", "choices", "answer", "task")
-        id_, audio, question, choices, answer, task = need(e, where, "mmau", *fields)
+        id_, audio, question, choices, answer, task = fields_of(e, where, "mmau", *fields)
         beside = tuple((k, read_field(e, k, where, "-")) for k in ("difficulty", "sub-category"))
         groups, prompt = (("task", task), *beside), mmau_prompt(question, choices)
         yield Question(id_, os.path.join(root, audio), prompt, answer, choices, groups, e)
@@ -100,7 +100,7 @@ def read_mmau(path, root):
 def read_mmar(path, root):
     for where, e in read_entries(path):
         fields = ("id", "audio_path", "question", "choices", "answer", "modality")
-        id_, audio, question, choices, answer, modality = need(e, where, "mmar", *fields)
+        id_, audio, question, choices, answer, modality = fields_of(e, where, "mmar", *fields)
         groups = (("modality", modality), ("category", read_field(e, "category", where, "-")))
         prompt = mmau_prompt(question, choices)
         yield Question(id_, os.path.join(root, audio), prompt, answer, choices, groups, e)
@@ -112,7 +112,7 @@ def read_voicebench(path, root):
     Fields: prompt, audio_path, and reference, output or the like.
     """
     for n, (where, e) in enumerate(read_entries(path)):
-        audio, _ = need(e, where, "voicebench", "audio_path", "prompt")
+        audio, _ = fields_of(e, where, "voicebench", "audio_path", "prompt")
         answer = read_field(e, "reference" if "reference" in e else "output", where, "")
         prompt = "Answer what is said in the audio."
         yield Question(read_field(e, "id", where, n), os.path.join(root, audio), prompt, answer, entry=e)
@@ -141,7 +141,7 @@ def with_audio(path, stage=None):
 
 
 def read_asr(path, root):
-    """Kaldi's folder (wav.scp and text), or a manifest in any of data.py's formats."""
+    """Kaldi's folder (wav.scp and text), or a manifest in any of the formats of data.read_manifest."""
     if os.path.isdir(path):
         for name in ("text", "wav.scp"):
             if not os.path.isfile(os.path.join(path, name)):

@@ -61,7 +61,7 @@ def subset_of(path):
     return os.path.splitext(os.path.basename(path))[0]
 
 
-def settings_of(args):
+def answer_settings(args):
     """Everything that decides an answer; a file of answers keeps to one of these."""
     length, block, steps = BENCHMARKS[args.benchmark].decoding
     if args.benchmark == "voicebench":
@@ -338,7 +338,7 @@ def judge(questions, lines, endpoint, times=1):
         line = lines[q.id]
         if "judged" not in line:
             found = [
-                endpoint.ask(JUDGE, f"User: {q.entry['prompt']}\n\nAssistant: {line['answer']}", read)
+                endpoint.complete(JUDGE, f"User: {q.entry['prompt']}\n\nAssistant: {line['answer']}", read)
                 for _ in range(times)
             ]
             found = [x for x in found if x is not None]
@@ -560,7 +560,7 @@ def run(args):
     bench, subset = BENCHMARKS[args.benchmark], subset_of(args.file)
     if not os.path.exists(args.file):
         raise UserError(f"{args.file}: no such file")
-    settings = settings_of(args)
+    settings = answer_settings(args)
     questions = read_questions(args)
     is_voicebench = args.benchmark == "voicebench"
     if args.judge and not is_voicebench:

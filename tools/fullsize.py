@@ -24,6 +24,7 @@ from data import SAMPLE_RATE
 from decode import ask
 from model import DIFFA2, PRESETS, SPECIAL_TOKENS
 from runtime.errors import UserError
+from runtime.files import write_file
 from runtime.names import released_name
 from tools.measure import Laps, Peak
 from weights import load
@@ -75,11 +76,6 @@ def write_fullsize(folder, config):
         if name.startswith("backbone.") and "lora_" not in name:
             backbone[name.removeprefix("backbone.")] = shape
 
-    def written(name, write):
-        path = f"{folder}/{name}"
-        write(path + ".tmp")
-        os.replace(path + ".tmp", path)
-
     per_shard, where = -(-len(backbone) // SHARDS), {}
     for i in range(SHARDS):
         name = f"model-{i + 1:05}-of-{SHARDS:05}.safetensors"
@@ -88,7 +84,7 @@ def write_fullsize(folder, config):
             is_norm = len(shape) == 1
             tensor = torch.ones(shape, dtype=half.dtype) if is_norm else random_tensor(shape, half, rng)
             tensors[f"model.transformer.{key}"] = tensor
-        written(f"llada/{name}", functools.partial(save_file, tensors))
+        write_file(f"{folder}/llada/{name}", functools.partial(save_file, tensors))
         where |= dict.fromkeys(tensors, name)
     size = sum(int(np.prod(s)) * 2 for s in backbone.values())
     assert size == LLADA_BYTES, size
@@ -97,13 +93,14 @@ def write_fullsize(folder, config):
         with open(f"{folder}/llada/{name}", "w") as f:
             json.dump(content, f)
     full_tokenizer(config).save(f"{folder}/llada/tokenizer.json")
-    ear = {k: random_tensor(s, pool, rng).half() for k, s in shapes.items() if k.startswith("encoder.")}
-    written("large-v3.pt", functools.partial(torch.save, {"dims": {}, "model_state_dict": ear}))
+    encoder = {k: random_tensor(s, pool, rng).half() for k, s in shapes.items() if k.startswith("encoder.")}
+    whisper = {"dims": {}, "model_state_dict": encoder}
+    write_file(f"{folder}/large-v3.pt", functools.partial(torch.save, whisper))
     trained = {}
     for key, name in released_keys(config):
         shape = (1, *shapes[name][1:]) if name == "acoustic.queries" else shapes[name]
         trained[key] = random_tensor(shape, pool, rng)
-    written("pytorch_model.bin", functools.partial(torch.save, trained))
+    write_file(f"{folder}/pytorch_model.bin", functools.partial(torch.save, trained))
 
 
 def released_keys(config):

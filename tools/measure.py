@@ -1,4 +1,4 @@
-"""What the measurements share: sizes of models, a clock, the peak of memory, the naive forward pass."""
+"""What the measurements share: sizes of models, a seconds_of, the peak of memory, the naive forward pass."""
 
 import statistics
 import threading
@@ -86,11 +86,11 @@ def bandwidth(device, n=1 << 28, times=5):
     """Bytes a second at which this machine reads a gigabyte of memory: the best of `times` sums."""
     x, best = torch.ones(n, device=device), float("inf")
     for _ in range(times):
-        best = min(best, clock(lambda: x.sum(), device))
+        best = min(best, seconds_of(lambda: x.sum(), device))
     return x.nbytes / best
 
 
-def clock(work, device):
+def seconds_of(work, device):
     """Seconds that work() takes, its kernels included."""
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     wait()

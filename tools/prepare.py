@@ -28,7 +28,7 @@ from runtime.files import check_out
 from runtime.manifests import read_entries
 from tools.checks import check_text
 from tools.corpora import CORPORA, read_corpus
-from tools.questions import ask, choices_in, make_folder, seconds_of, write_lines
+from tools.questions import choices_in, make_folder, question_lines, seconds_of, write_lines
 from tools.speech import choose_engine, speak_questions, speak_sentences
 from tools.spoken_questions import TEXTS
 from tools.toy import demo, toy
@@ -354,7 +354,8 @@ def run_corpus(args):
     clips = read_corpus(args.command, args.source)
     if args.split != "all":
         clips = [clip for clip in clips if clip.is_test == (args.split == "test")]
-    print(f"{args.out}: {write_lines(ask(clips, random.Random(args.seed), args.out), args.out)} lines")
+    lines = question_lines(clips, random.Random(args.seed), args.out)
+    print(f"{args.out}: {write_lines(lines, args.out)} lines")
 
 
 def run(args):

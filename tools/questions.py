@@ -10,14 +10,16 @@ import functools
 import json
 import os
 import re
+import tempfile
 from array import array
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
 import soundfile
 
 from runtime.errors import UserError
-from runtime.files import check_out
+from runtime.files import write_file
 from runtime.manifests import ASR_QUESTION
 from tools.corpora import DIGITS
 from tools.prompts import LETTERS, capital, format_choices, mmau_prompt, mmsu_prompt
@@ -357,7 +359,7 @@ def question_line(clip, rng, out, tasks=None, sentences=0.12):
     return line_of(clip, task, question, word(fact), out)
 
 
-def ask(clips, rng, out, tasks=None, repeat=1):
+def question_lines(clips, rng, out, tasks=None, repeat=1):
     """What each clip's corpus itself asks, and `repeat` questions of `tasks` that the clip allows."""
     for clip in clips:
         for question, answer in clip.qa:
@@ -508,44 +510,30 @@ def line_of(clip, task, question, answer, out):
 
 
 def write_lines(lines, out, rng=None):
-    """Writes a manifest under a temporary name and renames it.  Returns the number of lines.
+    """Writes a manifest, whole or not at all.  Returns the number of lines.
 
     rng: shuffles the lines on the disk; only their places are held in memory.
     """
-    check_out(out)
-    temporary, shuffled, starts = out + ".tmp", out + ".shuffled.tmp", array("Q")
-    try:
-        make_folder(os.path.dirname(os.path.abspath(out)))
-        with open(temporary, "wb") as f:
+    starts = array("Q")
+
+    def write(path):
+        with open(path, "wb") as f, tempfile.TemporaryFile(dir=os.path.dirname(path) or ".") as in_order:
+            first = f if rng is None else in_order
             for line in lines:
-                starts.append(f.tell())
-                f.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-        if rng is not None:
-            rng.shuffle(starts)
-            with open(temporary, "rb") as source, open(shuffled, "wb") as f:
+                starts.append(first.tell())
+                first.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            if rng is not None:
+                rng.shuffle(starts)
                 for start in starts:
-                    source.seek(start)
-                    f.write(source.readline())
-            os.replace(shuffled, temporary)
-        os.replace(temporary, out)
-    except OSError as e:
-        raise UserError(f"{out}: cannot be written ({e.strerror})") from None
-    finally:
-        for path in (temporary, shuffled):
-            if os.path.exists(path):
-                os.remove(path)
+                    in_order.seek(start)
+                    f.write(in_order.readline())
+
+    write_file(out, write)
     return len(starts)
 
 
 def write_text(text, out):
-    """One file under a temporary name, renamed."""
-    check_out(out)
-    try:
-        with open(out + ".tmp", "w", encoding="utf-8") as f:
-            f.write(text)
-        os.replace(out + ".tmp", out)
-    except OSError as e:
-        raise UserError(f"{out}: cannot be written ({e.strerror})") from None
+    write_file(out, lambda path: Path(path).write_text(text, "utf-8"))
 
 
 def make_folder(path):

@@ -30,7 +30,6 @@ from tools.prompts import LETTERS, mmau_prompt, mmsu_prompt
 from tools.questions import (
     CHOICE_TASKS,
     TASKS,
-    ask,
     askable,
     choice_line,
     choices_in,
@@ -40,6 +39,7 @@ from tools.questions import (
     multiple_choice,
     preference_line,
     question_line,
+    question_lines,
     write_lines,
     write_text,
 )
@@ -187,16 +187,16 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
         return (choice_line(clip, r, here, labels) for clip in some_clips)
 
     def transcripts(r):
-        yield from ask(composed, r, here, ["asr"])
-        yield from ask(sentences, r, here, ["asr"])
+        yield from question_lines(composed, r, here, ["asr"])
+        yield from question_lines(sentences, r, here, ["asr"])
         yield from (question_line(c, r, here, ["asr"]) for c, _ in singles(0.2, r))
 
     def about_clips(share, r):
-        yield from ask(composed, r, here)
-        yield from ask(made["train"]["mixtures"], r, here, ["background"])
+        yield from question_lines(composed, r, here)
+        yield from question_lines(made["train"]["mixtures"], r, here, ["background"])
         yield from questions(singles(share, r), r)
-        yield from ask(spoken_questions, r, here, ["asr"])
-        yield from ask(sentences, r, here)
+        yield from question_lines(spoken_questions, r, here, ["asr"])
+        yield from question_lines(sentences, r, here)
 
     def by_choice(share, r):
         yield from choices((c for c, _ in singles(share, r)), r)

@@ -25,7 +25,7 @@ DEMOS = (("seven", "seven", "en-us+m3"), ("digits", "four, nine, two", "en-us+f2
 PARTIALS = ((1, 1.5), (2.76, 3), (5.4, 5))  # of a bell: frequency over the lowest one's, decay a second
 
 
-def smooth(samples, width):
+def moving_average(samples, width):
     return np.convolve(samples, np.ones(width) / width, "same")
 
 
@@ -58,13 +58,13 @@ def synthesize(kind, rng):
     t, noise = np.arange(n) / SAMPLE_RATE, generator.standard_normal(n)
     pitch, first = rng.uniform(0.8, 1.25), rng.uniform(0, 0.2)
     if kind == "rain":
-        return noise - smooth(noise, 3)
+        return noise - moving_average(noise, 3)
     if kind == "sea waves":
-        return smooth(noise, 12) * (1 + 0.9 * np.sin(np.pi * pitch * t + rng.uniform(0, 6)))
+        return moving_average(noise, 12) * (1 + 0.9 * np.sin(np.pi * pitch * t + rng.uniform(0, 6)))
     if kind == "clock tick":
         return hits(t, first, 0.5, 300) * np.sin(2 * np.pi * 2000 * pitch * t) + 0.005 * noise
     if kind == "helicopter":
-        return hits(t, first, 0.08 * pitch, 40) * smooth(noise, 20)
+        return hits(t, first, 0.08 * pitch, 40) * moving_average(noise, 20)
     if kind == "siren":
         return glide(700 * pitch + 300 * np.sin(2 * np.pi * 1.2 * t))
     if kind == "bell":

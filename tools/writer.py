@@ -32,7 +32,7 @@ class Endpoint:
     tries: int = 6
     pause: float = 1.0  # seconds before the second try; doubled each time
 
-    def ask(self, system, user, read):
+    def complete(self, system, user, read):
         """One completion, `read` (text -> value, or ValueError); None when none could be read."""
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         body = {"model": self.model, "messages": messages}
@@ -113,7 +113,7 @@ def read_journal(path):
     return replies
 
 
-def ask_all(endpoint, prompts, path, workers):
+def complete_all(endpoint, prompts, path, workers):
     """prompts {key: prompt} -> {key: reply} of all that got one; the journal at `path` has them at once."""
     replies = read_journal(path)
     missing = {key: prompt for key, prompt in prompts.items() if key not in replies}
@@ -128,7 +128,7 @@ def ask_all(endpoint, prompts, path, workers):
     ):
         if replies and journal.tell():
             journal.write("\n")  # a half-written line ends here
-        jobs = {pool.submit(endpoint.ask, *prompt): key for key, prompt in missing.items()}
+        jobs = {pool.submit(endpoint.complete, *prompt): key for key, prompt in missing.items()}
         try:
             for job in as_completed(jobs):
                 key, reply = jobs[job], job.result()
@@ -161,7 +161,7 @@ def write_with_llm(manifest, out, endpoint, kind, workers=8, limit=None):
         key = hashlib.sha256("\0".join((endpoint.model, system, user)).encode()).hexdigest()
         keys.append(key)
         prompts[key] = (system, user, read)
-    replies = ask_all(endpoint, prompts, out + ".replies.jsonl", workers)
+    replies = complete_all(endpoint, prompts, out + ".replies.jsonl", workers)
     lines, unusable, silent = [], 0, 0
     for key, (entry, example) in zip(keys, pairs, strict=True):
         reply = replies.get(key)
