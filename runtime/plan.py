@@ -8,6 +8,7 @@ import torch
 import weights
 from data import BatchBuilder
 from runtime import start
+from runtime.errors import UserError
 from runtime.loading import MicroBatches, epoch_length
 
 
@@ -29,7 +30,13 @@ def describe(args, model, settings, steps, examples, processes):
     model: on the meta device, its parts frozen as they will be.
     """
     n_examples = epoch_length(examples.shares)
-    _, folder = start.origin(args)
+    try:
+        _, folder = start.origin(args)
+    except UserError as e:
+        if args.init:  # a wrong name; the stage before may well come later than the plan
+            raise
+        print(f"cannot start yet: {e}")
+        folder = args.llada or weights.ASSETS.get(args.model)  # the tokenizer will be this one
     tokenizer, config = None, dataclasses.replace(model.config, causal=args.objective == "ar")
     if folder and os.path.exists(os.path.join(folder, "tokenizer.json")):
         tokenizer = weights.load_tokenizer(folder)
@@ -52,7 +59,7 @@ def describe(args, model, settings, steps, examples, processes):
     for what, size in memory_of(model, settings, args, max(1, *sizes), processes).items():
         print(f"  {size / 1e9:8.2f}  {what}")
     if tokenizer is None:
-        print("no batch was read: LLaDA's tokenizer is not here; --llada FOLDER")
+        print("no batch was read: the tokenizer is not here (LLaDA's: --llada FOLDER)")
         return
     micro = next(iter(batches))
     for entry in micro["skipped"]:

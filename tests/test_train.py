@@ -1100,12 +1100,17 @@ def test_dry_run_trains_nothing(one, toured, tmp_path, capsys):
     assert not os.path.exists(tmp_path / "out")
 
 
-def test_dry_run_refuses_what_the_run_would(toured, tmp_path, capsys, monkeypatch):
-    """Where the stage before has left nothing, a plan that says "fine" would be found wrong days later."""
+def test_dry_run_says_what_is_missing(toured, tmp_path, capsys, monkeypatch):
+    """The stage before may not have been trained yet; a wrong --init is an error for both."""
     monkeypatch.chdir(tmp_path)
-    for given in ([], ["--dry-run"]):
-        assert main(["--model", "tiny", "--stage", "2", "--data", f"{toured}/stage2.jsonl", *given]) == 2
-        assert "out/tiny/stage1: no checkpoint to start from" in capsys.readouterr().err
+    argv = ["--model", "tiny", "--stage", "2", "--data", f"{toured}/stage2.jsonl"]
+    assert main(argv) == 2
+    missing = "out/tiny/stage1: no checkpoint to start from"
+    assert missing in capsys.readouterr().err
+    assert main([*argv, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert f"cannot start yet: {missing}" in out and "850 of 32" in out and "text.ids" in out
+    assert main([*argv, "--dry-run", "--init", "nowhere"]) == 2
 
 
 def test_memory_grows_with_the_length_even_past_the_width(config):
