@@ -19,6 +19,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from runtime import tutorials
+
 
 class SemanticAdapter(nn.Module):
     """50 Hz encoder frames of width d -> 12.5 Hz tokens of the backbone's width D (paper 3.1)."""
@@ -194,6 +196,4 @@ def count(module):
 
 
 if __name__ == "__main__":
-    from runtime import tutorials
-
-    tutorials.adapters()
+    tutorials.adapters(SemanticAdapter, AcousticAdapter, add_lora)

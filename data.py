@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram, pad_or_trim
 
 from model import SPECIAL_TOKENS
+from runtime import tutorials
 from runtime.errors import CANNOT_BE_USED, UserError, unusable
 from runtime.manifests import parse_entry, read_entries
 from runtime.recordings import load_audio
@@ -331,6 +332,6 @@ class BatchBuilder:
 
 
 if __name__ == "__main__":
-    from runtime import tutorials
+    from weights import load
 
-    sys.exit(tutorials.data(sys.argv[1:]))
+    sys.exit(tutorials.data(sys.argv[1:], load, load_audio, log_mel, build_prompt))

@@ -33,7 +33,7 @@ import torch
 from adapters import merge_lora
 from data import SAMPLE_RATE, answer_text, build_prompt, log_mel, window_samples, window_seconds
 from model import Cache
-from runtime import command_line
+from runtime import command_line, tutorials
 from runtime.errors import UserError, exit_status
 from runtime.pieces import cut_clips, join_answers, load_clips
 from runtime.recordings import as_samples, load_audio
@@ -537,6 +537,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from runtime import tutorials
-
-    sys.exit(main() if len(sys.argv) > 1 else tutorials.decode())
+    sys.exit(main() if len(sys.argv) > 1 else tutorials.decode(Options, count_to_keep, main))

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from whisper.model import AudioEncoder, sinusoids
 
 from adapters import AcousticAdapter, SemanticAdapter, add_lora
+from runtime import tutorials
 from runtime.errors import UserError
 
 
@@ -447,6 +448,4 @@ class DIFFA2(nn.Module):
 
 
 if __name__ == "__main__":
-    from runtime import tutorials
-
-    tutorials.model()
+    tutorials.model(DIFFA2, PRESETS, splice_order)

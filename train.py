@@ -34,7 +34,7 @@ import data
 import weights
 from diffusion import EPS, draw_counts, draw_t, next_token_loss, sft_loss
 from model import DIFFA2, PRESETS
-from runtime import checkpoints, command_line, loading, plan, start
+from runtime import checkpoints, command_line, loading, plan, start, tutorials
 from runtime.ctc import ctc_loss
 from runtime.errors import UserError, exit_status
 from runtime.held_out import held_out_loss
@@ -442,6 +442,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from runtime import tutorials
-
-    exit_process(main() if len(sys.argv) > 1 else tutorials.train())
+    exit_process(main() if len(sys.argv) > 1 else tutorials.train(STAGES, PRESETS, DIFFA2, freeze_all_but))

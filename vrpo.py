@@ -27,7 +27,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from diffusion import elbo
+from diffusion import draw_counts, draw_t, elbo
+from runtime import tutorials
 
 BETA = 0.2  # the authors' script; the paper gives none
 SAMPLES = 4  # K in Eq. 3, N in Section 3.5, n in this file
@@ -87,6 +88,4 @@ def score(predict, ids, masks, mask_id, j=None):
 
 
 if __name__ == "__main__":
-    from runtime import tutorials
-
-    tutorials.vrpo()
+    tutorials.vrpo(margin, elbo, draw_t, draw_counts, SAMPLES)

@@ -34,7 +34,7 @@ from tokenizers import Tokenizer
 from whisper.model import sinusoids
 
 from model import DIFFA2, PRESETS, SPECIAL_TOKENS, Config
-from runtime import ctranslate2
+from runtime import ctranslate2, tutorials
 from runtime.errors import UserError, first_line
 from runtime.files import fingerprint, open_pickle, open_safetensors, read_json, save_sorted, write_file
 from runtime.hub import RELEASES, fetch
@@ -370,6 +370,4 @@ def assemble(config, llada, whisper, diffa, device, dtype, stage, name="diffa2")
 
 
 if __name__ == "__main__":
-    from runtime import tutorials
-
-    tutorials.weights()
+    tutorials.weights(load, ASSETS["tiny"])

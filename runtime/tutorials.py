@@ -1,6 +1,6 @@
 """What each file of the root prints when it is run alone: `python diffusion.py` and so on, in seconds.
 
-A tutorial here is named after its file, and imports it when it is called.
+A tutorial is named after its file, and is given what that file defines: it imports nothing of the root.
 """
 
 import os
@@ -9,8 +9,15 @@ import torch
 import torch.nn as nn
 
 from runtime.errors import exit_status
+from runtime.files import open_safetensors
+from runtime.names import released_name, whisper_name
 
-DEMO = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets", "demo")
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+DEMO = os.path.join(ROOT, "assets", "demo")
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
 
 
 class Toy:
@@ -41,10 +48,8 @@ class Toy:
         return self.p[(self.all == ids).all(1)].log().sum()
 
 
-def diffusion():
+def diffusion(corrupt, sft_loss, draw_counts, elbo):
     """The forward process on a sentence, and both estimates of a toy's log p beside the exact one."""
-    from diffusion import corrupt, draw_counts, elbo, sft_loss
-
     text = "the speaker sounds happy and a dog barks in the background"
     sentence = text.split()
     ids, is_answer = torch.arange(len(sentence))[None], torch.ones(1, len(sentence), dtype=torch.bool)
@@ -76,10 +81,8 @@ def diffusion():
         print(f"  {name:18} {mean:.4f} +- {error:.4f}   standard deviation of one {deviation:.3f}")
 
 
-def adapters():
+def adapters(SemanticAdapter, AcousticAdapter, add_lora):
     """The paper's Table B.3 beside the counts of the classes, without allocating any of the weights."""
-    from adapters import AcousticAdapter, SemanticAdapter, add_lora, count
-
     with torch.device("meta"):
         D, ffn = 4096, 12288
         outputs = {"q_proj": D, "k_proj": D, "v_proj": D, "ff_proj": ffn, "up_proj": ffn}
@@ -101,18 +104,15 @@ def adapters():
     print("\nThe table's backbone, 8.03 billion, seems to count LoRA again: LLaDA alone has 8.016 billion.")
 
 
-def model():
+def model(DIFFA2, presets, splice_order):
     """Where audio tokens stand in the prompt, who attends to whom, and the parameters of each preset."""
-    from adapters import count
-    from model import DIFFA2, PRESETS, splice_order
-
     text, audio = ["This", "is:", "<audio>.", "[M]", "[M]"], ["a1", "a2", "a3"]
     order = splice_order(len(text), len(audio), torch.tensor([2]))[0].tolist()
     print("The row that LLaDA reads (Section 3.1): audio tokens in front of the literal <audio>.\n")
     print("  " + "  ".join((text + audio)[i] for i in order))
     print("\nEvery token attends to every other, also to later ones; only padding is hidden.")
     with torch.device("meta"):
-        for name, config in PRESETS.items():
+        for name, config in presets.items():
             network = DIFFA2(config, lora=True)
             lora = sum(p.numel() for n, p in network.named_parameters() if "lora_" in n)
             sizes = {part: count(getattr(network, part)) for part in ("encoder", "semantic", "acoustic")}
@@ -123,17 +123,13 @@ def model():
                 print(f"  {part:13}{n:>13,}")
 
 
-def weights():
+def weights(load, folder):
     """What lies in the small model's checkpoint, and what does not; one name of each other format."""
-    from runtime.files import open_safetensors
-    from runtime.names import released_name, whisper_name
-    from weights import ASSETS, HERE, load
-
-    path = os.path.join(ASSETS["tiny"], "model.safetensors")
+    path = os.path.join(folder, "model.safetensors")
     with open_safetensors(path) as f:
         header = f.metadata()
         sizes = {key: f.get_tensor(key).numel() for key in f.keys()}
-    print(f"{os.path.relpath(path, HERE)}: {len(sizes)} tensors, trained up to stage {header['stage']}\n")
+    print(f"{os.path.relpath(path, ROOT)}: {len(sizes)} tensors, trained up to stage {header['stage']}\n")
     print(f"{'part':12}{'tensors':>9}{'parameters':>13}   the largest")
     for part in sorted({key.split(".")[0] for key in sizes}):
         mine = {key: n for key, n in sizes.items() if key.split(".")[0] == part}
@@ -150,22 +146,20 @@ def weights():
         print(f"  {format:24}{key:38}-> {rename(key)}")
 
 
-def data(argv):
-    """What the model is given for a clip.  argv: CLIP [QUESTION], or nothing.  -> exit status"""
-    words = argv or [os.path.join(DEMO, "seven.wav")]
-    return exit_status("data.py", lambda: prompt_of(*words))
+def data(argv, load, load_audio, log_mel, build_prompt):
+    """What the small model is given for a clip.  argv: CLIP [QUESTION], or nothing.  -> exit status"""
+    clip, *question = argv or [os.path.join(DEMO, "seven.wav")]
+    question = " ".join(question) or "What do you hear?"
+    return exit_status("data.py", lambda: prompt_of(clip, question, load, load_audio, log_mel, build_prompt))
 
 
-def prompt_of(clip, *question):
-    from data import SAMPLE_RATE, build_prompt, load_audio, log_mel, window_seconds
-    from weights import load
-
+def prompt_of(clip, question, load, load_audio, log_mel, build_prompt):
     network, tokenizer = load("tiny")
     config = network.config
-    audio, notes = load_audio(clip, limit=window_seconds(config))
+    audio, notes = load_audio(clip, limit=config.n_frames / 50)
     mel, n_frames = log_mel(audio, config)
-    ids, audio_at = build_prompt(tokenizer, " ".join(question) or "What do you hear?")
-    seconds = f"{len(audio) / SAMPLE_RATE:.2f} s at 16 kHz"
+    ids, audio_at = build_prompt(tokenizer, question)
+    seconds = f"{len(audio) / 16000:.2f} s at 16 kHz"
     print(*notes, f"{seconds} -> mel {tuple(mel.shape)} -> {n_frames} encoder frames", sep="\n")
     n_semantic = max(n_frames // 4, 1)
     print(f"-> {config.n_queries} acoustic + {n_semantic} semantic tokens before token {audio_at}:\n")
@@ -174,10 +168,8 @@ def prompt_of(clip, *question):
     print(" ".join(tokens[:audio_at]), "[ audio ]", " ".join(tokens[audio_at:]), sep="\n")
 
 
-def decode():
+def decode(Options, count_to_keep, main):
     """How many of six guesses each rule keeps, then a real answer.  -> exit status"""
-    from decode import Options, count_to_keep, main
-
     confidence = torch.tensor([[0.99, 0.97, 0.93, 0.85, 0.7, 0.3]])
     print("Six [MASK]s were guessed with these confidences:", *(f"{c:.2f}" for c in confidence[0]))
     print("Each rule says how many of them stay (--factor: Eq. 8); the others are masked again.\n")
@@ -188,11 +180,8 @@ def decode():
     return main([os.path.join(DEMO, "digits.wav"), "What is said?", "--model", "tiny", "--show"])
 
 
-def vrpo():
+def vrpo(margin, elbo, draw_t, draw_counts, n):
     """The variance of the margin with and without shared masks, with and without exact counts."""
-    from diffusion import draw_counts, draw_t, elbo
-    from vrpo import SAMPLES, margin
-
     # policy and reference: two toys a small step apart, as in the first steps of training
     policy, reference = Toy(length=4, vocab=3), Toy(length=4, vocab=3)
     nudge = torch.randn(len(reference.p), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -200,7 +189,7 @@ def vrpo():
     order = policy.p.argsort(descending=True)  # the chosen answer is the third likeliest, the other the 21st
     good, bad = policy.all[order[2]][None], policy.all[order[20]][None]
     exact = sum(s * (policy.log_prob(x[0]) - reference.log_prob(x[0])) for s, x in ((1, good), (-1, bad)))
-    everything, g, n = torch.ones(1, 4, dtype=torch.bool), torch.Generator().manual_seed(0), SAMPLES
+    everything, g = torch.ones(1, 4, dtype=torch.bool), torch.Generator().manual_seed(0)
 
     def independent():
         """Coin flips at independent t, as in the 1/t loss."""
@@ -230,20 +219,16 @@ def vrpo():
             print(f"  {name:48} {found.mean():8.4f} +- {error:.4f}   variance {found.var():10.5f}")
 
 
-def train():
+def train(stages_of, presets, DIFFA2, freeze_all_but):
     """The table of stages, and what each of them trains."""
-    from adapters import count
-    from model import DIFFA2, PRESETS
-    from runtime.plan import parts
-    from train import STAGES, freeze_all_but
-
     print("Stages (Section 3.3, Table B.2): what each trains, by which loss: sft (Eq. 2) or vrpo (Eq. 5)\n")
-    for name, stages in STAGES.items():
+    for name, stages in stages_of.items():
         with torch.device("meta"):
-            network = DIFFA2(PRESETS[name], lora=True)
+            network = DIFFA2(presets[name], lora=True)
         print(f"{name}: {count(network):,} parameters, of which train")
         for stage, settings in stages.items():
             n = sum(p.numel() for p in freeze_all_but(network, settings.trains).values())
             numbers = f"{n:>11,} ({n / count(network):5.1%}), rate {settings.lr:<7g}batch {settings.batch:<6}"
-            print(f"  stage {stage}  {parts(settings):26}{numbers}{settings.loss.backward.__name__}")
+            parts = ", ".join(settings.trains).replace(".", "")
+            print(f"  stage {stage}  {parts:26}{numbers}{settings.loss.backward.__name__}")
     print("python train.py --stage N --model tiny   trains one of them; --help lists the options")

@@ -27,9 +27,6 @@ def imports(name):
     """Our modules that a module imports, wherever in it."""
     with open(os.path.join(ROOT, name.replace(".", "/") + ".py"), encoding="utf-8") as f:
         tree = ast.parse(f.read())
-    last = tree.body[-1] if tree.body else None
-    if isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'":
-        tree.body.pop()  # run alone, a file shows what it is about: runtime/tutorials.py may use all there is
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
