@@ -403,7 +403,7 @@ def ask(
     stage: reads the audio as that stage does; by default the model's.  options, generator (one or a list,
     one a clip), on_step, on_block, fields: as in `generate`; an autoregressive model takes
     answer_length, temperature and generator alone.  answer_length="auto" gives each clip `length_for` its
-    seconds, as one block.  batch: clips or pieces that pass the network together (default: 16, or all clips).
+    seconds, as one block.  batch: clips or pieces that pass the network together (default: all, at least 16).
     Raises UserError for a clip that cannot be read or is no (n,) of finite numbers, and when prompt, audio
     and answer exceed the context.
     """

@@ -15,7 +15,7 @@ on a sentence and compares both estimates of log p with the toy's exact one.
 How it differs from LLaDA's and the authors' code, and why:
   * logits are computed at masked positions only: with a vocabulary of 126,464 all others are costly;
   * the likelihood's numbers of masks are spread so that in every draw each number is equally likely
-    (LLaDA rounds halves to even, so that some numbers never occur, which biases the estimate);
+    (LLaDA rounds halves to even, so that some draws miss some numbers, which biases the estimate);
   * random numbers come from a given generator, one for all rows or one for each, so that an
     example's masks need not depend on its batch or on the number of GPUs.
 """

@@ -10,7 +10,7 @@ AS_WRITTEN = {"formatter_class": argparse.RawDescriptionHelpFormatter}  # the li
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What is asked of train.py, by the names of its options; None: what the table of stages says."""
+    """What is asked of train.py, by the names of its options; None: not given."""
 
     stage: int
     model: str

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+import runtime
 from tools.lines import ROOT, measures
 
 # the reading order of README; what the paper does not speak of lies in runtime/
@@ -48,9 +49,17 @@ def reached(name):
 @pytest.mark.parametrize("name", ORDER)
 def test_a_file_needs_only_files_above_it(name):
     """Also by way of runtime/: the root's files can be read in their order, and none in a circle."""
-    needed = reached(name)
-    assert needed & set(ORDER) <= set(ORDER[: ORDER.index(name)])
-    assert not any(module.startswith("tools") for module in needed)
+    assert reached(name) & set(ORDER) <= set(ORDER[: ORDER.index(name)])
+
+
+def test_the_programs_need_no_tools():
+    for name in modules("") | modules("runtime"):
+        assert not any(module.startswith("tools") for module in reached(name)), name
+
+
+def test_runtime_has_an_index():
+    index = {line.split()[0] for line in runtime.__doc__.splitlines()[2:]}
+    assert {f"runtime.{name}" for name in index | {"__init__"}} == modules("runtime")
 
 
 def test_no_imports_go_in_a_circle():

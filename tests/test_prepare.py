@@ -26,6 +26,7 @@ from tools.questions import (
     draw_question,
     multiple_choice,
     preference_line,
+    write_lines,
 )
 from tools.toy import TOY_INSTRUMENTS, TOY_SOUNDS, synthesize
 
@@ -452,6 +453,22 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 n = write_lines(({{"n": i, "text": "x" * 200}} for i in range(300_000)), {out!r}, random.Random(0))
 print(n, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
+
+
+def test_an_error_of_the_lines_is_not_the_disk_s(tmp_path):
+    """A mistake while lines are made stays what it is; the old file stays, and nothing is left over."""
+    out = tmp_path / "m.jsonl"
+    write_lines([{"n": 1}], str(out))
+
+    def broken():
+        yield {"n": 2}
+        raise ValueError("a bad table")
+
+    with pytest.raises(ValueError, match="a bad table"):
+        write_lines(broken(), str(out), random.Random(0))
+    with pytest.raises(UnicodeEncodeError):
+        write_lines([{"name": "\udcff"}], str(out))
+    assert out.read_text() == '{"n": 1}\n' and os.listdir(tmp_path) == ["m.jsonl"]
 
 
 def test_shuffling_keeps_places_not_lines_in_memory(tmp_path):

@@ -123,9 +123,11 @@ def autoregressive(model, inputs):
 def replayed(counts):
     """For a while, call i of a block keeps counts[i] tokens: random weights are never confident."""
     rule = decode.count_to_keep
-    decode.count_to_keep = lambda confidence, options, step: torch.full((1,), counts[step]).to(
-        confidence.device
-    )
+
+    def as_counted(confidence, options, step):
+        return torch.full((len(confidence),), counts[step], device=confidence.device)
+
+    decode.count_to_keep = as_counted
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What the measurements share: sizes of models, a seconds_of, the peak of memory, the naive forward pass."""
+"""What the measurements share: sizes of models, a clock, the peak of memory, the naive forward pass."""
 
 import statistics
 import threading

@@ -19,7 +19,7 @@ from pathlib import Path
 import soundfile
 
 from runtime.errors import UserError
-from runtime.files import write_file
+from runtime.files import check_out, write_file
 from runtime.manifests import ASR_QUESTION
 from tools.corpora import DIGITS
 from tools.prompts import LETTERS, capital, format_choices, mmau_prompt, mmsu_prompt
@@ -514,26 +514,32 @@ def write_lines(lines, out, rng=None):
 
     rng: shuffles the lines on the disk; only their places are held in memory.
     """
-    starts = array("Q")
-
-    def write(path):
-        with open(path, "wb") as f, tempfile.TemporaryFile(dir=os.path.dirname(path) or ".") as in_order:
-            first = f if rng is None else in_order
-            for line in lines:
-                starts.append(first.tell())
-                first.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+    check_out(out)
+    folder, starts = os.path.dirname(os.path.abspath(out)), array("Q")
+    make_folder(folder)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as drawn:  # without a name: nothing is left after a kill
+            for line in lines:  # what goes wrong in here is no fault of the disk
+                starts.append(drawn.tell())
+                drawn.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
             if rng is not None:
                 rng.shuffle(starts)
-                for start in starts:
-                    in_order.seek(start)
-                    f.write(in_order.readline())
-
-    write_file(out, write)
+            write_file(out, functools.partial(copy_lines, drawn, starts))
+    except OSError as e:
+        raise UserError(f"{out}: cannot be written ({e.strerror})") from None
     return len(starts)
 
 
+def copy_lines(source, starts, path):
+    with open(path, "wb") as f:
+        for start in starts:
+            source.seek(start)
+            f.write(source.readline())
+
+
 def write_text(text, out):
-    write_file(out, lambda path: Path(path).write_text(text, "utf-8"))
+    raw = text.encode()
+    write_file(out, lambda path: Path(path).write_bytes(raw))
 
 
 def make_folder(path):
