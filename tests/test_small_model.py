@@ -13,6 +13,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
+import decode
 from adapters import merge_lora
 from data import load_audio
 from decode import ask
@@ -48,6 +49,17 @@ def test_in_bf16_it_answers_as_in_fp32(shipped):
     clips = [os.path.join(ASSETS, "demo", name) for name in ("clock.wav", "digits.wav", "seven.wav")]
     answers = ask(model, tokenizer, clips, "What do you hear?")
     assert [a.text for a in answers] == [a.text for a in ask(*shipped, clips, "What do you hear?")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_it_answers_as_before(capsys):
+    said = []
+    clips = [os.path.join(ASSETS, "demo", name) for name in ("clock.wav", "digits.wav", "seven.wav")]
+    for options in ([], ["--compile"]):
+        assert decode.main([*clips, "What do you hear?", "--model", "tiny", *options]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and said[0].count("\n") == 3
 
 
 def share_right(shipped, clips, questions, expected):
