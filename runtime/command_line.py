@@ -104,30 +104,39 @@ def answer_length(text):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
 
 
+def add_model(parser, default="tiny"):
+    """Adds what says which model is asked: --model, its files, --int8."""
+    add, instead = parser.add_argument, "instead of the hub's (diffa1, diffa2)"
+    add("--model", default=default, help="tiny (default), diffa1, diffa2, or a checkpoint folder")
+    add("--llada", metavar="PATH", help=f"folder of LLaDA (which: docs/MODELS.md), {instead}")
+    add("--whisper", metavar="PATH", help=f"encoder: .pt, .safetensors, model.bin, {instead}")
+    add("--diffa", metavar="PATH", help=f"pytorch_model.bin, {instead}")
+    add("--int8", action="store_true", help="matrices in int8: half the memory of bf16, about 1 %% off each")
+
+
+def add_sampler(parser, caches, factor):
+    """Adds the sampling rules and the caches.  factor: --factor's default."""
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--steps", type=int, metavar="N", help="fixed-step remasking in N network calls")
+    how.add_argument("--factor", type=float, default=factor, metavar="F", help="factor decoding (Eq. 8)")
+    how.add_argument("--threshold", type=float, metavar="C", help="keep what is surer than C")
+    parser.add_argument("--cache", choices=caches, default="none")
+
+
 def decode(argv, description, caches):
     """decode.py's command line -> args.  caches: what --cache may be.  UserError: what does not fit."""
     parser = Parser("decode.py", description=description, **AS_WRITTEN)
     add = parser.add_argument
     add("words", nargs="*", metavar='CLIP... "QUESTION"')
-    # the model
-    add("--model", help="tiny (default), diffa1, diffa2, or a checkpoint folder")
-    instead = "instead of the hub's (diffa1, diffa2)"
-    add("--llada", metavar="PATH", help=f"folder of LLaDA (which: docs/MODELS.md), {instead}")
-    add("--whisper", metavar="PATH", help=f"encoder: .pt, .safetensors, model.bin, {instead}")
-    add("--diffa", metavar="PATH", help=f"pytorch_model.bin, {instead}")
+    add_model(parser, None)
     add("--stage", type=int, choices=(1, 2, 3, 4), help="read audio as in this stage (default: the model's)")
     add("--device")
-    add("--int8", action="store_true", help="matrices in int8: half the memory of bf16, about 1 %% off each")
     add("--compile", action="store_true", help="torch.compile the backbone's blocks")
     add("--export", metavar="DIR", help="write the model as a compact bf16 checkpoint")
     # how it decodes: up to --temperature the fields of Options, by the same names
     add("--answer-length", type=answer_length, default=32, metavar="N", help="tokens (default 32), or auto")
     add("--block", type=int, metavar="N", help="tokens (default 32 if they tile the answer, else all)")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--steps", type=int, metavar="N", help="fixed-step remasking in N network calls")
-    how.add_argument("--factor", type=float, default=1.0, metavar="F", help="factor decoding (default, 1)")
-    how.add_argument("--threshold", type=float, metavar="C", help="keep what is surer than C")
-    add("--cache", choices=caches, default="none")
+    add_sampler(parser, caches, factor=1.0)
     add("--cache-refresh", dest="refresh", type=int, metavar="K", help="refresh the cache every K calls")
     add("--temperature", type=float, default=0.0)
     add("--seed", type=int, default=0)

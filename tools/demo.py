@@ -34,6 +34,7 @@ import torch
 from adapters import merge_lora
 from data import SAMPLE_RATE, load_audio, log_mel, window_samples
 from decode import CACHES, Options, ask
+from runtime import command_line
 from runtime.errors import Parser, UserError, exit_status
 from runtime.recordings import split_clip
 from runtime.terminal import Stream, clock
@@ -348,10 +349,7 @@ def run(args):
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="demo", description=__doc__, formatter_class=raw)
-    parser.add_argument("--model", default="tiny", help="as decode.py's: tiny (default), diffa2, or a folder")
-    for part in ("llada", "whisper", "diffa"):
-        parser.add_argument(f"--{part}", metavar="PATH", help="as in decode.py")
-    parser.add_argument("--int8", action="store_true", help="as in decode.py")
+    command_line.add_model(parser)
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--share", action="store_true", help="a public address by way of Gradio's servers")
     return exit_status("demo", lambda: run(parser.parse_args(argv)))

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from adapters import merge_lora
 from data import SAMPLE_RATE, load_audio, window_seconds
-from decode import Options, ask
+from decode import CACHES, Options, ask
 from runtime import command_line
 from runtime.errors import Parser, UserError, exit_status, number
 from runtime.files import check_out
@@ -616,9 +616,7 @@ def main(argv=None):
         "file", nargs="?", help="the benchmark's question file; asr: a manifest or a Kaldi folder"
     )
     parser.add_argument("--audio-root", help="folder that the audio paths start from (default: the file's)")
-    parser.add_argument("--model", default="tiny")
-    for part in ("llada", "whisper", "diffa"):
-        parser.add_argument(f"--{part}", metavar="PATH", help="as in decode.py")
+    command_line.add_model(parser)
     parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4))
     parser.add_argument(
         "--answer-length",
@@ -626,12 +624,7 @@ def main(argv=None):
         help="tokens; auto: from each clip's seconds, for transcripts",
     )
     parser.add_argument("--block", type=int)
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--steps", type=int, help="fixed-step decoding (default: Table B.4; exact: factor 1)")
-    how.add_argument("--factor", type=float, help="factor-parallel decoding")
-    how.add_argument("--threshold", type=float, help="keep the tokens that are surer than this")
-    parser.add_argument("--cache", choices=("none", "prefix", "dual"), default="none")
-    parser.add_argument("--int8", action="store_true", help="as in decode.py")
+    command_line.add_sampler(parser, CACHES, factor=None)  # None: as the benchmark has it
     parser.add_argument("--batch", type=number(int, 1))
     parser.add_argument("--limit", type=number(int, 1), help="the first so many questions")
     parser.add_argument(
