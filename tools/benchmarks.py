@@ -20,6 +20,7 @@ from data import read_manifest
 from runtime.errors import UserError
 from runtime.manifests import ASR_QUESTION, read_entries
 from tools.prompts import LETTERS, mmau_prompt, mmsu_prompt
+from tools.side_files import read_kaldi
 
 # ---------------------------------------------------------------------------------------------
 # questions
@@ -118,20 +119,6 @@ def read_voicebench(path, root):
         yield Question(read_field(e, "id", where, n), os.path.join(root, audio), prompt, answer, entry=e)
 
 
-def read_pairs(path):
-    """A file of Kaldi's, one "key the rest" a line -> {key: rest}."""
-    pairs = {}
-    with open(path, "rb") as f:
-        for n, line in enumerate(f, 1):
-            try:
-                key, _, rest = line.decode().strip().partition(" ")
-            except UnicodeDecodeError:
-                raise UserError(f"{path}:{n}: not UTF-8") from None
-            if key:
-                pairs[key] = rest.strip()
-    return pairs
-
-
 def with_audio(path, stage=None):
     """A manifest's examples, each of which must have a clip (stage 0 reads text alone)."""
     for e in read_manifest(path, stage, check=False):
@@ -146,7 +133,7 @@ def read_asr(path, root):
         for name in ("text", "wav.scp"):
             if not os.path.isfile(os.path.join(path, name)):
                 raise UserError(f"{path}: no {name}: a Kaldi folder has wav.scp and text")
-        texts, audio = read_pairs(os.path.join(path, "text")), read_pairs(os.path.join(path, "wav.scp"))
+        texts, audio = read_kaldi(os.path.join(path, "text")), read_kaldi(os.path.join(path, "wav.scp"))
         for key, wav in audio.items():
             if wav.endswith("|"):
                 raise UserError(f"{path}/wav.scp: {key} is a pipe")

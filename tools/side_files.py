@@ -10,6 +10,8 @@ import json
 import os
 import re
 
+from runtime.errors import UserError
+
 SEX = {"m": "male", "f": "female", "male": "male", "female": "female"}
 IEMOCAP_EMOTION = {
     "ang": "angry",
@@ -137,10 +139,14 @@ def esc50_side(folder):
 def read_kaldi(path):
     """A Kaldi table: key, blank, value -> {key: value}."""
     found = {}
-    with open(path, encoding="utf-8") as f:
-        for line in f:
-            key, *value = line.split(None, 1)
-            found[key] = value[0].strip() if value else ""
+    with open(path, "rb") as f:
+        for n, line in enumerate(f, 1):
+            try:
+                key, *value = line.decode().split(None, 1) or [""]
+            except UnicodeDecodeError:
+                raise UserError(f"{path}:{n}: not UTF-8") from None
+            if key:
+                found[key] = value[0].strip() if value else ""
     return found
 
 
