@@ -19,8 +19,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from runtime import tutorials
-
 
 class SemanticAdapter(nn.Module):
     """50 Hz encoder frames of width d -> 12.5 Hz tokens of the backbone's width D (paper 3.1)."""
@@ -190,10 +188,7 @@ def merge_lora(module):
     return replace_modules(module, LoRALinear, lambda leaf, lora: lora.merged())
 
 
-def count(module):
-    """Number of parameters."""
-    return sum(p.numel() for p in module.parameters())
-
-
 if __name__ == "__main__":
+    from runtime import tutorials
+
     tutorials.adapters(SemanticAdapter, AcousticAdapter, add_lora)

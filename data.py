@@ -23,7 +23,6 @@ from torch.nn.utils.rnn import pad_sequence
 from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram, pad_or_trim
 
 from model import SPECIAL_TOKENS
-from runtime import tutorials
 from runtime.errors import CANNOT_BE_USED, UserError, unusable
 from runtime.manifests import parse_entry, read_entries
 from runtime.recordings import load_audio
@@ -332,6 +331,7 @@ class BatchBuilder:
 
 
 if __name__ == "__main__":
+    from runtime import tutorials
     from weights import load
 
-    sys.exit(tutorials.data(sys.argv[1:], load, load_audio, log_mel, build_prompt))
+    sys.exit(tutorials.data(sys.argv[1:], load, load_audio, log_mel, build_prompt, window_seconds))

@@ -33,7 +33,7 @@ import torch
 from adapters import merge_lora
 from data import SAMPLE_RATE, answer_text, build_prompt, log_mel, window_samples, window_seconds
 from model import Cache
-from runtime import command_line, tutorials
+from runtime import command_line
 from runtime.errors import UserError, exit_status
 from runtime.pieces import cut_clips, join_answers, load_clips
 from runtime.recordings import as_samples, load_audio
@@ -304,9 +304,10 @@ def generate(
             if not len(rows):
                 break
             # a call keeps a token of each row, but none whose confidence is NaN: the next would ask the same
-            if step and (masked.sum(1) == left)[rows].any():
+            n_masked = masked.sum(1)
+            if step and (n_masked == left)[rows].any():
                 raise UserError("the network's output is NaN: weights or audio are not finite")
-            left = masked.sum(1)
+            left = n_masked
             calls[rows] += 1
             # Eq. 6: predict all masked tokens of the block at once
             row, column = masked.nonzero(as_tuple=True)  # (N,) each: the masked tokens
@@ -537,4 +538,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    from runtime import tutorials
+
     sys.exit(main() if len(sys.argv) > 1 else tutorials.decode(Options, count_to_keep, main))

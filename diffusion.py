@@ -23,8 +23,6 @@ How it differs from LLaDA's and the authors' code, and why:
 import torch
 import torch.nn.functional as F
 
-from runtime import tutorials
-
 EPS = 1e-3  # the least t: below it hardly any token is hidden, but one that is would weigh over 1000
 
 
@@ -154,4 +152,6 @@ def elbo(predict, ids, is_masked, weight, mask_id):
 
 
 if __name__ == "__main__":
+    from runtime import tutorials
+
     tutorials.diffusion(corrupt, sft_loss, draw_counts, elbo)

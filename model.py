@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from whisper.model import AudioEncoder, sinusoids
 
 from adapters import AcousticAdapter, SemanticAdapter, add_lora
-from runtime import tutorials
 from runtime.errors import UserError
 
 
@@ -357,12 +356,14 @@ class DIFFA2(nn.Module):
             add_lora(self.backbone, c.lora_rank, c.lora_alpha, c.lora_dropout)
 
     def windows(self, n_frames):
-        """How many frames each clip is padded to where pad_to is set: real frames (B,) -> padded ones (B,).
+        """How many frames each clip is padded to for the encoder: real frames (B,) -> padded ones (B,).
 
         At least a fifth of pad_to is silence, unless the clip fills the longest window: Whisper has not
         been trained on short windows without any.
         """
         c = self.config
+        if not c.pad_to:
+            return torch.full_like(n_frames, c.n_frames)
         with_silence = n_frames + c.pad_to // 5
         return ((with_silence // c.pad_to + 1) * c.pad_to).clamp(max=c.n_frames)
 
@@ -448,4 +449,6 @@ class DIFFA2(nn.Module):
 
 
 if __name__ == "__main__":
+    from runtime import tutorials
+
     tutorials.model(DIFFA2, PRESETS, splice_order)

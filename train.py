@@ -34,7 +34,7 @@ import data
 import weights
 from diffusion import EPS, draw_counts, draw_t, next_token_loss, sft_loss
 from model import DIFFA2, PRESETS
-from runtime import checkpoints, command_line, loading, plan, start, tutorials
+from runtime import checkpoints, command_line, loading, plan, start
 from runtime.ctc import ctc_loss
 from runtime.errors import UserError, exit_status
 from runtime.held_out import held_out_loss
@@ -359,13 +359,8 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
             counts = {"n": int(n_examples), "hours": audio_hours, "bad": int(is_bad)}
             log.write_step(step=step, loss=loss, lr=lr, norm=norm, **counts, skipped=len(skipped_ids))
             if held_out and (step % args.held_out_every == 0 or step == steps):
-                on = {
-                    "builder": held_out_builder,
-                    "examples": held_out,
-                    "group": group,
-                    "tokens": args.tokens,
-                }
-                log.write(step=step, **held_out_loss(model, args.stage, autocast, **on))
+                how = (model, args.stage, autocast, held_out_builder)
+                log.write(step=step, **held_out_loss(*how, held_out, group, args.tokens))
             # also after the last step: writing the model may fail
             if step % args.save_every == 0 or step == stop_step or n_stop:
                 # all that the next step depends on beside the command line and the frozen parts' files
@@ -442,4 +437,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    exit_process(main() if len(sys.argv) > 1 else tutorials.train(STAGES, PRESETS, DIFFA2, freeze_all_but))
+    from runtime import tutorials
+
+    if len(sys.argv) > 1:
+        exit_process(main())
+    tutorials.train(STAGES, PRESETS, DIFFA2, freeze_all_but, plan.parts)

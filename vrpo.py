@@ -27,8 +27,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from diffusion import draw_counts, draw_t, elbo
-from runtime import tutorials
+from diffusion import elbo
 
 BETA = 0.2  # the authors' script; the paper gives none
 SAMPLES = 4  # K in Eq. 3, N in Section 3.5, n in this file
@@ -88,4 +87,7 @@ def score(predict, ids, masks, mask_id, j=None):
 
 
 if __name__ == "__main__":
+    from diffusion import draw_counts, draw_t
+    from runtime import tutorials
+
     tutorials.vrpo(margin, elbo, draw_t, draw_counts, SAMPLES)

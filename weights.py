@@ -34,7 +34,7 @@ from tokenizers import Tokenizer
 from whisper.model import sinusoids
 
 from model import DIFFA2, PRESETS, SPECIAL_TOKENS, Config
-from runtime import ctranslate2, tutorials
+from runtime import ctranslate2
 from runtime.errors import UserError, first_line
 from runtime.files import fingerprint, open_pickle, open_safetensors, read_json, save_sorted, write_file
 from runtime.hub import RELEASES, fetch
@@ -89,8 +89,8 @@ def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=
     and adapters (default fp32 on a CPU, bf16 on a GPU); of a released model the backbone's alone (default
     bf16, on a CPU too): its adapters stay in fp32, as does every encoder.  stage: 1 gives a released model as
     it was after stage 1; a folder says its own.  llada, whisper, diffa: files, see `assemble`; those not
-    given are looked for beside the checkpoint (FOLDER/llada, FOLDER/whisper), then in
-    the hub's cache, then on the hub.
+    given are looked for beside the checkpoint (FOLDER/llada, FOLDER/whisper), then in the hub's cache, then
+    on the hub.
     int8: the matrices of encoder and backbone in int8, LoRA merged (runtime/int8.py), for asking only.
     Raises UserError with one line for anything wrong.
     """
@@ -370,4 +370,6 @@ def assemble(config, llada, whisper, diffa, device, dtype, stage, name="diffa2")
 
 
 if __name__ == "__main__":
+    from runtime import tutorials
+
     tutorials.weights(load, ASSETS["tiny"])

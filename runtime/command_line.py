@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 from runtime.errors import Parser, UserError, number
 
-AS_WRITTEN = {"formatter_class": argparse.RawDescriptionHelpFormatter}  # the lines of a description stay
-
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -50,7 +48,7 @@ class RunOptions:
 
 def train(argv, description, models):
     """train.py's command line -> RunOptions.  models: names of those that have a table of stages."""
-    parser = Parser("train.py", description=description, **AS_WRITTEN)
+    parser = Parser("train.py", description=description)
     option = parser.add_argument
     positive, natural, rate = number(int, 1), number(int, 0), number(float, 1e-12)
     option("--stage", type=int, choices=range(5))
@@ -125,7 +123,7 @@ def add_sampler(parser, caches, factor):
 
 def decode(argv, description, caches):
     """decode.py's command line -> args.  caches: what --cache may be.  UserError: what does not fit."""
-    parser = Parser("decode.py", description=description, **AS_WRITTEN)
+    parser = Parser("decode.py", description=description)
     add = parser.add_argument
     add("words", nargs="*", metavar='CLIP... "QUESTION"')
     add_model(parser, None)

@@ -33,7 +33,13 @@ def unusable(id, where, error):
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as every other wrong input: one line, exit status 2."""
+    """Reports a wrong command line as every other wrong input: one line, exit status 2.
+
+    A description, the docstring of a program, keeps its lines.
+    """
+
+    def __init__(self, *args, formatter_class=argparse.RawDescriptionHelpFormatter, **kw):
+        super().__init__(*args, formatter_class=formatter_class, **kw)
 
     def error(self, message):
         raise UserError(message)

@@ -17,6 +17,7 @@ DEMO = os.path.join(ROOT, "assets", "demo")
 
 
 def count(module):
+    """Number of parameters."""
     return sum(p.numel() for p in module.parameters())
 
 
@@ -146,17 +147,17 @@ def weights(load, folder):
         print(f"  {format:24}{key:38}-> {rename(key)}")
 
 
-def data(argv, load, load_audio, log_mel, build_prompt):
+def data(argv, load, *of_data):
     """What the small model is given for a clip.  argv: CLIP [QUESTION], or nothing.  -> exit status"""
     clip, *question = argv or [os.path.join(DEMO, "seven.wav")]
     question = " ".join(question) or "What do you hear?"
-    return exit_status("data.py", lambda: prompt_of(clip, question, load, load_audio, log_mel, build_prompt))
+    return exit_status("data.py", lambda: prompt_of(clip, question, load, *of_data))
 
 
-def prompt_of(clip, question, load, load_audio, log_mel, build_prompt):
+def prompt_of(clip, question, load, load_audio, log_mel, build_prompt, window_seconds):
     network, tokenizer = load("tiny")
     config = network.config
-    audio, notes = load_audio(clip, limit=config.n_frames / 50)
+    audio, notes = load_audio(clip, limit=window_seconds(config))
     mel, n_frames = log_mel(audio, config)
     ids, audio_at = build_prompt(tokenizer, question)
     seconds = f"{len(audio) / 16000:.2f} s at 16 kHz"
@@ -219,7 +220,7 @@ def vrpo(margin, elbo, draw_t, draw_counts, n):
             print(f"  {name:48} {found.mean():8.4f} +- {error:.4f}   variance {found.var():10.5f}")
 
 
-def train(stages_of, presets, DIFFA2, freeze_all_but):
+def train(stages_of, presets, DIFFA2, freeze_all_but, parts):
     """The table of stages, and what each of them trains."""
     print("Stages (Section 3.3, Table B.2): what each trains, by which loss: sft (Eq. 2) or vrpo (Eq. 5)\n")
     for name, stages in stages_of.items():
@@ -229,6 +230,5 @@ def train(stages_of, presets, DIFFA2, freeze_all_but):
         for stage, settings in stages.items():
             n = sum(p.numel() for p in freeze_all_but(network, settings.trains).values())
             numbers = f"{n:>11,} ({n / count(network):5.1%}), rate {settings.lr:<7g}batch {settings.batch:<6}"
-            parts = ", ".join(settings.trains).replace(".", "")
-            print(f"  stage {stage}  {parts:26}{numbers}{settings.loss.backward.__name__}")
+            print(f"  stage {stage}  {parts(settings):26}{numbers}{settings.loss.backward.__name__}")
     print("python train.py --stage N --model tiny   trains one of them; --help lists the options")

@@ -51,9 +51,9 @@ def imitate_audio(facts, tokenizer, config, generator, is_transcript=False):
 
     LLaDA-8B can answer questions about a description before it hears anything, and the adapters only have to
     learn to describe.  A small backbone learns this from text alone (stage 0) if the description looks as
-    adapters write: mixtures of facts for acoustic tokens, the transcript for semantic ones, all of
-    them louder or softer than words, under noise.  is_transcript: the answer is the words alone, so now and
-    then the other facts are hidden.
+    adapters write: mixtures of facts for acoustic tokens, the transcript for semantic ones, all of them
+    louder or softer than words, under noise.  is_transcript: the answer is the words alone, so now and then
+    the other facts are hidden.
 
     Returns ids (A, 2), weights (A, 2), both mixed as weights @ embeddings, and noise (A, width) in units of
     the embeddings' root mean square.

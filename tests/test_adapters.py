@@ -6,8 +6,9 @@ import torch.nn as nn
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
-from adapters import AcousticAdapter, LoRALinear, QFormerLayer, SemanticAdapter, add_lora, count, merge_lora
+from adapters import AcousticAdapter, LoRALinear, QFormerLayer, SemanticAdapter, add_lora, merge_lora
 from model import DIFFA2, PRESETS
+from runtime.tutorials import count
 
 
 def test_parameter_counts_to_the_digit():

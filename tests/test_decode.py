@@ -525,10 +525,12 @@ def test_threshold_rule():
 def test_ties_go_to_the_lower_position():
     c = torch.tensor([[0.5, 0.7, 0.7, 0.7, float("-inf")]])
 
-    def keep(steps):  # of the first call: 5 divided by steps, rounded up
-        return most_confident(c, Options(5, 5, steps=steps), 0)[0].nonzero().flatten().tolist()
+    def keep(**rule):
+        return most_confident(c, Options(5, 5, **rule), 0)[0].nonzero().flatten().tolist()
 
-    assert [keep(steps) for steps in (5, 3, 2, 1)] == [[1], [1, 2], [1, 2, 3], [0, 1, 2, 3]]
+    # 5, 3, 2, 1 steps: 1, 2, 3, 5 tokens in the first call; four are above 0.4
+    assert [keep(steps=n) for n in (5, 3, 2)] == [[1], [1, 2], [1, 2, 3]]
+    assert keep(threshold=0.4) == [0, 1, 2, 3] and keep(steps=1) == [0, 1, 2, 3]
 
 
 def test_schedule_is_even_with_the_remainder_first():

@@ -1,6 +1,7 @@
 """The house: what a learner reads from top to bottom, each file importing only what stands above it."""
 
 import ast
+import functools
 import glob
 import os
 
@@ -24,6 +25,7 @@ def modules(folder):
 OURS = modules("") | modules("runtime") | modules("tools")
 
 
+@functools.cache
 def imports(name):
     """Our modules that a module imports, wherever in it."""
     with open(os.path.join(ROOT, name.replace(".", "/") + ".py"), encoding="utf-8") as f:

@@ -341,6 +341,7 @@ def test_short_windows_do_not_depend_on_the_batch(config):
     model = build(c, seed=0).eval()
     n_frames = torch.tensor([3, 19, 20, 71, 100])
     assert model.windows(n_frames).tolist() == [25, 25, 50, 100, 100]
+    assert build(config, seed=0).windows(n_frames).tolist() == [100] * 5
     mel = torch.randn(5, 80, 200, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         taps, final = model.encode(mel, n_frames)

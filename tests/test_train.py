@@ -950,10 +950,10 @@ def test_a_micro_batch_with_nothing_hidden_is_no_error(one, toured, monkeypatch)
     trained = freeze_all_but(model, row.trains)
     context = train.LossContext(model, 2, 0, row, contextlib.nullcontext, tuple(trained.values()))
     builder = builder_for(tokenizer, model.config, row, 0)
-    monkeypatch.setattr(train, "draw_t", lambda n, *_: torch.full((n,), 1e-9))
+    monkeypatch.setattr(train, "draw_t", lambda n, generators, least_t: torch.full((n,), 1e-9))
     assert train.sft(context, builder([example], 0)).tolist() == [0.0]
     assert all(p.grad is None for p in trained.values())
-    monkeypatch.setattr(train, "draw_t", lambda n, *_: torch.ones(n))
+    monkeypatch.setattr(train, "draw_t", lambda n, generators, least_t: torch.ones(n))
     assert train.sft(context, builder([example], 0)).item() > 0 and any(
         p.grad is not None for p in trained.values()
     )

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from adapters import count
+from runtime.tutorials import count
 from train import STAGES
 from weights import load
 

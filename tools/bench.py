@@ -15,7 +15,6 @@ The last one adds the small model's accuracy.  What is measured, and how: fullsi
 bench_data.py, bench_int8.py, bench_page.py, bench_decode.py.
 """
 
-import argparse
 import sys
 
 from runtime.errors import Parser, exit_status
@@ -29,8 +28,7 @@ from tools.measure import SIZES
 
 
 def main(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="python -m tools.bench", description=__doc__, formatter_class=raw)
+    parser = Parser(prog="python -m tools.bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     p = commands.add_parser("fullsize", help="diffa2 with random weights: shapes, memory, speed")
     p.add_argument("folder")

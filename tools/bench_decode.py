@@ -119,9 +119,8 @@ def autoregressive(model, inputs):
         return generate_ar(model, *inputs, answer_length=16)
 
 
-@contextlib.contextmanager
-def replayed(counts):
-    """For a while, call i of a block keeps counts[i] tokens: random weights are never confident."""
+def replay(work, counts, **options):
+    """work(**options), where call i of a block keeps counts[i] tokens: random weights are never confident."""
     rule = decode.count_to_keep
 
     def as_counted(confidence, options, step):
@@ -129,14 +128,9 @@ def replayed(counts):
 
     decode.count_to_keep = as_counted
     try:
-        yield
+        return work(**options)
     finally:
         decode.count_to_keep = rule
-
-
-def replay(work, counts, **options):
-    with replayed(counts):
-        return work(**options)
 
 
 def ways(model, inputs, counts):

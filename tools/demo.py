@@ -13,7 +13,6 @@ network call.  Uploads and pictures go to a temporary folder that is removed at 
 of other hosts.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import html
@@ -347,8 +346,7 @@ def run(args):
 
 
 def main(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="demo", description=__doc__, formatter_class=raw)
+    parser = Parser(prog="demo", description=__doc__)
     command_line.add_model(parser)
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--share", action="store_true", help="a public address by way of Gradio's servers")

@@ -13,7 +13,6 @@ default, --factor for parallel decoding.  Answers are kept in OUT.answers.jsonl 
 run goes on where it was; OUT is written at the end with the field names that the official scripts read.
 """
 
-import argparse
 import functools
 import hashlib
 import json
@@ -609,8 +608,7 @@ def run(args):
 
 
 def main(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="python -m tools.evaluate", description=__doc__, formatter_class=raw)
+    parser = Parser(prog="python -m tools.evaluate", description=__doc__)
     parser.add_argument("benchmark", nargs="?", choices=sorted(BENCHMARKS))
     parser.add_argument(
         "file", nargs="?", help="the benchmark's question file; asr: a manifest or a Kaldi folder"

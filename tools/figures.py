@@ -12,7 +12,6 @@
 it was kept with.  The picture of the web page is left by its test, see tests/test_demo.py.
 """
 
-import argparse
 import html
 import json
 import os
@@ -323,8 +322,7 @@ def draw_all():
 
 
 def main(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="figures", description=__doc__, formatter_class=raw)
+    parser = Parser(prog="figures", description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True, parser_class=Parser)
     kinds.add_parser("all", help="what assets/ has, all anew; run where assets/ is")
     kind = kinds.add_parser("curves", help="logged losses of training runs")

@@ -19,13 +19,14 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from adapters import count, merge_lora
+from adapters import merge_lora
 from data import SAMPLE_RATE
 from decode import ask
 from model import DIFFA2, PRESETS, SPECIAL_TOKENS
 from runtime.errors import UserError
 from runtime.files import write_file
 from runtime.names import released_name
+from runtime.tutorials import count
 from tools.measure import Laps, Peak
 from weights import load
 

@@ -6,7 +6,6 @@
 The facts stand where the audio would, as stage 0 learns to read them (runtime/variations.py).
 """
 
-import argparse
 import sys
 from collections import defaultdict
 
@@ -36,9 +35,7 @@ def answer_imitated(model, tokenizer, examples, seed=0, **options):
 
 
 def main(argv=None):
-    parser = Parser(
-        prog="imitated", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="imitated", description=__doc__)
     parser.add_argument("manifest")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--limit", type=int, default=100, help="questions a task and corpus (default 100)")

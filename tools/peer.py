@@ -6,7 +6,6 @@
 The small model has this Whisper's encoder, so the two differ in what reads the encoder's states.
 """
 
-import argparse
 import re
 import sys
 import time
@@ -38,7 +37,7 @@ def transcribe(model, path, offset=0.0, duration=None):
 
 
 def main(argv=None):
-    parser = Parser(prog="peer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="peer", description=__doc__)
     parser.add_argument("manifest")
     parser.add_argument("--whisper", default="tiny.en", metavar="NAME|FILE.pt")
     parser.add_argument("--limit", type=int, default=100, help="clips a corpus (default 100)")

@@ -12,7 +12,6 @@ language model write, tour.py puts together what the small model is trained on. 
 same bytes.
 """
 
-import argparse
 import os
 import random
 import re
@@ -215,7 +214,7 @@ def names(text):
 
 
 def build_parser():
-    parser = Parser(prog="prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="prepare", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     p = commands.add_parser("tour", help="all manifests of the small model")

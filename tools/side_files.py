@@ -142,11 +142,11 @@ def read_kaldi(path):
     with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
             try:
-                key, *value = line.decode().split(None, 1) or [""]
+                fields = line.decode().split(None, 1)
             except UnicodeDecodeError:
                 raise UserError(f"{path}:{n}: not UTF-8") from None
-            if key:
-                found[key] = value[0].strip() if value else ""
+            if fields:
+                found[fields[0]] = "".join(fields[1:]).strip()
     return found
 
 
