@@ -334,4 +334,4 @@ if __name__ == "__main__":
     from runtime import tutorials
     from weights import load
 
-    sys.exit(tutorials.data(sys.argv[1:], load, load_audio, log_mel, build_prompt, window_seconds))
+    tutorials.data(sys.argv[1:], load, load_audio, log_mel, build_prompt, window_seconds)

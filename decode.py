@@ -540,4 +540,6 @@ def main(argv=None):
 if __name__ == "__main__":
     from runtime import tutorials
 
-    sys.exit(main() if len(sys.argv) > 1 else tutorials.decode(Options, count_to_keep, main))
+    if len(sys.argv) > 1:
+        sys.exit(main())
+    tutorials.decode(Options, count_to_keep, main)

@@ -3,7 +3,9 @@
 A tutorial is named after its file, and is given what that file defines: it imports nothing of the root.
 """
 
+import functools
 import os
+import sys
 
 import torch
 import torch.nn as nn
@@ -14,6 +16,16 @@ from runtime.names import released_name, whisper_name
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DEMO = os.path.join(ROOT, "assets", "demo")
+
+
+def program(tutorial):
+    """Makes a tutorial end as a program does: `python diffusion.py | head` is no error."""
+
+    @functools.wraps(tutorial)
+    def run(*args):
+        sys.exit(exit_status(f"{tutorial.__name__}.py", lambda: tutorial(*args)))
+
+    return run
 
 
 def count(module):
@@ -49,6 +61,7 @@ class Toy:
         return self.p[(self.all == ids).all(1)].log().sum()
 
 
+@program
 def diffusion(corrupt, sft_loss, draw_counts, elbo):
     """The forward process on a sentence, and both estimates of a toy's log p beside the exact one."""
     text = "the speaker sounds happy and a dog barks in the background"
@@ -82,6 +95,7 @@ def diffusion(corrupt, sft_loss, draw_counts, elbo):
         print(f"  {name:18} {mean:.4f} +- {error:.4f}   standard deviation of one {deviation:.3f}")
 
 
+@program
 def adapters(SemanticAdapter, AcousticAdapter, add_lora):
     """The paper's Table B.3 beside the counts of the classes, without allocating any of the weights."""
     with torch.device("meta"):
@@ -105,6 +119,7 @@ def adapters(SemanticAdapter, AcousticAdapter, add_lora):
     print("\nThe table's backbone, 8.03 billion, seems to count LoRA again: LLaDA alone has 8.016 billion.")
 
 
+@program
 def model(DIFFA2, presets, splice_order):
     """Where audio tokens stand in the prompt, who attends to whom, and the parameters of each preset."""
     text, audio = ["This", "is:", "<audio>.", "[M]", "[M]"], ["a1", "a2", "a3"]
@@ -124,6 +139,7 @@ def model(DIFFA2, presets, splice_order):
                 print(f"  {part:13}{n:>13,}")
 
 
+@program
 def weights(load, folder):
     """What lies in the small model's checkpoint, and what does not; one name of each other format."""
     path = os.path.join(folder, "model.safetensors")
@@ -147,19 +163,15 @@ def weights(load, folder):
         print(f"  {format:24}{key:38}-> {rename(key)}")
 
 
-def data(argv, load, *of_data):
-    """What the small model is given for a clip.  argv: CLIP [QUESTION], or nothing.  -> exit status"""
+@program
+def data(argv, load, load_audio, log_mel, build_prompt, window_seconds):
+    """What the small model is given for a clip.  argv: CLIP [QUESTION], or nothing."""
     clip, *question = argv or [os.path.join(DEMO, "seven.wav")]
-    question = " ".join(question) or "What do you hear?"
-    return exit_status("data.py", lambda: prompt_of(clip, question, load, *of_data))
-
-
-def prompt_of(clip, question, load, load_audio, log_mel, build_prompt, window_seconds):
     network, tokenizer = load("tiny")
     config = network.config
     audio, notes = load_audio(clip, limit=window_seconds(config))
     mel, n_frames = log_mel(audio, config)
-    ids, audio_at = build_prompt(tokenizer, question)
+    ids, audio_at = build_prompt(tokenizer, " ".join(question) or "What do you hear?")
     seconds = f"{len(audio) / 16000:.2f} s at 16 kHz"
     print(*notes, f"{seconds} -> mel {tuple(mel.shape)} -> {n_frames} encoder frames", sep="\n")
     n_semantic = max(n_frames // 4, 1)
@@ -169,8 +181,9 @@ def prompt_of(clip, question, load, load_audio, log_mel, build_prompt, window_se
     print(" ".join(tokens[:audio_at]), "[ audio ]", " ".join(tokens[audio_at:]), sep="\n")
 
 
+@program
 def decode(Options, count_to_keep, main):
-    """How many of six guesses each rule keeps, then a real answer.  -> exit status"""
+    """How many of six guesses each rule keeps, then a real answer."""
     confidence = torch.tensor([[0.99, 0.97, 0.93, 0.85, 0.7, 0.3]])
     print("Six [MASK]s were guessed with these confidences:", *(f"{c:.2f}" for c in confidence[0]))
     print("Each rule says how many of them stay (--factor: Eq. 8); the others are masked again.\n")
@@ -181,6 +194,7 @@ def decode(Options, count_to_keep, main):
     return main([os.path.join(DEMO, "digits.wav"), "What is said?", "--model", "tiny", "--show"])
 
 
+@program
 def vrpo(margin, elbo, draw_t, draw_counts, n):
     """The variance of the margin with and without shared masks, with and without exact counts."""
     # policy and reference: two toys a small step apart, as in the first steps of training
@@ -220,6 +234,7 @@ def vrpo(margin, elbo, draw_t, draw_counts, n):
             print(f"  {name:48} {found.mean():8.4f} +- {error:.4f}   variance {found.var():10.5f}")
 
 
+@program
 def train(stages_of, presets, DIFFA2, freeze_all_but, parts):
     """The table of stages, and what each of them trains."""
     print("Stages (Section 3.3, Table B.2): what each trains, by which loss: sft (Eq. 2) or vrpo (Eq. 5)\n")

@@ -3,6 +3,7 @@
 import os
 import re
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -21,10 +22,9 @@ def printed(monkeypatch, capsys):
     def run(name):
         path = os.path.join(ROOT, f"{name}.py")
         monkeypatch.setattr(sys, "argv", [path])
-        try:
+        with pytest.raises(SystemExit) as e:
             runpy.run_path(path, run_name="__main__")
-        except SystemExit as e:
-            assert not e.code
+        assert not e.value.code
         return capsys.readouterr().out
 
     return run
@@ -96,3 +96,12 @@ def test_weights_and_data(printed):
     assert "-> encoder.blocks.0.mlp.0.weight" in out
     out = printed("data")
     assert "-> 16 acoustic + " in out and "[ audio ]" in out and "<audio>" in out.split("[ audio ]")[1]
+
+
+def test_a_pipe_that_closes_early():
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        command = [sys.executable, os.path.join(ROOT, "adapters.py")]
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
