@@ -233,11 +233,6 @@ def pad_imitations(items):
     return batch | {"valid": pad_rows([[True] * len(item["ids"]) for item in items])}
 
 
-def part_of(batch, name="text"):
-    """The tensors of one text of a batch, or of "imitated", by name: BatchBuilder puts NAME. in front."""
-    return {k.removeprefix(name + "."): v for k, v in batch.items() if k.startswith(name + ".")}
-
-
 def audio_tokens(model, batch, stage):
     """The audio tokens of a batch's clips, encoded or imitated: audio (B, A, D), is_audio (B, A).
 
@@ -247,13 +242,16 @@ def audio_tokens(model, batch, stage):
         encoded = model.encode(batch["mel"], batch["n_frames"])
         return model.adapt(*encoded, batch["n_frames"], stage)
     # stage 0: no audio; weighted sums of word embeddings plus noise stand where audio tokens will
-    imitated = part_of(batch, "imitated")
+    imitated = batch["imitated"]
     audio = model.embed_imitation(imitated["ids"], imitated["weights"], imitated["noise"])
     return audio, imitated["valid"]
 
 
 def to_device(batch, device):
-    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    """A batch, whose texts are dicts of tensors within it, on another device."""
+    if isinstance(batch, dict):
+        return {name: to_device(value, device) for name, value in batch.items()}
+    return batch.to(device, non_blocking=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -288,6 +286,7 @@ class BatchBuilder:
             return item | {"imitated": imitated, "seconds": 0.0}
         if example.audio is None:
             raise UserError("has no audio")
+        # what lies behind the window is cut off; `prepare check` counts such transcripts
         audio, _ = load_audio(example.audio, example.offset, example.duration, window_seconds(c))
         if self.is_augmented:
             audio = augment(audio, generator, example.facts)[: window_samples(c)]
@@ -299,10 +298,9 @@ class BatchBuilder:
         return item | {"mel": mel, "n_frames": n_frames, "seconds": len(audio) / SAMPLE_RATE}
 
     def batch_of(self, items):
-        """Items -> one flat dict of tensors, which a line moves to a GPU."""
-        batch, parts = {}, {}
+        """Items -> a dict of tensors, and of such dicts: one for each text, by its name, and "imitated"."""
         if self.is_imitated:
-            parts["imitated"] = pad_imitations([item["imitated"] for item in items])
+            batch = {"imitated": pad_imitations([item["imitated"] for item in items])}
         else:
             batch = {
                 "mel": torch.stack([item["mel"] for item in items]),
@@ -311,9 +309,7 @@ class BatchBuilder:
                 "transcript_length": torch.tensor([len(item["transcript"]) for item in items]),
             }
         for name in items[0]["texts"]:
-            parts[name] = collate([item["texts"][name] for item in items], self.config)
-        for part, tensors in parts.items():
-            batch |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
+            batch[name] = collate([item["texts"][name] for item in items], self.config)
         return batch
 
     def __call__(self, examples, epoch):

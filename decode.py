@@ -14,8 +14,8 @@ How many stay is the whole difference between the samplers:
     --threshold C all whose confidence exceeds C (Fast-dLLM)
 
 Cheaper calls: --cache prefix keeps keys and values of all before a block while it is filled, --cache dual
-those of later blocks too.  Fewer: --answer-length auto fits a transcript's length to the clip's.  Half
-the memory: --int8.  A clip beyond the window (30 s; 10 s of the small model) is answered in pieces (--long).
+those of later blocks too.  Half the memory: --int8.  A clip beyond the window (30 s; 10 s of the small
+model) is answered in pieces (--long).
 
 Two defects of the released sampler are fixed: it keeps a block's last candidate even where that fails
 Eq. 8, and where an answer ends early it leaves [MASK]s in later blocks.
@@ -86,14 +86,14 @@ def most_confident(confidence, options, step):
     return (rank < count_to_keep(ranked, options, step)[:, None]) & confidence.isfinite()
 
 
-def schedule(masks, steps):
-    """LLaDA's remasking (Section 3.6): floor(masks / steps) stay in each step, in the first few one more."""
-    return [masks // steps + (i < masks % steps) for i in range(steps)]
-
-
 # A sampling rule says how many of a block's masked tokens stay after a call, (B,).  It reads their
 # confidences (B, n), sorted in descending order and -inf behind the last one, and its option.  At least one
 # token must stay, or the decoder would ask the same question for ever.
+
+
+def count_by_schedule(masks, steps, step):
+    """LLaDA's remasking (Section 3.6): floor(masks / steps) stay in each step, in the first few one more."""
+    return masks // steps + (step < masks % steps)
 
 
 def count_by_threshold(confidence, threshold):
@@ -124,7 +124,7 @@ CACHES = ("none", "prefix", "dual")  # what is not computed anew at each call of
 class Options:
     """How answers are decoded; the paper's settings are in Table B.4."""
 
-    answer_length: int | list | str = 32  # tokens; a list: of each row; "auto": `ask` fits it to the clip
+    answer_length: int = 32  # tokens
     block: int = 32  # tokens that are filled before the next ones are begun
     steps: int | None = None  # network calls in all: LLaDA's schedule
     factor: float = 1.0  # of Eq. 8; what decides unless steps or threshold are given
@@ -133,16 +133,9 @@ class Options:
     refresh: int | None = None  # calls after which the cache is filled anew; None: once a block
     temperature: float = 0.0  # of sampling; 0 is greedy
 
-    @property
-    def longest(self):
-        """Tokens of the longest response; one of "auto" is a block."""
-        if self.answer_length == "auto":
-            return self.block
-        return self.answer_length if isinstance(self.answer_length, int) else max(self.answer_length)
-
     def check(self):
         """Raises UserError for a value out of its range, or where blocks or steps do not tile the answer."""
-        length, block, steps = self.longest, self.block, self.steps
+        length, block, steps = self.answer_length, self.block, self.steps
         if length < 1 or block < 1:
             raise UserError(f"answer length {length} and block {block} must be at least 1")
         if length % block:
@@ -168,8 +161,9 @@ class Options:
 def count_to_keep(confidence, options, step):
     """How many stay, (B,), in a block's call `step` by the rule that `options` ask for; new rules go here."""
     if options.steps is not None:
-        counts = schedule(options.block, options.steps * options.block // options.longest)
-        return torch.full((len(confidence),), counts[step], device=confidence.device)
+        steps = options.steps * options.block // options.answer_length  # of this block
+        count = count_by_schedule(options.block, steps, step)
+        return torch.full((len(confidence),), count, device=confidence.device)
     if options.threshold is not None:
         return count_by_threshold(confidence, options.threshold)
     return count_by_factor(confidence, options.factor)
@@ -179,21 +173,21 @@ def count_to_keep(confidence, options, step):
 # blocks, from left to right
 
 
-def lay_out(prompts, lengths, fill, eos_id, audio, is_audio, audio_at, device):
+def lay_out(prompts, length, fill, eos_id, audio, is_audio, audio_at, device):
     """The keyword arguments of DIFFA2.forward: each prompt followed by a response full of `fill`.
 
-    ids, valid (B, P + L): text, and where it is no padding.  audio (B, A, D), is_audio (B, A).  audio_at
-    (B,): the text column that the audio stands in front of.
+    ids, valid (B, P + length): text, and where it is no padding.  audio (B, A, D), is_audio (B, A).
+    audio_at (B,): the text column that the audio stands in front of.
 
-    Prompts are padded on the left, so that all responses begin in column P, shorter responses on the right.
+    Prompts are padded on the left, so that all responses begin in column P.
     Without any padding `valid` is None: attention without a mask takes a faster kernel.
     """
-    P, L = max(map(len, prompts)), max(lengths)
+    P = max(map(len, prompts))
     ids, valid = [], []
-    for prompt, length in zip(prompts, lengths, strict=True):
-        before, after = P - len(prompt), L - length
-        ids.append([eos_id] * before + list(prompt) + [fill] * length + [eos_id] * after)
-        valid.append([False] * before + [True] * (len(prompt) + length) + [False] * after)
+    for prompt in prompts:
+        before = P - len(prompt)
+        ids.append([eos_id] * before + list(prompt) + [fill] * length)
+        valid.append([False] * before + [True] * (len(prompt) + length))
     ids, valid = torch.tensor(ids, device=device), torch.tensor(valid, device=device)
     if valid.all() and (audio is None or is_audio.all()):
         valid = None
@@ -247,9 +241,7 @@ class BlockReader:
             self.cache = None if self.options.cache == "none" else Cache()
             self.cached_rows = rows
             inputs = {name: None if x is None else x[rows] for name, x in self.inputs.items()}
-            where = (row, self.first + column)
-            # read_from: the last layer computes nothing before the block, since nobody reads it
-            return self.model(**inputs, where=where, cache=self.cache, read_from=self.start)
+            return self.model(**inputs, where=(row, self.first + column), cache=self.cache)
         if len(rows) < len(self.cached_rows):  # some rows have finished: the cache lets them go as well
             self.cache.keep(torch.searchsorted(self.cached_rows, rows))
             self.cached_rows = rows
@@ -277,17 +269,14 @@ def generate(
     options: an Options; single fields may be given by name.  generator: one, or a list of B, for sampling.
     on_step(response (B, L), confidence (B, L), call): after each call; call: that of the row with most calls.
     on_block(response (B, L), end): when a block is final; columns before `end` change no more.
-    Returns answers (B, L), L the longest length, and the number of network calls each row needed (B,).
+    Returns answers (B, L), L the answer length, and the number of network calls each row needed (B,).
     Raises UserError for options that do not fit together, and for logits that are not numbers.
     """
     options = dataclasses.replace(options, **fields)
     options.check()
     c, device, block = model.config, next(model.parameters()).device, options.block
-    B, P, L = len(prompts), max(map(len, prompts)), options.longest
-    lengths = options.answer_length if isinstance(options.answer_length, list) else [L] * B
-    if min(lengths) < L and (options.steps is not None or block < L):
-        raise UserError("answers of different lengths go with factor or threshold and a single block")
-    inputs = lay_out(prompts, lengths, c.mask_id, c.eos_id, audio, is_audio, audio_at, device)
+    B, P, L = len(prompts), max(map(len, prompts)), options.answer_length
+    inputs = lay_out(prompts, L, c.mask_id, c.eos_id, audio, is_audio, audio_at, device)
     response = inputs["ids"][:, P:]  # a view: what is written here is what the next call reads
     confidence = torch.zeros(B, L, device=device)  # of each token when it was kept
     calls = torch.zeros(B, dtype=torch.long)  # on the CPU, as `masked` is
@@ -335,26 +324,26 @@ def generate_ar(
 ):
     """The autoregressive baseline (Table 5; Config.causal): a token a call, left to right, with a K/V cache.
 
-    Arguments and results as `generate`'s; a row ends at its end mark.  Raises UserError for a model that
-    looks both ways.
+    Arguments and results as `generate`'s; a row ends with its turn, and end marks follow.
+    Raises UserError for a model that looks both ways.
     """
     c, device = model.config, next(model.parameters()).device
     if not c.causal:
         raise UserError("this model looks both ways: it decodes by masked diffusion")
     B, P = len(prompts), max(map(len, prompts))
     n_audio = 0 if audio is None else audio.size(1)
-    inputs = lay_out(prompts, [answer_length] * B, c.eos_id, c.eos_id, audio, is_audio, audio_at, device)
+    inputs = lay_out(prompts, answer_length, c.eos_id, c.eos_id, audio, is_audio, audio_at, device)
     ids, cache = inputs["ids"], Cache()
     every, zero = torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device)
     calls = zero.clone()
-    is_open = torch.ones(B, dtype=torch.bool, device=device)  # no end mark yet
+    is_open = torch.ones(B, dtype=torch.bool, device=device)  # the answer has not ended
     # the response's columns are computed with the prompt, and overwritten before anyone may see them
     logits = model(**inputs, where=(every, zero + P - 1), cache=cache)  # (B, vocab), of the first token
     for column in range(P, ids.size(1)):
         token, _ = choose(logits, c.mask_id, temperature, every, generator)
         ids[:, column] = torch.where(is_open, token, c.eos_id)
         calls += is_open
-        is_open &= token != c.eos_id
+        is_open &= (token != c.eot_id) & (token != c.eos_id)
         if column + 1 == ids.size(1) or not is_open.any():
             break
         logits = model(ids[:, column : column + 1], None, (every, zero), cache=cache, start=n_audio + column)
@@ -403,8 +392,8 @@ def ask(
     another answer is given for each piece with its time.  long="cut": its beginning alone is answered.
     stage: reads the audio as that stage does; by default the model's.  options, generator (one or a list,
     one a clip), on_step, on_block, fields: as in `generate`; an autoregressive model takes
-    answer_length, temperature and generator alone.  answer_length="auto" gives each clip `length_for` its
-    seconds, as one block.  batch: clips or pieces that pass the network together (default: all, at least 16).
+    answer_length, temperature and generator alone.  batch: clips or pieces that pass the network together
+    (default: all, at least 16).
     Raises UserError for a clip that cannot be read or is no (n,) of finite numbers, and when prompt, audio
     and answer exceed the context.
     """
@@ -419,8 +408,6 @@ def ask(
         if len(given) != n:
             raise UserError(f"{len(given)} {what} {n} clips: give one, or one a clip")
     options, batch = dataclasses.replace(options, **fields), batch or max(16, n)
-    if isinstance(options.answer_length, list):
-        raise UserError("answer_length must be a number or auto: lists are `generate`'s")
     clips = [as_samples(audio, f"clip {i + 1}") for i, audio in enumerate(audios)]
     pieces, spans = cut_clips(clips, questions, generators, window_samples(model.config), long)
     # pieces of long clips and whole short ones pass the network side by side
@@ -429,14 +416,6 @@ def ask(
         answers += ask_pieces(model, tokenizer, pieces[i : i + batch], stage, options, on_step, on_block)
     answers = join_answers(answers, spans, questions)
     return answers[0] if is_one else answers
-
-
-def length_for(seconds, most=128):
-    """Answer length for transcribing `seconds` of speech: six tokens a second and four to spare, in eights.
-
-    Fast speech has four words a second.  At most the paper's fixed 128 (Table B.4).
-    """
-    return min(most, -(-int(6 * seconds + 4) // 8) * 8)
 
 
 @torch.no_grad()
@@ -454,10 +433,7 @@ def ask_pieces(model, tokenizer, pieces, stage, options, on_step, on_block):
     encoded = model.encode(torch.stack(mels).to(adapter.device), n_frames)  # in fp32
     encoded = (x.to(adapter.dtype) for x in encoded)
     audio, is_audio = model.adapt(*encoded, n_frames, stage or model.stage)  # (B, A, D), (B, A)
-    if options.answer_length == "auto":
-        lengths = [length_for(len(samples) / SAMPLE_RATE) for samples in audios]
-        options = dataclasses.replace(options, answer_length=lengths, block=max(lengths))
-    total = max(map(len, prompts)) + audio.size(1) + options.longest
+    total = max(map(len, prompts)) + audio.size(1) + options.answer_length
     if total > c.context:
         needs = f"question, audio and answer need {total} positions; the model has {c.context}"
         raise UserError(f"{needs}: shorten the question")
@@ -470,7 +446,7 @@ def ask_pieces(model, tokenizer, pieces, stage, options, on_step, on_block):
             on_step(response, confidence, call)
 
     if c.causal:
-        ids, calls = generate_ar(model, *inputs, options.longest, options.temperature, generator)
+        ids, calls = generate_ar(model, *inputs, options.answer_length, options.temperature, generator)
     else:
         ids, calls = generate(model, *inputs, options, generator, watch, on_block)
     seconds = (time.perf_counter() - began) / len(audios)
@@ -517,19 +493,20 @@ def run(args):
     if args.compile:
         for block in model.backbone.blocks:
             block.compile(dynamic=True)  # the number of tokens changes between calls
-    clips, notes = load_clips(paths, window_seconds(model.config), args.long)
-    for text in notes:
-        note(text)
     printer = Printer(args, tokenizer, model.config)
     size = 1 if printer.live else 16  # what is watched is watched one by one
     settings = {"stage": args.stage, "options": args.options, "long": args.long, "batch": size} | printer.live
-    # a batch at a time: the first answers are printed before the last clips are asked
-    for i in range(0, len(clips), size):
+    # a batch at a time: the first answers are printed before the last clips are read
+    for i in range(0, len(paths), size):
+        some_paths = paths[i : i + size]
+        clips, notes = load_clips(some_paths, window_seconds(model.config), args.long)
+        for text in notes:
+            note(text)
         # a generator for each clip: an answer does not depend on which clips are asked beside it
-        settings["generator"] = [torch.Generator().manual_seed(args.seed) for _ in clips[i : i + size]]
+        settings["generator"] = [torch.Generator().manual_seed(args.seed) for _ in clips]
         printer.begin(paths[i])
-        answers = ask(model, tokenizer, clips[i : i + size], question, **settings)
-        for path, answer in zip(paths[i : i + size], answers, strict=True):
+        answers = ask(model, tokenizer, clips, question, **settings)
+        for path, answer in zip(some_paths, answers, strict=True):
             printer.end(path, question, answer)
 
 

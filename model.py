@@ -106,7 +106,7 @@ PRESETS = {
     ),
     # the same system with small parts: Whisper tiny.en's encoder and a LLaDA of five million parameters.
     # Windows of 10 s spare a laptop two thirds of the encoder's work.  In tiny.en's last hidden state one
-    # channel is 310 where the root mean square is 1.2; a small Q-Former does not learn then: hence norm_taps.
+    # channel is 310, the others' root mean square 1.2; a small Q-Former does not learn then: hence norm_taps.
     "tiny": Config(
         n_mels=80,
         n_frames=500,
@@ -253,17 +253,13 @@ class Block(nn.Module):
         """(B, T, D) -> (B, H, T, head_dim)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def forward(self, x, rope, mask, cache=None, layer=None, start=None, read_from=0):
-        """x (B, T, D) -> (B, T - read_from, D): columns before read_from give only keys and values."""
+    def forward(self, x, rope, mask, cache=None, layer=None, start=None):
+        """x (B, T, D) -> (B, T, D)."""
         y = self.attn_norm(x)
-        k, v = rotate(self.split(self.k_proj(y)), rope), self.split(self.v_proj(y))
+        q, k = (rotate(self.split(project(y)), rope) for project in (self.q_proj, self.k_proj))
+        v = self.split(self.v_proj(y))
         if cache is not None:
             k, v = cache.update(layer, k, v, start)
-        if read_from:  # from here on x, y, rope and mask have T - read_from queries
-            x, y, rope = x[:, read_from:], y[:, read_from:], [table[:, :, read_from:] for table in rope]
-            if mask is not None and mask.size(2) > 1:  # causal: a line for each query, else one for all
-                mask = mask[:, :, read_from:]
-        q = rotate(self.split(self.q_proj(y)), rope)
         y = attend(q, k, v, mask)  # (B, H, T, head_dim)
         x = x + self.attn_out(y.transpose(1, 2).flatten(2))
         y = self.ff_norm(x)
@@ -281,13 +277,12 @@ class LLaDA(nn.Module):
         self.ln_f = RMSNorm(c.width, c.norm_eps)
         self.ff_out = nn.Linear(c.width, c.vocab, bias=False)  # the head, not tied to wte
 
-    def forward(self, x, valid, cache=None, start=None, read_from=0):
-        """x (B, T, D) embeddings, valid (B, T) -> hidden states after ln_f (B, T - read_from, D).
+    def forward(self, x, valid, cache=None, start=None):
+        """x (B, T, D) embeddings, valid (B, T) -> hidden states after ln_f (B, T, D).
 
         valid: False on padding.  None: there is none, and a GPU need not be asked whether there is.
         With `cache` and start=None the whole row is computed and the cache filled.  With `start`, x holds
         T columns, from `start` on, of a row that the cache has seen; `valid` is the cache's then.
-        read_from: the last layer computes neither query nor feed-forward for the columns before it.
         """
         if start is None:
             if valid is None or valid.all():
@@ -306,8 +301,7 @@ class LLaDA(nn.Module):
             mask = past if mask is None else past & mask
         rope = rope_table(query_position, self.c.width // self.c.heads, self.c.rope_theta)
         for layer, block in enumerate(self.blocks):
-            # the layers before the last need every column: the next one attends to all of them
-            x = block(x, rope, mask, cache, layer, start, read_from if block is self.blocks[-1] else 0)
+            x = block(x, rope, mask, cache, layer, start)
         return self.ln_f(x)
 
 
@@ -422,9 +416,7 @@ class DIFFA2(nn.Module):
         """
         return lambda noisy, where: self(noisy, text["valid"], where, audio, is_audio, text["audio_at"])
 
-    def forward(
-        self, ids, valid, where, audio=None, is_audio=None, audio_at=None, cache=None, start=None, read_from=0
-    ):
+    def forward(self, ids, valid, where, audio=None, is_audio=None, audio_at=None, cache=None, start=None):
         """Logits (N, vocab) at the N text positions where `where` is True, row by row.
 
         ids, valid, where: (B, T) text, the response included.  audio (B, A, D) and is_audio (B, A) from
@@ -432,8 +424,8 @@ class DIFFA2(nn.Module):
         text alone.  valid=None: no padding, neither in ids nor in audio.
         where may also be a pair of index tensors (row (N,), text column (N,)): to count the True ones of a
         mask, the CPU has to wait for the GPU.
-        cache, start, read_from: see LLaDA.forward; the numbers count spliced columns.  With `start`, ids
-        and where are just the columns to recompute, all of them text.  `where` names none before read_from.
+        cache, start: see LLaDA.forward; `start` counts spliced columns.  With it, ids and where are just
+        the columns to recompute, all of them text.
         """
         x = self.backbone.wte(ids)
         row, column = where.nonzero(as_tuple=True) if isinstance(where, torch.Tensor) else where
@@ -443,9 +435,9 @@ class DIFFA2(nn.Module):
             x = x.gather(1, order[:, :, None].expand(-1, -1, x.size(2)))  # spliced
             valid = None if valid is None else torch.cat([valid, is_audio], 1).gather(1, order)
             column = column + audio.size(1) * (column >= audio_at[row])  # from text to spliced columns
-        h = self.backbone(x, valid, cache, start, read_from)
+        h = self.backbone(x, valid, cache, start)
         # the head is the largest matrix of all: only the N columns asked for pass it
-        return self.backbone.ff_out(h[row, column - read_from])
+        return self.backbone.ff_out(h[row, column])
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from model import DIFFA2, PRESETS
 from runtime import checkpoints, command_line, loading, plan, start
 from runtime.ctc import ctc_loss
 from runtime.errors import UserError, exit_status
+from runtime.files import fingerprint
 from runtime.held_out import held_out_loss
 from runtime.hub import RELEASES
 from runtime.log import Log
@@ -72,7 +73,7 @@ class LossContext:
 def sft(context, micro):
     """Stages 0-3: Eq. 1 and 2 with audio, and CTC beside it.  Only the answer's tokens are ever hidden."""
     model, settings, batch = context.model, context.settings, micro["batch"]
-    text = data.part_of(batch)
+    text = batch["text"]
     ids, is_answer = text["ids"], text["is_answer"]
     with context.autocast():
         audio, is_audio = data.audio_tokens(model, batch, context.stage)
@@ -96,7 +97,7 @@ def sft(context, micro):
 def vrpo(context, micro):
     """Stage 4: Eq. 4, 5.  A "sample" is one draw of masks (Eq. 3 has K of them)."""
     model, batch = context.model, micro["batch"]
-    texts = {name: data.part_of(batch, name) for name in ("chosen", "rejected")}
+    texts = {name: batch[name] for name in ("chosen", "rejected")}
     generators, masks = context.generators(micro), {}
     for name, text in texts.items():  # they serve policy, reference and gradient
         masks[name] = draw_counts(text["is_answer"], SAMPLES, generators)
@@ -259,6 +260,10 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
     # what must be the same in a run that goes on: another order or other masks would be another run
     this_run = {"stage": args.stage, "seed": args.seed, "batch": settings.batch}
     this_run["data"] = [list(share) for share in examples.shares]  # (examples, share) of each manifest
+    this_run["objective"] = args.objective
+    for part in ("encoder", "backbone"):  # what is frozen is in no checkpoint: it must be the same again
+        if f"{part}." not in settings.trains:
+            this_run[part] = fingerprint(getattr(model, part))
     checkpoints.check_same_run(state, this_run, args.out)
     group.print(plan.summary(args.stage, settings, steps, examples))
 

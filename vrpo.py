@@ -13,10 +13,10 @@ reduces the noise without more network calls:
 
 How it differs from the paper and the authors' script, and why: a ratio is an exact number of masked
 tokens, and the n numbers are spread over the range instead of independent (diffusion.draw_counts), which
-cuts the variance further; masks are shared and dropout is off in both, so the margin starts at exactly 0;
-only the answer and its first end mark are scored; logsigmoid, because the log of a sigmoid underflows; one
-backbone, not two: for the reference, the trained 1 % of the parameters are replaced by a copy from before
-the training.  And memory does not grow with n: the margin is computed first, without gradient; it gives
+cuts the variance further; dropout is off in both models, so the margin starts at exactly 0; only the
+answer and its first end mark are scored; logsigmoid, because the log of a sigmoid underflows; one backbone,
+not two: for the reference, the trained 1 % of the parameters are replaced by a copy from before the
+training.  And memory does not grow with n: the margin is computed first, without gradient; it gives
 d loss / d margin, a number with which each sample is then backpropagated on its own.
 
 `python vrpo.py` shows the margin's variance with and without shared masks and exact counts.

@@ -94,14 +94,6 @@ def train(argv, description, models):
     return RunOptions(**vars(args))
 
 
-def answer_length(text):
-    """An argparse type: a number of tokens, or "auto"."""
-    try:
-        return text if text == "auto" else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
-
-
 def add_model(parser, default="tiny"):
     """Adds what says which model is asked: --model, its files, --int8."""
     add, instead = parser.add_argument, "instead of the hub's (diffa1, diffa2)"
@@ -132,7 +124,7 @@ def decode(argv, description, caches):
     add("--compile", action="store_true", help="torch.compile the backbone's blocks")
     add("--export", metavar="DIR", help="write the model as a compact bf16 checkpoint")
     # how it decodes: up to --temperature the fields of Options, by the same names
-    add("--answer-length", type=answer_length, default=32, metavar="N", help="tokens (default 32), or auto")
+    add("--answer-length", type=int, default=32, metavar="N", help="tokens (default 32)")
     add("--block", type=int, metavar="N", help="tokens (default 32 if they tile the answer, else all)")
     add_sampler(parser, caches, factor=1.0)
     add("--cache-refresh", dest="refresh", type=int, metavar="K", help="refresh the cache every K calls")
@@ -152,8 +144,6 @@ def decode(argv, description, caches):
         raise UserError('give a recording and a question: python decode.py clip.wav "What do you hear?"')
     if args.words and not args.words[-1].strip():
         raise UserError("the question is empty")
-    if args.answer_length == "auto" and (args.block is not None or args.steps is not None):
-        raise UserError("--answer-length auto is one block, without --steps")
     if args.int8 and args.compile:
         raise UserError("--compile cannot read matrices in int8: give one of the two")
     if args.int8 and args.export is not None:
@@ -161,6 +151,5 @@ def decode(argv, description, caches):
     if args.stream and args.json:
         raise UserError("--stream prints text as it becomes final; --json comes after it")
     if args.block is None:
-        is_tiled = args.answer_length == "auto" or args.answer_length % 32 == 0
-        args.block = 32 if is_tiled else args.answer_length
+        args.block = args.answer_length if args.answer_length % 32 else 32
     return args

@@ -7,7 +7,7 @@ from remembering.
 
 import torch
 
-from data import audio_tokens, generator_for, part_of, to_device
+from data import audio_tokens, generator_for, to_device
 from diffusion import corrupt, masked_nll, next_token_loss
 from runtime.loading import bucket, cost_of, size_of
 
@@ -30,7 +30,7 @@ def held_out_loss(model, stage, autocast, builder, examples, group, tokens):
         if micro["batch"] is None:  # a rank may have none, or none that can be read
             continue
         batch = to_device(micro["batch"], group.device)
-        text = part_of(batch)
+        text = batch["text"]
         ids, is_answer = text["ids"], text["is_answer"]
         with autocast():
             predict = model.predictor(text, *audio_tokens(model, batch, stage))

@@ -130,6 +130,8 @@ def parse_entry(entry, where, folder, stage, check):
     facts = need(entry, "facts", where, dict) if "facts" in entry else {}
     if not all(isinstance(value, str) for value in facts.values()):
         raise UserError(f"{where}: facts must be text")
+    if question == ASR_QUESTION and "messages" not in entry:  # NeMo's and the authors' transcripts
+        facts = {"words": answer} | facts
     if audio is not None:
         audio = os.path.join(folder, audio)
         if check and not os.path.isfile(audio):

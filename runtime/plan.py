@@ -65,8 +65,10 @@ def describe(args, model, settings, steps, examples, processes):
     for entry in micro["skipped"]:
         print(f"skipped: {entry['where']}: {entry['why']}")
     print(f"read {len(micro['ids'])} examples, {micro['seconds']:.0f} s of audio:")
-    for name, tensor in (micro["batch"] or {}).items():
-        print(f"  {name:20}{tuple(tensor.shape)}")
+    for name, value in (micro["batch"] or {}).items():
+        tensors = {f"{name}.{k}": x for k, x in value.items()} if isinstance(value, dict) else {name: value}
+        for name, tensor in tensors.items():
+            print(f"  {name:20}{tuple(tensor.shape)}")
 
 
 def memory_of(model, settings, args, n_rows, processes):

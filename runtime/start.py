@@ -29,7 +29,9 @@ def complete(args, stages):
     if stage not in stages:
         raise UserError(f"there is no stage {stage} for {name}; there are {sorted(stages)}")
     if args.init in RELEASES and args.init != name:
-        raise UserError(f"--init {args.init} goes with --model {args.init}")
+        raise UserError(f"--init {args.init} does not go with --model {name}")
+    if args.diffa and args.init not in RELEASES:  # nothing else would read it
+        raise UserError(f"--diffa goes with --init {name}")
     if args.objective == "ar" and (name in RELEASES or stage == 4):
         raise UserError("the autoregressive baseline is a small model's, stages 0 to 3")
     data = args.data or [f"data/stage{stage}.jsonl"]
@@ -57,10 +59,11 @@ def origin(args):
         return "released", args.llada
     if stage == 1 and name in weights.ASSETS and args.objective != "ar":
         init = init or weights.ASSETS[name]  # the shipped backbone, as it was before any audio
-    # adapters that already write what LLaDA can read are the reason to train in stages
-    init = init or folder_of(args, stage - 1)
+    how = ""
+    if not init:  # adapters that already write what LLaDA can read are the reason to train in stages
+        init, objective = folder_of(args, stage - 1), " --objective ar" * (args.objective == "ar")
+        how = f"; `python train.py --stage {stage - 1} --model {name}{objective}` makes it"
     if not os.path.exists(os.path.join(init, "model.safetensors")):
-        how = f"; `python train.py --stage {stage - 1} --model {name}` makes it" if stage else ""
         raise UserError(f"{init}: no checkpoint to start from{how}")
     return "checkpoint", init
 
@@ -87,18 +90,17 @@ def start_from(args, device):
     if kind == "released":  # as it was after stage 1 for stages 1 and 2, else after the last
         released_stage = 1 if stage in (1, 2) else 4
         model, tokenizer = weights.load(args.init, device, dtype, released_stage, **files, diffa=args.diffa)
-        if released_stage == 1:  # its acoustic adapter was not trained, and may be missing from the file
-            model.acoustic = with_fresh_adapters(model, args.seed).acoustic
-        return model, tokenizer
-
-    model, tokenizer = weights.load(folder, device, dtype, **files)
+    else:
+        model, tokenizer = weights.load(folder, device, dtype, **files)
     if model.base and model.base["name"] != name:  # it would train, by the other model's numbers
         raise UserError(f"{folder}: a checkpoint of {model.base['name']}: give --model {model.base['name']}")
     if model.config.causal != is_causal:  # the weights would fit, and mean something else
         found = "ar" if model.config.causal else "diffusion"
         raise UserError(f"{folder}: a backbone of the other kind; --objective {found} goes with it")
-    if stage == 1 and name in weights.ASSETS:
+    if stage == 1 and model.stage != 1 and name in weights.ASSETS:  # the backbone alone
         model = with_fresh_adapters(model, args.seed)
+    if stage > 1 and model.stage == 1:  # stage 1 does not train it, and its file may hold zeros in its place
+        model.acoustic = with_fresh_adapters(model, args.seed).acoustic
     return model, tokenizer
 
 

@@ -335,6 +335,7 @@ def test_nemo_manifest(tmp_path, clip):
         manifest(tmp_path, {"audio_filepath": clip, "duration": 0.2, "offset": 0.1, "text": "one two"})
     )
     assert (e.question, e.answer, e.offset, e.duration) == (ASR_QUESTION, "one two", 0.1, 0.2)
+    assert e.facts == {"words": "one two"}  # a transcript, for CTC and for stage 0
 
 
 def test_authors_manifest(tmp_path, clip):

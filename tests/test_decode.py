@@ -23,14 +23,13 @@ from decode import (
     choose,
     close_after_end,
     count_by_factor,
+    count_by_schedule,
     count_by_threshold,
     generate,
     generate_ar,
-    length_for,
     main,
     most_confident,
     parse,
-    schedule,
 )
 from model import Cache, rope_table
 from runtime.errors import UserError
@@ -243,16 +242,6 @@ def test_one_row_meets_no_mask(small, monkeypatch):
     assert seen and all(mask is None for mask in seen)
 
 
-def test_the_last_layer_may_skip_what_nobody_reads(small):
-    g = torch.Generator().manual_seed(0)
-    x, valid = torch.randn(2, 9, small.config.width, generator=g), torch.ones(2, 9, dtype=torch.bool)
-    valid[0, :3] = False
-    for model in (small, build(dataclasses.replace(small.config, causal=True), seed=1).eval()):
-        for v in (valid, None):
-            whole, tail = model.backbone(x, v), model.backbone(x, v, read_from=5)
-            assert tail.shape[1] == 4 and torch.allclose(whole[:, 5:], tail, atol=1e-5)
-
-
 def test_options_whole_or_by_name(small):
     """An Options, single fields of one, or both; what is none of them, or does not fit, is refused."""
     _, batch = scene(small)
@@ -268,34 +257,6 @@ def test_options_whole_or_by_name(small):
             generate(small, *batch, **wrong)
 
 
-def test_every_row_its_own_length(small):
-    rows, batch = scene(small)
-    lengths = [4, 16, 7, 16, 1, 12, 16, 9, 3]
-    for cache in ("none", "prefix", "dual"):
-        answers, calls = generate(small, *batch, answer_length=lengths, block=16, factor=0.5, cache=cache)
-        for i, (prompt, audio, at) in enumerate(rows):
-            sound = torch.ones(1, audio.size(1), dtype=torch.bool)
-            by_itself, n = generate(
-                small,
-                [prompt],
-                audio,
-                sound,
-                [at],
-                answer_length=lengths[i],
-                block=lengths[i],
-                factor=0.5,
-                cache=cache,
-            )
-            assert answers[i, : lengths[i]].tolist() == by_itself[0].tolist() and calls[i] == n[0]
-            assert (answers[i, lengths[i] :] == small.config.eos_id).all()
-    with pytest.raises(UserError, match="single block"):
-        generate(small, *batch, answer_length=lengths, block=8)
-
-
-def test_length_for_a_clip():
-    assert [length_for(s) for s in (0.1, 1.0, 2.0, 10.0, 30.0)] == [8, 16, 16, 64, 128]
-
-
 def test_the_autoregressive_baseline_against_a_plain_loop(small, config):
     """Three prompt lengths x three clip lengths, cached and in a batch; the loop runs whole rows."""
     model = small
@@ -304,7 +265,7 @@ def test_the_autoregressive_baseline_against_a_plain_loop(small, config):
     answers, calls = generate_ar(model, *batch, answer_length=10)
     for i, (prompt, audio, at) in enumerate(rows):
         answer = []
-        while len(answer) < 10 and c.eos_id not in answer:
+        while len(answer) < 10 and not {c.eot_id, c.eos_id} & set(answer):
             ids = torch.tensor([prompt + answer])
             everywhere = torch.ones_like(ids, dtype=torch.bool)
             with torch.no_grad():
@@ -534,7 +495,8 @@ def test_ties_go_to_the_lower_position():
 
 
 def test_schedule_is_even_with_the_remainder_first():
-    assert schedule(16, 5) == [4, 3, 3, 3, 3] and schedule(4, 4) == [1] * 4 and schedule(7, 2) == [4, 3]
+    for masks, steps, wanted in ((16, 5, [4, 3, 3, 3, 3]), (4, 4, [1] * 4), (7, 2, [4, 3])):
+        assert [count_by_schedule(masks, steps, step) for step in range(steps)] == wanted
 
 
 def test_close_after_end():
@@ -581,19 +543,6 @@ def test_several_clips_as_json(small_folder, clip, tmp_path, capsys):
         assert set(x) == {"audio", "question", "answer", "calls", "seconds", "rtf"}
         assert 1 <= x["calls"] <= 4 and x["seconds"] > 0
     assert lines[0]["rtf"] == pytest.approx(lines[0]["seconds"] / 0.75, rel=0.05)
-
-
-def test_the_response_fits_the_clip(small_folder, clip, capsys):
-    """--answer-length auto is the answer length that `length_for` names, as one block."""
-    args = [clip, "What is said?", "--model", small_folder, "--json"]
-    answers = []
-    for extra in (
-        ["--answer-length", "auto"],
-        ["--answer-length", str(length_for(soundfile.info(clip).duration))],
-    ):
-        assert main([*args, *extra]) == 0
-        answers.append(json.loads(capsys.readouterr().out)["answer"])
-    assert answers[0] == answers[1]
 
 
 def test_answers_are_those_of_ask(small_folder, clip, capsys):
@@ -717,9 +666,7 @@ def test_bad_clips(kind, tmp_path, small_folder, capsys):
         (["--cache", "magic"], "magic"),
         (["--cache-refresh", "0"], "refresh 0"),
         (["--answer-length", "992"], "positions"),
-        (["--answer-length", "auto", "--block", "16"], "one block"),
-        (["--answer-length", "auto", "--block", "0"], "one block"),
-        (["--answer-length", "some"], "'some' is neither a number nor auto"),
+        (["--answer-length", "some"], "invalid int value: 'some'"),
         (["--block", "0"], "block 0"),
         (["--seed", str(10**30)], "2^63"),
         (["--factor", "1e30"], "factor"),
@@ -867,7 +814,6 @@ def test_clips_of_other_libraries(small_folder):
         ({"questions": ["Hm?"]}, "1 questions about 2 clips"),
         ({"questions": ["Hm?"] * 3}, "3 questions about 2 clips"),
         ({"generator": []}, "0 generators for 2 clips"),
-        ({"answer_length": [8, 8]}, "a number or auto"),
         ({"questions": "caf\udce9?"}, "not text in UTF-8"),
         ({"questions": [None, None]}, "not text in UTF-8"),
         ({"stage": 9}, "a stage is 1 to 4"),
@@ -901,7 +847,7 @@ def test_broken_weights_end_in_one_line(small, options):
         generate(broken, [[5, 6, 7]], answer_length=8, block=4, **options)
 
 
-@pytest.mark.parametrize("length, block", [("48", 48), ("64", 32), ("16", 16), ("auto", 32)])
+@pytest.mark.parametrize("length, block", [("48", 48), ("64", 32), ("16", 16)])
 def test_the_default_block_tiles_the_answer(length, block):
     assert parse(["a.wav", "Hm?", "--answer-length", length]).options.block == block
 

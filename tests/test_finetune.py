@@ -15,7 +15,7 @@ import decode
 import train
 import weights
 from adapters import merge_lora
-from data import BatchBuilder, encode_question, part_of, read_manifest
+from data import BatchBuilder, encode_question, read_manifest
 from decode import ask
 from diffusion import draw_counts, elbo
 from model import PRESETS
@@ -106,7 +106,7 @@ def measure(model, tokenizer, manifest):
     )
     right = sum(a.text == e.answer for a, e in zip(answers, examples, strict=True)) / len(examples)
     batch = BatchBuilder(tokenizer, model.config, encode_question, 0)(examples, 0)["batch"]
-    text = part_of(batch)
+    text = batch["text"]
     with torch.no_grad():
         audio = model.adapt(*model.encode(batch["mel"], batch["n_frames"]), batch["n_frames"], model.stage)
         masks = draw_counts(text["is_answer"], 4, torch.Generator().manual_seed(0))
@@ -170,7 +170,7 @@ def test_another_backbone_of_the_same_shapes(released, manifest, tmp_path, capsy
 
 def test_a_released_model_is_no_start_for_another(manifest, capsys):
     argv = ["--stage", "3", "--model", "tiny", "--init", "diffa2", "--data", manifest]
-    assert train.main(argv) == 2 and "goes with --model diffa2" in capsys.readouterr().err
+    assert train.main(argv) == 2 and "--init diffa2 does not go with --model tiny" in capsys.readouterr().err
 
 
 def test_stage_1_of_the_released_model_goes_on_with_its_soft_prompts(released, manifest, tmp_path):

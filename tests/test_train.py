@@ -34,7 +34,6 @@ from data import (
     audio_tokens,
     encode_question,
     generator_for,
-    part_of,
     read_manifest,
 )
 from decode import ask
@@ -45,10 +44,10 @@ from runtime.fresh import build
 from runtime.loading import MicroBatches, cost_of, schedule_of, size_of
 from runtime.optimizers import make_optimizers
 from runtime.plan import memory_of, saved_bytes
-from runtime.start import settings_of
+from runtime.start import settings_of, start_from
 from runtime.variations import augment, mask_mel
 from train import STAGES, Stage, freeze_all_but, learning_rate, main, parse
-from weights import load
+from weights import load, save
 
 RUNNER = os.path.join(os.path.dirname(__file__), "runner.py")
 
@@ -155,6 +154,34 @@ def test_exactly_the_named_parts_change(one, stage):
             assert not torch.equal(before[name], value), f"{name} did not train"
     if stage == 3:  # B starts at zero: it trained if it is not zero any more
         assert all(v.abs().max() > 0 for n, v in after.items() if "lora_B" in n)
+
+
+def test_a_stage_1_checkpoint_leaves_the_acoustic_adapter_untrained(one, toured, tmp_path):
+    """A released stage-1 file may hold zeros in its place, and no gradient leads away from those."""
+    model, tokenizer = load(f"{one}/stage1", "cpu", torch.float32)
+    with torch.no_grad():
+        for p in model.acoustic.parameters():
+            p.zero_()
+    for stage in (0, 1):
+        model.stage = stage
+        save(model, tokenizer, f"{tmp_path}/{stage}", dtype=torch.float32)
+        args = parse(arguments(toured, tmp_path, 2, "--init", f"{tmp_path}/{stage}"))
+        begun, _ = start_from(args, torch.device("cpu"))
+        assert all(p.abs().max() > 0 for p in begun.acoustic.proj.parameters()) == (stage == 1)
+        assert torch.equal(begun.semantic.fc1.weight, model.semantic.fc1.weight)
+
+
+def test_a_run_goes_on_with_the_frozen_parts_it_began_with(one, toured, tmp_path, capsys):
+    """They are in no checkpoint: half-trained adapters beside another backbone would pass for a whole run."""
+    argv = arguments(toured, tmp_path, 1, "--init", f"{one}/stage0", "--max-steps", "2", "--stop-after", "1")
+    assert main(argv) == 0
+    model, tokenizer = load(f"{one}/stage0", "cpu", torch.float32)
+    with torch.no_grad():
+        model.backbone.wte.weight[0, 0] += 1
+    save(model, tokenizer, f"{tmp_path}/other", dtype=torch.float32)
+    other = arguments(toured, tmp_path, 1, "--init", f"{tmp_path}/other", "--max-steps", "2", "--resume")
+    assert main(other) == 2 and "--resume goes on with has backbone" in capsys.readouterr().err
+    assert main([*argv[:-2], "--resume"]) == 0
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
@@ -372,9 +399,9 @@ def test_an_example_is_made_by_its_own_seed(toured, config, tokenizer):
     assert (
         torch.equal(together["mel"][1], alone["mel"][0]) and together["n_frames"][1] == alone["n_frames"][0]
     )
-    n = alone["text.ids"].size(1)
-    assert torch.equal(together["text.ids"][1, :n], alone["text.ids"][0]) and torch.equal(
-        together["text.is_answer"][1, :n], alone["text.is_answer"][0]
+    n = alone["text"]["ids"].size(1)
+    assert torch.equal(together["text"]["ids"][1, :n], alone["text"]["ids"][0]) and torch.equal(
+        together["text"]["is_answer"][1, :n], alone["text"]["is_answer"][0]
     )
     assert not torch.equal(builder(examples[1:2], 1)["batch"]["mel"], alone["mel"])
     draws = {
@@ -1003,17 +1030,17 @@ def test_stage_0_reads_imitated_audio(toured, config, tokenizer):
     micro = builder_for(tokenizer, config, SMALL_STAGES[0], 0)(examples, 0)
     audio, is_audio = audio_tokens(model, micro["batch"], 0)
     w, ids, wte = (
-        micro["batch"]["imitated.weights"],
-        micro["batch"]["imitated.ids"],
+        micro["batch"]["imitated"]["weights"],
+        micro["batch"]["imitated"]["ids"],
         model.backbone.wte.weight,
     )
     mixed = wte[ids[..., 0]] * w[..., :1] + wte[ids[..., 1]] * w[..., 1:]
     assert torch.allclose(
-        audio, mixed + wte.pow(2).mean().sqrt() * micro["batch"]["imitated.noise"], atol=1e-5
+        audio, mixed + wte.pow(2).mean().sqrt() * micro["batch"]["imitated"]["noise"], atol=1e-5
     )
     alone = builder_for(tokenizer, config, SMALL_STAGES[0], 0)(examples[2:3], 0)
     n = int(is_audio[2].sum())
-    assert is_audio[2, :n].all() and torch.equal(alone["batch"]["imitated.ids"][0], ids[2, :n])
+    assert is_audio[2, :n].all() and torch.equal(alone["batch"]["imitated"]["ids"][0], ids[2, :n])
 
 
 def test_training_by_eq_1_memorises_an_answer(toured, config, tokenizer):
@@ -1038,7 +1065,7 @@ def test_training_by_eq_1_memorises_an_answer(toured, config, tokenizer):
     batch = builder(examples, 0)["batch"]
     with torch.no_grad():
         audio, is_audio = audio_tokens(model, batch, 0)
-        text = part_of(batch)
+        text = batch["text"]
         for n, e in enumerate(examples):
             prompt = text["ids"][n][text["valid"][n] & ~text["is_answer"][n]].tolist()
             ids, _ = generate(
@@ -1079,7 +1106,7 @@ def test_cost_counts_what_a_row_holds(toured, config):
     tokenizer = load_tokenizer(toured)
     for e in read_manifest(f"{toured}/stage2.jsonl", 2)[:40]:
         builder = builder_for(tokenizer, config.with_tokenizer(tokenizer), SMALL_STAGES[3], 0)
-        row = builder([e], 0)["batch"]["text.ids"].size(1) + config.n_queries
+        row = builder([e], 0)["batch"]["text"]["ids"].size(1) + config.n_queries
         assert 0.7 * row < cost_of(size_of(e), config) < 2.5 * row
     assert parse(["--stage", "1"]).tokens == 6144
 
@@ -1154,7 +1181,13 @@ def test_saved_bytes_are_what_autograd_keeps(config, n_rows, length):
         (["--stage", "1", "--model", "tiny", "--data", "none.jsonl"], "docs/DATA.md"),
         (["--stage", "7"], "invalid choice"),
         (["--stage", "0"], "no stage 0 for diffa2"),
-        (["--stage", "1", "--model", "tiny", "--init", "nowhere"], "no checkpoint to start from"),
+        (["--stage", "1", "--model", "tiny", "--init", "nowhere"], "nowhere: no checkpoint to start from\n"),
+        (
+            ["--stage", "1", "--model", "tiny", "--objective", "ar"],
+            "`python train.py --stage 0 --model tiny --objective ar` makes it",
+        ),
+        (["--stage", "1", "--init", "diffa1"], "--init diffa1 does not go with --model diffa2"),
+        (["--stage", "1", "--diffa", "file.bin"], "--diffa goes with --init diffa2"),
         (["--stage", "0", "--model", "tiny", "--init", "nowhere"], "nowhere: no checkpoint to start from\n"),
         (["--stage", "1", "--model", "tiny", "--device", "warp9"], "warp9"),
         (["--stage", "1", "--max-steps", "0"], "must lie between"),

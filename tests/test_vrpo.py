@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from data import BatchBuilder, encode_pair, generator_for, part_of, read_manifest
+from data import BatchBuilder, encode_pair, generator_for, read_manifest
 from diffusion import draw_counts, elbo
 from runtime.fresh import build
 from runtime.tutorials import Toy
@@ -202,7 +202,7 @@ def pairs(toured, config, tokenizer):
 
 
 def test_scored_are_the_response_and_its_first_end_mark(pairs, config):
-    text = part_of(pairs["batch"], "rejected")
+    text = pairs["batch"]["rejected"]
     for ids, is_answer, valid in zip(text["ids"], text["is_answer"], text["valid"], strict=True):
         scored = ids[is_answer].tolist()
         assert (
@@ -242,7 +242,7 @@ def test_whole_model_step_is_the_plain_formula(pairs, config):
     got = {n: p.grad.clone() for n, p in trained.items()}
     model.zero_grad()
 
-    batch, texts = pairs["batch"], {name: part_of(pairs["batch"], name) for name in ("chosen", "rejected")}
+    batch, texts = pairs["batch"], {name: pairs["batch"][name] for name in ("chosen", "rejected")}
     masks = draw_pair_masks(
         *(texts[n]["is_answer"] for n in texts),
         SAMPLES,

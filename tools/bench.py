@@ -5,13 +5,12 @@
     python -m tools.bench fullsize DIR --device cuda
     python -m tools.bench int8               one matrix in int8 beside bf16: time and error
     python -m tools.bench train              a training step of each stage beside a naive one
-    python -m tools.bench variance data/stage4.jsonl --model out/tiny/stage3     VRPO's estimators
     python -m tools.bench data               a manifest of a million lines, an epoch's order, clips a second
     python -m tools.bench page               the web page beside `ask`
     python -m tools.bench decode             decoding beside a naive reference, 12-layer 1024-wide backbone
-    python -m tools.bench decode --data data/test.jsonl --choices data/mmsu.jsonl --plot decode.png
+    python -m tools.bench decode --data data/test.jsonl      as many tokens a call as on real recordings
 
-The last one adds the small model's accuracy.  What is measured, and how: fullsize.py, bench_train.py,
+What is measured, and how: fullsize.py, bench_train.py,
 bench_data.py, bench_int8.py, bench_page.py, bench_decode.py.
 """
 
@@ -22,7 +21,7 @@ from tools.bench_data import data_bench
 from tools.bench_decode import decode_bench
 from tools.bench_int8 import int8_bench
 from tools.bench_page import page_bench
-from tools.bench_train import one_training_kind, train_bench, variance_bench
+from tools.bench_train import one_training_kind, train_bench
 from tools.fullsize import fullsize
 from tools.measure import SIZES
 
@@ -48,13 +47,6 @@ def main(argv=None):
     p.add_argument("--device")
     p.add_argument("--stage", type=int, help="this one alone, and one line of JSON")
     p.add_argument("--naive", action="store_true", help="with --stage: the naive step")
-    p = commands.add_parser("variance", help="VRPO's estimators on a trained model")
-    p.add_argument("manifest")
-    p.add_argument("--model", default="tiny")
-    p.add_argument("--pairs", type=int, default=8)
-    p.add_argument("--repeats", type=int, default=30)
-    p.add_argument("--distance", type=float, default=1e-3)
-    p.add_argument("--device")
     p = commands.add_parser("data", help="the data path of a long run")
     p.add_argument("--lines", type=int, default=1_000_000, help="of the synthetic manifest")
     p.add_argument("--clips", type=int, default=64, help="of 12 s")
@@ -63,19 +55,14 @@ def main(argv=None):
     p.add_argument("--model", default="tiny")
     p.add_argument("--port", type=int, default=7860)
     p.add_argument("--repeats", type=int, default=10)
-    p = commands.add_parser("decode", help="decoding: speed beside a naive reference, accuracy against calls")
+    p = commands.add_parser("decode", help="decoding beside a naive reference")
     p.add_argument("--size", default="mid", choices=sorted(SIZES))
     types = ("float32", "bfloat16", "float16")
     p.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=types)
     p.add_argument("--repeats", type=int, default=3)
-    p.add_argument(
-        "--model", default="tiny", help="the small model, for the number of tokens kept and accuracy"
-    )
+    p.add_argument("--model", default="tiny", help="the small model, for the number of tokens kept")
     p.add_argument("--data", help="manifest of real recordings")
-    p.add_argument("--choices", help="question file in MMSU's format")
-    p.add_argument("--limit", type=int, default=300, help="clips of each kind")
-    p.add_argument("--batch", type=int, default=16)
-    p.add_argument("--plot", metavar="PNG")
+    p.add_argument("--limit", type=int, default=100, help="recordings")
     p.add_argument("--device")
 
     def start():
@@ -86,8 +73,6 @@ def main(argv=None):
             fullsize(args.folder, args.device, args.keep, args.int8)
         elif args.command == "int8":
             int8_bench(args.device, args.size, args.repeats)
-        elif args.command == "variance":
-            variance_bench(args)
         elif args.command == "data":
             data_bench(args)
         elif args.command == "page":

@@ -20,11 +20,10 @@ import torch.nn.functional as F
 
 import train
 import vrpo
-from data import BatchBuilder, encode_pair, generator_for, part_of, read_manifest, to_device
+from data import generator_for, to_device
 from diffusion import corrupt, draw_counts, draw_t
 from model import DIFFA2
 from tools.measure import SIZES, Peak, everywhere, machine
-from weights import load
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -69,11 +68,11 @@ def naive_step(model, other, micro, stage, seed=0):
         return m.adapt(*m.encode(batch["mel"], batch["n_frames"]), batch["n_frames"], stage)
 
     if stage < 4:
-        text, t = part_of(batch), draw_t(len(micro["ids"]), noise)
+        text, t = batch["text"], draw_t(len(micro["ids"]), noise)
         noisy, is_masked = corrupt(text["ids"], text["is_answer"], model.config.mask_id, t, generator=noise)
         nll = naive_nll(model, text["ids"], noisy, is_masked, text, *audio_of(model))
         return nll / t.to(noisy.device) / text["is_answer"].sum(1)
-    texts = {name: part_of(batch, name) for name in ("chosen", "rejected")}
+    texts = {name: batch[name] for name in ("chosen", "rejected")}
     masks = {name: draw_counts(text["is_answer"], vrpo.SAMPLES, noise) for name, text in texts.items()}
 
     def scores(m, name):
@@ -169,85 +168,3 @@ def train_bench(args):
             seconds = f"{median:10.2f} ({min(times):5.2f} - {max(times):5.2f})"
             speed = f"{1 / median:9.3f}{hours:11.4f}{memory / 1e9:9.2f}{ratios}"
             print(f"{stage:<6}{kind:8}{seconds}{speed}", flush=True)
-
-
-# ---------------------------------------------------------------------------------------------
-# VRPO's estimators
-
-
-def draw_masks(text, n, is_stratified, mask_id, generator):
-    """is_masked (n, B, T) and weight (n, B) of an estimate: stratified exact counts, or t drawn n times."""
-    if is_stratified:
-        return draw_counts(text["is_answer"], n, generator)
-    t = torch.stack([draw_t(1, generator) for _ in range(n)])  # (n, 1)
-    masks = [corrupt(text["ids"], text["is_answer"], mask_id, x, generator=generator)[1] for x in t]
-    return torch.stack(masks), 1 / t
-
-
-def estimates(model, example, trained, reference, times, is_shared, is_stratified, generator):
-    """Variance of the margin of one pair, and of its loss's gradient (trace), over `times` estimates.
-
-    example: a batch of one pair.  trained: the parameters that train; reference: their values
-    in the reference model.  is_shared: policy and reference meet the same masks (Eq. 4).
-    """
-    c, n, names = model.config, vrpo.SAMPLES, ("chosen", "rejected")
-    texts = {name: part_of(example, name) for name in names}
-    encoded = model.encode(example["mel"], example["n_frames"])
-
-    def draw():
-        return {name: draw_masks(texts[name], n, is_stratified, c.mask_id, generator) for name in names}
-
-    def scores(masks):
-        audio, found = model.adapt(*encoded, example["n_frames"], 4), []
-        for name in names:
-            predict = model.predictor(texts[name], *audio)
-            found.append(vrpo.score(predict, texts[name]["ids"], masks[name], c.mask_id))
-        return found
-
-    margins, mean, square = [], 0.0, 0.0
-    for _ in range(times):
-        masks = draw()
-        other_masks = masks if is_shared else draw()
-        policy = scores(masks)
-        with torch.no_grad(), vrpo.swapped(trained, reference):
-            old = scores(other_masks)
-        margin = vrpo.margin(*policy, *old)
-        parts = torch.autograd.grad(vrpo.vrpo_loss(margin).sum(), trained, allow_unused=True)
-        gradient = torch.cat([x.flatten() for x in parts if x is not None])
-        margins.append(margin.item())
-        mean, square = mean + gradient, square + gradient**2
-    trace = ((square - mean**2 / times) / (times - 1)).sum()
-    return statistics.variance(margins), trace.item()
-
-
-def variance_bench(args):
-    """Variance of the margin and of its gradient on a trained model, at one budget of samples.
-
-    Shared against independent masks, stratified exact counts against independent t.
-    """
-    model, tokenizer = load(args.model, args.device)
-    if not any("lora_" in n for n, _ in model.named_parameters()):
-        model.add_lora()
-    row = train.STAGES["tiny"][4]
-    trained = list(train.freeze_all_but(model, row.trains).values())
-    examples = read_manifest(args.manifest, 4)[: args.pairs]
-    reference = [p.detach().clone() for p in trained]
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # a policy some steps away: as far as steps of 3e-5 would bring every weight
-        for p in trained:
-            p.add_(args.distance * torch.randn(p.shape, generator=g))
-    builder = BatchBuilder(tokenizer, model.config, encode_pair, 0)
-    what = f"{args.repeats} estimates of {vrpo.SAMPLES} samples each"
-    print(f"{args.model}, {len(examples)} pairs, {what}, policy {args.distance:g} (std) from the reference\n")
-    print(f"{'masks':14}{'t':22}{'variance of the margin':>24}{'of the gradient (trace)':>26}")
-    for is_shared in (True, False):
-        for is_stratified in (True, False):
-            found = []
-            for example in examples:
-                batch = builder([example], 0)["batch"]
-                kind = (args.repeats, is_shared, is_stratified, g)
-                found.append(estimates(model, batch, trained, reference, *kind))
-            margin, trace = (statistics.mean(values) for values in zip(*found, strict=True))
-            name = f"{'shared' if is_shared else 'independent':14}"
-            name += f"{'stratified counts' if is_stratified else 'independent t':22}"
-            print(f"{name}{margin:24.4f}{trace:26.5f}", flush=True)

@@ -65,11 +65,7 @@ def answer_settings(args):
     length, block, steps = BENCHMARKS[args.benchmark].decoding
     if args.benchmark == "voicebench":
         length, block, steps = VOICEBENCH_DECODING.get(subset_of(args.file), (length, block, steps))
-    if args.answer_length == "auto":  # one block that fits the clip
-        if args.steps is not None or args.block is not None:
-            raise UserError("--answer-length auto is one block, without --steps")
-        length, steps = "auto", None
-    elif args.answer_length is not None:
+    if args.answer_length is not None:
         length, steps = args.answer_length, steps and args.answer_length
         block = min(block, length)
     block = block if args.block is None else args.block
@@ -616,11 +612,7 @@ def main(argv=None):
     parser.add_argument("--audio-root", help="folder that the audio paths start from (default: the file's)")
     command_line.add_model(parser)
     parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4))
-    parser.add_argument(
-        "--answer-length",
-        type=command_line.answer_length,
-        help="tokens; auto: from each clip's seconds, for transcripts",
-    )
+    parser.add_argument("--answer-length", type=int, help="tokens")
     parser.add_argument("--block", type=int)
     command_line.add_sampler(parser, CACHES, factor=None)  # None: as the benchmark has it
     parser.add_argument("--batch", type=number(int, 1))
