@@ -344,8 +344,10 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
             # authors' script) it keeps its direction and does not rule AdamW's moments for many steps.
             norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
             lr = learning_rate(step, settings, steps)
-            is_bad = not (math.isfinite(loss_sum) and math.isfinite(norm))
-            if is_bad:  # left out: NaN would never leave the moments
+            # left out: NaN would never leave the moments; and where most clips cannot be read (a disk's
+            # outage), the few that are left would take a step as long as all of them
+            is_bad = not (math.isfinite(loss_sum) and math.isfinite(norm)) or n_skipped > n_examples
+            if is_bad:
                 bad_in_a_row += 1
             elif n_examples:
                 bad_in_a_row = 0
@@ -356,16 +358,13 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
             step += 1
             if bad_in_a_row >= MAX_BAD_STEPS:
                 places = ", ".join(map(examples.where, sorted(sum(group.gather(ids), []))[:20]))
-                what = f"loss or gradient not finite {MAX_BAD_STEPS} steps in a row"
+                what = f"loss or gradient not finite {MAX_BAD_STEPS} steps in a row, or most clips unreadable"
                 raise UserError(f"{what}; the last step's examples: {places}")
 
-            # ---- what one sees of it, and now and then the held-out loss and a checkpoint
+            # ---- what one sees of it, and now and then a checkpoint and the held-out loss
             loss = loss_sum / n_examples if n_examples else math.nan
             counts = {"n": int(n_examples), "hours": audio_hours, "bad": int(is_bad)}
             log.write_step(step=step, loss=loss, lr=lr, norm=norm, **counts, skipped=len(skipped_ids))
-            if held_out and (step % args.held_out_every == 0 or step == steps):
-                how = (model, args.stage, autocast, held_out_builder)
-                log.write(step=step, **held_out_loss(*how, held_out, group, args.tokens))
             # also after the last step: writing the model may fail
             if step % args.save_every == 0 or step == stop_step or n_stop:
                 # all that the next step depends on beside the command line and the frozen parts' files
@@ -373,6 +372,9 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
                 now |= checkpoints.snapshot(trained, optimizers, reference, group)
                 # in a thread: training waits for a copy in memory alone
                 group.first_only(functools.partial(writer.write, now, step))
+            if held_out and (step % args.held_out_every == 0 or step == steps):
+                how = (model, args.stage, autocast, held_out_builder)
+                log.write(step=step, **held_out_loss(*how, held_out, group, args.tokens))
         group.first_only(writer.wait)
 
     if step < steps:

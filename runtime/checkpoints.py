@@ -7,6 +7,7 @@ they are data all the same.
 
 import os
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -62,8 +63,15 @@ class StateWriter:
         self.out, self.thread, self.last = out, ThreadPoolExecutor(1), None
 
     def write(self, state, step):
-        self.wait()
-        self.last = self.thread.submit(write_state, in_memory(state), self.out, step)
+        state = in_memory(state)
+        try:
+            self.wait()
+        except UserError as e:  # there may be room again; only a second failure ends the run
+            print(f"{e}; trying again", file=sys.stderr)
+            write_state(state, self.out, step)
+            self.last = None
+            return
+        self.last = self.thread.submit(write_state, state, self.out, step)
 
     def wait(self):
         """Until the last checkpoint is on the disk.  What went wrong with it is raised here."""
@@ -94,7 +102,8 @@ def restore(state, trained, optimizers, group):
     for name, p in trained.items():
         p.data.copy_(state["trained"][name])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
+        # rates and decay are this command line's, as the line that begins the run says
+        optimizer.load_state_dict(saved | {"param_groups": optimizer.state_dict()["param_groups"]})
     reference = tuple(r.to(group.device, copy=True) for r in state["reference"])
     if len(state["random"]) == group.size:  # with another number of processes dropout starts anew
         torch.set_rng_state(state["random"][group.rank])
@@ -111,12 +120,24 @@ def list_states(out):
 
 
 def state_to_go_on_from(out, group, resume, restart):
-    """The last checkpoint in `out`, or None where a run begins there.  Unasked no run is gone over."""
+    """The last whole checkpoint in `out`, or None where a run begins.  Unasked no run is gone over."""
     old = group.first_only(lambda: list_states(out))  # the same on every rank, after any wait
     if old and not (resume or restart):
         how = "--resume goes on with it, --restart begins anew, --out writes elsewhere"
         raise UserError(f"{out}: holds a run already; {how}")
-    return read_state(old[-1]) if old and not restart else None
+    if not old or restart:
+        return None
+
+    def last_whole():
+        for path in reversed(old):
+            try:
+                read_state(path)
+                return path
+            except UserError as e:  # a disk may have lost it, and not the one before
+                print(e, file=sys.stderr)
+        raise UserError(f"{out}: no checkpoint can be read; --restart begins anew")
+
+    return read_state(group.first_only(last_whole))
 
 
 def check_same_run(state, run, out):

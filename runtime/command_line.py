@@ -61,8 +61,9 @@ def train(argv, description, models):
     option("--llada", help="diffa2: folder of LLaDA (docs/MODELS.md), instead of the hub's")
     option("--whisper", help="the encoder's file, instead of the hub's or the shipped one")
     option("--diffa", help="with --init diffa2: the authors' pytorch_model.bin, instead of the hub's")
-    option("--resume", action="store_true", help="go on with the run that --out holds")
-    option("--restart", action="store_true", help="begin anew over the run that --out holds")
+    old_run = parser.add_mutually_exclusive_group()
+    old_run.add_argument("--resume", action="store_true", help="go on with the run that --out holds")
+    old_run.add_argument("--restart", action="store_true", help="begin anew over the run that --out holds")
     option("--wait", action="store_true", help="wait until no other run is training in --out")
     option("--dry-run", nargs="?", type=natural, const=0, metavar="PROCESSES", help="print the plan, stop")
     # instead of the table's: fine-tuning on a few hundred clips wants other numbers than the paper's stages

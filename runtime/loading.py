@@ -208,7 +208,7 @@ def size_of(example):
 
 
 def cost_of(size, config):
-    """About how many positions an example takes, from what a manifest says: nothing is tokenized or read.
+    """About how many positions an example takes: (of text, of audio).  Nothing is tokenized or read for it.
 
     size: size_of the example.  Four characters are about a token, a second of audio is 12.5 semantic
     tokens (Section 3.1), and 55 stand for the fixed words of the prompt and the end marks.
@@ -216,21 +216,25 @@ def cost_of(size, config):
     n_characters, seconds = size
     if not 0 <= seconds <= window_seconds(config):  # unknown counts as the longest: memory must suffice
         seconds = window_seconds(config)
-    return 55 + n_characters // 4 + config.n_queries + round(12.5 * seconds)
+    return 55 + n_characters // 4, config.n_queries + round(12.5 * seconds)
 
 
 def bucket(ids, costs, budget):
     """ids in batches of similar cost, each at most `budget` with its padding, or one example.
 
-    costs[i]: about how many positions example i takes.  Examples of like cost need little padding.
+    costs[i]: cost_of example i.  Examples of like cost need little padding.
     An empty list gives one empty batch: a process without examples has to end the step, too.
     """
-    batches = []
-    for i in sorted(ids, key=lambda i: (costs[i], i)):
-        if batches and costs[i] * (len(batches[-1]) + 1) <= budget:  # costs ascend: i is the widest
+    batches, widest = [], (0, 0)
+    for i in sorted(ids, key=lambda i: (sum(costs[i]), i)):
+        # text and audio are padded each on its own: the longest of both may be of two examples
+        wider = tuple(map(max, widest, costs[i]))
+        if batches and sum(wider) * (len(batches[-1]) + 1) <= budget:
             batches[-1].append(i)
+            widest = wider
         else:
             batches.append([i])
+            widest = costs[i]
     return batches or [[]]
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import time
 
 from tqdm import tqdm
@@ -51,7 +52,10 @@ class Log:
     def write(self, **entry):
         if self.file:
             self.file.write(json.dumps(entry) + "\n")
-            self.file.flush()  # to be watched while the run goes on
+            try:
+                self.file.flush()  # to be watched while the run goes on
+            except OSError as e:  # no reason to stop: what cannot be written now waits for the next line
+                self.bar.write(f"log.jsonl cannot be written ({e.strerror})", file=sys.stderr)
         if self.board:
             for name, value in entry.items():
                 if isinstance(value, (int, float)) and name != "step":

@@ -102,8 +102,11 @@ class ProcessGroup:
 
 
 @contextlib.contextmanager
-def process_group(device=None):
-    """Joins the processes that torchrun started: NCCL on GPUs, gloo on CPUs; a group of one without it."""
+def process_group(device=None, timeout=None):
+    """Joins the processes that torchrun started: NCCL on GPUs, gloo on CPUs; a group of one without it.
+
+    timeout: a timedelta, how long processes wait for each other; torch's 10 to 30 minutes by default.
+    """
     size = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
     if device in (None, "cuda") and torch.cuda.is_available():
@@ -116,7 +119,7 @@ def process_group(device=None):
         return
     is_ours = not dist.is_initialized()  # whoever has joined already leaves by itself
     if is_ours:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     group = ProcessGroup(dist.get_rank(), size, device)
     # an error leaves from here, without goodbye: NCCL would wait for the others, and they for this process
     yield group
@@ -153,8 +156,11 @@ def exit_process(code):
 # signals and locks
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
 class StopSignal:
-    """Remembers SIGTERM and Ctrl-C until the step is done; a second Ctrl-C is not waited for.
+    """Remembers SIGTERM, SIGHUP and Ctrl-C until the step is done; a second Ctrl-C is not waited for.
 
     A handler that saved at once could be called in the middle of an optimizer step, with half of the weights
     from before it and half from after.  So it only takes a note, and the loop asks for it between steps.
@@ -163,7 +169,9 @@ class StopSignal:
 
     def __enter__(self):
         self.caught, self.parent = False, os.getppid()
-        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT)}
+        # a closed terminal sends SIGHUP, which nohup has switched off; torchrun hands it on all the same
+        numbers = [n for n in STOP_SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
+        self.before = {n: signal.signal(n, self.note) for n in numbers}
         return self
 
     def note(self, number, _):
@@ -191,6 +199,8 @@ def locked(out, wait):
     a UserError names it.
     """
     path = os.path.join(out, ".lock")
+    # after torchrun's restart the dead process's loader workers may hold it for some seconds more
+    wait = wait or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if int(os.environ.get("RANK", 0)):
         yield
         return
@@ -226,9 +236,9 @@ def locked(out, wait):
 
 
 def ignore_signals():
-    """Loader workers leave the answer to SIGTERM and Ctrl-C to the process they work for.
+    """Loader workers leave the answer to these signals to the process they work for.
 
     Ctrl-C reaches every process of a terminal: workers that died of it would leave the step unfinished.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

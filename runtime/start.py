@@ -32,6 +32,8 @@ def complete(args, stages):
         raise UserError(f"--init {args.init} does not go with --model {name}")
     if args.diffa and args.init not in RELEASES:  # nothing else would read it
         raise UserError(f"--diffa goes with --init {name}")
+    if args.restart and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise UserError("--restart beside torchrun's --max-restarts would begin anew after every failure")
     if args.objective == "ar" and (name in RELEASES or stage == 4):
         raise UserError("the autoregressive baseline is a small model's, stages 0 to 3")
     data = args.data or [f"data/stage{stage}.jsonl"]

@@ -277,16 +277,21 @@ def test_collate_pads_with_validity_of_its_own(config):
 
 
 def test_buckets_keep_to_the_budget():
-    costs = dict(enumerate([90, 10, 50, 20, 300, 40]))
-    batches = bucket(list(costs), costs, 100)
-    assert sorted(i for b in batches for i in b) == list(costs) and [4] in batches
-    assert all(len(b) == 1 or max(costs[i] for i in b) * len(b) <= 100 for b in batches)
+    """Also where the longest text and the longest audio are of two examples: both are padded."""
+    g = torch.Generator().manual_seed(0)
+    pairs = [(90, 0), (10, 0), (10, 40), (40, 10), (300, 0), (0, 40), (20, 0)]
+    costs = pairs + torch.randint(1, 50, (500, 2), generator=g).tolist()
+    batches = bucket(range(len(costs)), costs, 100)
+    assert sorted(i for b in batches for i in b) == list(range(len(costs))) and [4] in batches
+    for b in batches:
+        text, audio = (max(costs[i][kind] for i in b) for kind in (0, 1))
+        assert len(b) == 1 or (text + audio) * len(b) <= 100
     assert bucket([], costs, 100) == [[]]
 
 
 def test_buckets_waste_little():
     lengths = torch.randint(1, 300, (1003,), generator=torch.Generator().manual_seed(0)).tolist()
-    batches = bucket(range(1003), lengths, 2000)
+    batches = bucket(range(1003), [(n, 0) for n in lengths], 2000)
     assert sorted(i for b in batches for i in b) == list(range(1003))
 
     def waste(groups):
