@@ -6,6 +6,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import subprocess
 import sys
 
@@ -36,6 +37,7 @@ from tools.benchmarks import (
 from tools.evaluate import main, read_answers
 from tools.prompts import LETTERS
 from tools.questions import write_lines, write_text
+from weights import load, save
 
 MMAU = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "benchmarks", "mmau-test-mini.json")
 
@@ -297,6 +299,41 @@ def test_a_killed_run_goes_on(toured, small_folder, tmp_path, capsys):
         again = [a for a in argv if a not in ("--factor", "1")] if "--steps" in other else argv
         assert main([*again, *other, "--out", str(tmp_path / "part")]) == 2
         assert "give another --out" in capsys.readouterr().err
+
+
+def test_other_weights_under_the_same_name_are_asked_anew(toured, small_folder, tmp_path, capsys):
+    """Old scores must not pass for those of a model that was trained again in the same folder."""
+    path, _ = question_file(toured, tmp_path, "mmsu")
+    folder, out = str(tmp_path / "model"), str(tmp_path / "o")
+    argv = ["mmsu", path, "--model", folder, "--limit", "2", "--factor", "1"]
+    shutil.copytree(small_folder, folder)
+    assert main([*argv, "--out", out]) == 0 and main([*argv, "--out", out]) == 0
+    model, tokenizer = load(folder, "cpu")
+    model.semantic.fc1.weight.data[0, 0] += 1
+    save(model, tokenizer, folder)
+    capsys.readouterr()
+    assert main([*argv, "--out", out]) == 2 and "holds answers with weights = " in capsys.readouterr().err
+
+
+def test_what_several_processes_have_left_is_gone_on_with(toured, small_folder, tmp_path, monkeypatch):
+    """Of two processes that were killed, by one: nothing is asked again but a clip that could not be read."""
+    path, rows = question_file(toured, tmp_path, "mmsu")
+    argv = ["mmsu", path, "--model", small_folder, "--limit", "6", "--factor", "1"]
+    assert main([*argv, "--out", str(tmp_path / "whole")]) == 0
+    header, *lines = (tmp_path / "whole.answers.jsonl").read_text().splitlines(keepends=True)
+    lines[1] = json.dumps(json.loads(lines[1]) | {"answer": "", "bad": "gone"}) + "\n"
+    for rank in (0, 1):
+        (tmp_path / f"o.answers.jsonl.{rank}-of-2").write_text(header + "".join(lines[rank : rank + 4 : 2]))
+    asked, real_ask = [], evaluate.ask
+
+    def counting(model, tokenizer, clips, prompts, *rest, **kw):
+        asked.extend(prompts)
+        return real_ask(model, tokenizer, clips, prompts, *rest, **kw)
+
+    monkeypatch.setattr(evaluate, "ask", counting)
+    assert main([*argv, "--out", str(tmp_path / "o")]) == 0
+    assert len(asked) == 3 and (tmp_path / "o").read_text() == (tmp_path / "whole").read_text()
+    assert not [f for f in os.listdir(tmp_path) if "-of-2" in f]
 
 
 def test_two_processes_give_one_result(toured, small_folder, tmp_path):
@@ -666,6 +703,8 @@ def test_judge_keeps_scores_and_asks_again():
     replies = iter(['{"score": 4}', "five", '{"score": 9}', '{"score": 2}'])
 
     class Judge:
+        model = "a"
+
         def complete(self, system, user, read):
             assert "User: say hi" in user and "1 to 5" in system
             for _ in range(3):
@@ -675,4 +714,10 @@ def test_judge_keeps_scores_and_asks_again():
                     continue
 
     questions = [Question(str(i), "", "", "", entry={"prompt": "say hi"}) for i in range(2)]
-    assert evaluate.judge(questions, {"0": {"answer": "hi"}, "1": {"answer": "ho"}}, Judge()) == [4, 2]
+    lines = {"0": {"answer": "hi"}, "1": {"answer": "ho"}}
+    assert evaluate.judge(questions, lines, Judge()) == [4, 2]
+    assert evaluate.judge(questions, lines, Judge()) == [4, 2]  # nobody is asked again
+    other, replies = Judge(), iter(['{"score": 1}', "-", "-", "-", '{"score": 3}'])
+    other.model = "b"
+    assert evaluate.judge(questions, lines, other) == [1, None]
+    assert evaluate.judge(questions, lines, other) == [1, 3]  # of what had no score

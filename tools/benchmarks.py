@@ -127,6 +127,11 @@ def with_audio(path, stage=None):
         yield e
 
 
+def name_of(example):
+    """An example's id: file and line, the same however the path to the file is written."""
+    return os.path.basename(example.where)
+
+
 def read_asr(path, root):
     """Kaldi's folder (wav.scp and text), or a manifest in any of the formats of data.read_manifest."""
     if os.path.isdir(path):
@@ -144,7 +149,7 @@ def read_asr(path, root):
     for e in with_audio(path, 1):
         groups = (("corpus", e.dataset or "-"),)
         where = {"offset": e.offset, "duration": e.duration}
-        yield Question(e.where, e.audio, ASR_QUESTION, e.answer, groups=groups, **where)
+        yield Question(name_of(e), e.audio, ASR_QUESTION, e.answer, groups=groups, **where)
 
 
 TRANSCRIPTS = "asr"  # the task whose answers also have a word error rate, for each corpus
@@ -154,7 +159,7 @@ def read_exact(path, root):
     for e in with_audio(path):
         task = f"{TRANSCRIPTS} {e.dataset or '-'}" if e.task == TRANSCRIPTS else e.task or "all"
         where = {"offset": e.offset, "duration": e.duration}
-        yield Question(e.where, e.audio, e.question, e.answer, groups=(("task", task),), **where)
+        yield Question(name_of(e), e.audio, e.question, e.answer, groups=(("task", task),), **where)
 
 
 def is_transcript(q):

@@ -13,7 +13,9 @@ default, --factor for parallel decoding.  Answers are kept in OUT.answers.jsonl 
 run goes on where it was; OUT is written at the end with the field names that the official scripts read.
 """
 
+import datetime
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -30,7 +32,7 @@ from data import SAMPLE_RATE, load_audio, window_seconds
 from decode import CACHES, Options, ask
 from runtime import command_line
 from runtime.errors import Parser, UserError, exit_status, number
-from runtime.files import check_out
+from runtime.files import check_out, fingerprint
 from runtime.pieces import is_transcription
 from runtime.processes import exit_process, process_group
 from tools.benchmarks import (
@@ -46,7 +48,7 @@ from tools.benchmarks import (
     word_errors,
 )
 from tools.checks import check_text
-from tools.questions import write_lines, write_text
+from tools.questions import seconds_of, write_lines, write_text
 from tools.writer import Endpoint, strict_object
 from weights import load
 
@@ -143,20 +145,35 @@ def read_answers(path, settings=None):
     return header, found
 
 
-def answer_all(group, model, tokenizer, questions, journal, settings, batch, allow_bad=0.01, running=None):
-    """Asks what `journal` does not hold yet, this process its share; returns {id: line} of this process.
+def journals_of(out):
+    """The files of answers that a finished run, or the processes of a killed one, have left for OUT."""
+    whole = answers_of(out)
+    parts = sorted(glob.glob(f"{glob.escape(whole)}.*-of-*"))
+    return [whole, *parts] if os.path.exists(whole) else parts
 
-    Longest clips last; every batch is written before the next begins.  A clip that cannot be read is
-    answered with nothing (wrong), and noted; too many of them stop the run.
+
+def known_answers(out, settings):
+    """{id: line} of all that was answered before; clips that could not be read are tried again."""
+    known = {}
+    for path in journals_of(out):
+        known |= read_answers(path, settings)[1]
+    return {id: line for id, line in known.items() if "bad" not in line}
+
+
+def answer_all(group, model, tokenizer, questions, known, journal, settings, batch, allow_bad, running):
+    """Asks what is not known yet; returns {id: line} of these questions, which are this process's share.
+
+    Longest clips last; every batch is written to `journal` (or None) before the next begins.  A clip that
+    cannot be read is answered with nothing (wrong), and noted; too many of them stop the run.
     """
     limit = window_seconds(model.config)
-    mine = {}
+    mine = {q.id: known[q.id] for q in questions if q.id in known}
     if journal:
-        if os.path.exists(journal):
-            _, mine = read_answers(journal, settings)
         whole = [json.dumps({"settings": settings}), *map(json.dumps, mine.values())]
         write_text("\n".join(whole) + "\n", journal)  # without the half line that a kill may have left
     todo = [q for q in questions if q.id not in mine]
+    seconds = {q.id: q.duration or seconds_of(q.audio) or 0.0 for q in todo}
+    todo.sort(key=lambda q: (seconds[q.id], len(q.prompt)))
     options = Options(
         answer_length=settings["answer_length"],
         block=settings["block"],
@@ -165,7 +182,7 @@ def answer_all(group, model, tokenizer, questions, journal, settings, batch, all
         threshold=settings.get("threshold"),
         cache=settings["cache"],
     )
-    loaded, bad = [], 0
+    right, scored, bad = 0, 0, 0
 
     def keep(lines):
         for line in lines:
@@ -174,24 +191,29 @@ def answer_all(group, model, tokenizer, questions, journal, settings, batch, all
             with open(journal, "a", encoding="utf-8") as f:
                 f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
-    for q in todo:
-        try:
-            # transcripts of pieces are joined; a choice is made from what fits the window
-            is_joined = settings["benchmark"] in ("asr", "exact") and is_transcription(q.prompt)
-            most = None if is_joined else limit
-            loaded.append((q, load_audio(q.audio, q.offset, q.duration, most)[0]))
-        except UserError as e:
-            bad += 1
-            nothing = {"answer": "", "calls": 0, "seconds": 0.0, "audio_seconds": 0.0}
-            keep([{"id": q.id} | nothing | {"bad": str(e)}])
-            if bad > max(1, allow_bad * len(questions)):
-                share = f"{bad} clips cannot be read, more than {allow_bad:.0%}"
-                raise UserError(f"{share}; the last: {e} (--allow-bad takes another share)") from None
-    loaded.sort(key=lambda pair: (len(pair[1]), len(pair[0].prompt)))
-    right, scored, done = 0, 0, len(questions) - len(loaded)
-    with tqdm(total=len(questions), initial=done, unit=" questions", disable=group.rank != 0) as progress:
-        for i in range(0, len(loaded), batch):
-            asked, clips = zip(*loaded[i : i + batch], strict=True)
+    with tqdm(
+        total=len(questions), initial=len(mine), unit=" questions", disable=group.rank != 0
+    ) as progress:
+        for i in range(0, len(todo), batch):
+            asked, clips = [], []
+            for q in todo[i : i + batch]:
+                # transcripts of pieces are joined; a choice is made from what fits the window
+                is_joined = settings["benchmark"] in ("asr", "exact") and is_transcription(q.prompt)
+                try:
+                    clip, _ = load_audio(q.audio, q.offset, q.duration, None if is_joined else limit)
+                except UserError as e:
+                    bad += 1
+                    nothing = {"answer": "", "calls": 0, "seconds": 0.0, "audio_seconds": 0.0}
+                    keep([{"id": q.id} | nothing | {"bad": str(e)}])
+                    progress.update()
+                    if bad > max(1, allow_bad * len(questions)):
+                        share = f"{bad} clips cannot be read, more than {allow_bad:.0%}"
+                        raise UserError(f"{share}; the last: {e} (--allow-bad takes another share)") from None
+                    continue
+                asked.append(q)
+                clips.append(clip)
+            if not asked:
+                continue
             prompts = [q.prompt for q in asked]
             answers = ask(model, tokenizer, clips, prompts, settings["stage"], options, batch=batch)
             lines = []
@@ -331,13 +353,14 @@ def judge(questions, lines, endpoint, times=1):
 
     for q in tqdm(questions, desc="judging", unit=" answers"):
         line = lines[q.id]
-        if "judged" not in line:
+        if line.get("judged") is None or line.get("judge") != endpoint.model:
             found = [
                 endpoint.complete(JUDGE, f"User: {q.entry['prompt']}\n\nAssistant: {line['answer']}", read)
                 for _ in range(times)
             ]
             found = [x for x in found if x is not None]
             line["judged"] = sum(found) / len(found) if found else None
+            line["judge"] = endpoint.model
     return [lines[q.id]["judged"] for q in questions]
 
 
@@ -470,12 +493,10 @@ class LmmsEval:
             jobs.append((context, resampled(clip["array"], clip["sampling_rate"], self.model.config)))
         texts = [None] * len(jobs)
         order = sorted(range(len(jobs)), key=lambda i: len(jobs[i][1]))
-        for i in range(0, len(order), self.batch_size):
-            part = order[i : i + self.batch_size]
-            clips, questions = [jobs[j][1] for j in part], [jobs[j][0] for j in part]
-            answers = ask(self.model, self.tokenizer, clips, questions, **self.options)
-            for j, answer in zip(part, answers, strict=True):
-                texts[j] = answer.text
+        questions, clips = zip(*(jobs[i] for i in order), strict=True) if jobs else ((), ())
+        answers = ask(self.model, self.tokenizer, clips, questions, batch=self.batch_size, **self.options)
+        for i, answer in zip(order, answers, strict=True):
+            texts[i] = answer.text
         return texts
 
     def loglikelihood(self, requests):
@@ -495,10 +516,6 @@ def resampled(array, rate, config):
 
 # ---------------------------------------------------------------------------------------------
 # the command line
-
-
-def wait_for(group):
-    group.sum([0.0])
 
 
 def read_questions(args):
@@ -536,14 +553,32 @@ def check_voicebench(args, has_checker):
             )
 
 
-def write_results(args, settings, questions, lines, summary):
-    """OUT with the official field names, OUT.answers.jsonl with all that is known, OUT.summary.json."""
+def judge_all(args, questions, lines):
+    """Lets the judge rate every answer, and prints the mean."""
+    times = 3 if subset_of(args.file) == "wildvoice" else 1
+    scores = judge(questions, lines, Endpoint(args.judge, args.judge_model), times)
+    given = [x for x in scores if x is not None]
+    if given:
+        silent = f"{len(scores) - len(given)} without a usable reply"
+        print(f"judged 1-5: mean {sum(given) / len(given):.2f}, {silent}")
+    else:
+        print("the judge gave no usable reply")
+
+
+def write_answers(args, settings, questions, lines):
+    """OUT.answers.jsonl with all that is known, in the place of what each process has written."""
+    parts = [path for path in journals_of(args.out) if path != answers_of(args.out)]
+    write_lines([{"settings": settings}, *(lines[q.id] for q in questions)], answers_of(args.out))
+    for path in parts:
+        os.remove(path)
+
+
+def write_results(args, questions, lines, summary):
+    """OUT with the official field names, OUT.summary.json."""
     bench, official = BENCHMARKS[args.benchmark], []
     for q in questions:
         answers = dict.fromkeys(bench.written, lines[q.id]["answer"])
         official.append({**q.entry, "id": q.id, **answers})
-    everything = [{"settings": settings}, *(lines[q.id] for q in questions)]
-    write_lines(everything, args.out + ".answers.jsonl")
     write_text(json.dumps(summary), args.out + ".summary.json")
     if bench.as_list:
         write_text(json.dumps(official, indent=1, ensure_ascii=False), args.out)
@@ -564,43 +599,39 @@ def run(args):
         check_out(args.out + ending)
     score = functools.partial(score_voicebench, subset) if is_voicebench else bench.score
     check_voicebench(args, is_voicebench and subset in OFFICIAL)
-    with process_group(args.device) as group:
+    # one process may have far more to do than another: it reads the long clips
+    with process_group(args.device, timeout=datetime.timedelta(days=7)) as group:
         files = (args.llada, args.whisper, args.diffa)
         model, tokenizer = load(args.model, group.device, None, args.stage, *files, args.int8)
         merge_lora(model)
-        journal = args.out and args.out + ".answers.jsonl"
+        settings["weights"] = fingerprint(model)  # a folder may hold others by now
+        known = known_answers(args.out, settings) if args.out else {}
+        group.gather(None)  # all have read what the next line writes anew
+        journal = args.out and answers_of(args.out)
         mine = journal if group.size == 1 or not journal else f"{journal}.{group.rank}-of-{group.size}"
-        share, batch = questions[group.rank :: group.size], args.batch or bench.batch
-        lines = answer_all(group, model, tokenizer, share, mine, settings, batch, args.allow_bad, score)
+        share, how = questions[group.rank :: group.size], (args.batch or bench.batch, args.allow_bad, score)
+        lines = answer_all(group, model, tokenizer, share, known, mine, settings, *how)
         everything = {}
         for part in group.gather(lines):
             everything |= part
-        if group.rank:
-            wait_for(group)
-            return
-        for q in questions:
-            mark = score(q, everything[q.id]["answer"])
-            if mark["right"] is not None:
-                everything[q.id] |= mark
+    if group.rank:  # the rest is done by one, and may take as long as a judge does
+        return
+    for q in questions:
+        mark = score(q, everything[q.id]["answer"])
+        if mark["right"] is not None:
+            everything[q.id] |= mark
+    try:
         if args.judge:
-            endpoint = Endpoint(args.judge, args.judge_model)
-            scores = judge(questions, everything, endpoint, 3 if subset == "wildvoice" else 1)
-            given = [x for x in scores if x is not None]
-            if given:
-                silent = f"{len(scores) - len(given)} without a usable reply"
-                print(f"judged 1-5: mean {sum(given) / len(given):.2f}, {silent}")
-            else:
-                print("the judge gave no usable reply")
-        trained = {"objective": "ar" if model.config.causal else "diffusion", "after_stage": model.stage}
-        summary = report(settings, questions, everything, score, args.benchmark == "asr") | trained
+            judge_all(args, questions, everything)
+    finally:  # what was answered and judged is kept, whatever the judge's end
         if args.out:
-            write_results(args, settings, questions, everything, summary)
-            if group.size > 1:
-                for r in range(group.size):
-                    os.remove(f"{journal}.{r}-of-{group.size}")
-            if args.voicebench:
-                print(official_score(args.voicebench, subset, args.out))
-        wait_for(group)
+            write_answers(args, settings, questions, everything)
+    trained = {"objective": "ar" if model.config.causal else "diffusion", "after_stage": model.stage}
+    summary = report(settings, questions, everything, score, args.benchmark == "asr") | trained
+    if args.out:
+        write_results(args, questions, everything, summary)
+        if args.voicebench:
+            print(official_score(args.voicebench, subset, args.out))
 
 
 def main(argv=None):
