@@ -111,7 +111,6 @@ def test_bad_sources(tmp_path, corpora, capsys):
         (["tour", "--audio", "AUDIO", "--out", "OUT", "--strings", "-5"], "--strings: -5 must lie"),
         (["tour", "--audio", "AUDIO", "--out", "OUT", "--strings", "0"], "--strings: 0 must lie"),
         (["toy", "--out", "OUT", "--each", "0"], "--each: 0 must lie"),
-        (["speak", "sentences", "x", "--out", "OUT", "--hours", "nan"], "--hours: nan must lie"),
         (["speak", "sentences", "x", "--out", "OUT", "--limit", "0"], "--limit: 0 must lie"),
         (["speak", "sentences", "x", "--out", "OUT", "--workers", "0"], "--workers: 0 must lie"),
         (["answers", "x", "--out", "OUT", "--llm", "u", "--model", "m", "--limit", "-1"], "--limit: -1 must"),
@@ -388,6 +387,18 @@ def asking(audio, question, answer, **more):
     """A manifest's line about a clip."""
     messages = [{"role": "user", "content": "<audio>" + question}, {"role": "assistant", "content": answer}]
     return {"messages": messages, "audios": [audio], **more}
+
+
+def test_check_counts_transcripts_that_training_cuts(tmp_path, corpora, capsys):
+    clip = os.path.join(corpora, "fsdd/recordings/1_jackson_3.wav")
+    lines = [{"audio_filepath": clip, "text": "one", "duration": n} for n in (5, 12, 31)]
+    messages = [{"role": "user", "content": "<audio>Hm?"}, {"role": "assistant", "content": "Rain."}]
+    lines.append({"messages": messages, "audios": [clip], "duration": 40})
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["check", str(tmp_path / "m.jsonl")]) == 0
+    out = capsys.readouterr().out
+    assert "window of 10 s, which training cuts: 2\n" in out
+    assert "window of 30 s, which training cuts: 1\n" in out
 
 
 def test_check_finds_what_is_wrong(tmp_path, corpora, capsys):

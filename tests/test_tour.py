@@ -13,6 +13,7 @@ from conftest import read_lines
 
 from data import build_prompt, prompt_text, read_manifest
 from runtime.variations import imitate_audio
+from tools import imitated
 from tools.corpora import Clip, read_corpus
 from tools.prepare import main
 from tools.questions import askable
@@ -177,6 +178,21 @@ def test_strings_in_text(toured):
     """A string of words is its own answer."""
     strings = [e for e in read_manifest(f"{toured}/stage0.jsonl", 0) if e.dataset == "strings_in_text"]
     assert strings and all(e.answer == e.facts["words"] and 1 <= len(e.answer.split()) <= 8 for e in strings)
+
+
+def test_questions_are_answered_from_facts(toured, tmp_path, capsys):
+    """A line a task and corpus; a manifest without facts is refused, and one without some is no trouble."""
+    lines = read_lines(f"{toured}/test.jsonl")
+    digits = [line for line in lines if line["task"] == "digit"]
+    bare = [{k: v for k, v in line.items() if k != "facts"} | {"task": "bare"} for line in digits]
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in digits + bare))
+    assert imitated.main([str(manifest)]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    n, share = line.split()[2:4]
+    assert line.startswith("digit") and int(n) == len(digits) and float(share.rstrip("%")) >= 90
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in bare))
+    assert imitated.main([str(manifest)]) == 2 and "no line has facts" in capsys.readouterr().err
 
 
 def test_an_imitated_clip_holds_its_facts(tokenizer, config):

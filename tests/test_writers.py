@@ -12,10 +12,10 @@ import pytest
 import soundfile
 
 from data import read_manifest
-from tools import writer
+from tools import endpoint
 from tools.prepare import main
 from tools.spoken_questions import INSTRUCTIONS, TEXTS
-from tools.writer import Endpoint, strict_object
+from tools.writer import strict_object
 
 STUB = os.path.join(os.path.dirname(__file__), "stub_llm.py")
 
@@ -113,13 +113,7 @@ def stub(tmp_path, monkeypatch):
     log = tmp_path / "asked.jsonl"
     process = subprocess.Popen([sys.executable, STUB, str(log)], stdout=subprocess.PIPE, text=True)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123")
-    monkeypatch.setattr(
-        writer.Endpoint,
-        "__init__",
-        lambda self, url, model, timeout=1.0: self.__dict__.update(
-            url=url, model=model, timeout=timeout, tries=6, pause=0.02
-        ),
-    )
+    monkeypatch.setattr(endpoint, "PAUSE", 0.02)
     yield f"http://127.0.0.1:{process.stdout.readline().strip()}/v1", log
     process.kill()
     process.wait()
@@ -181,13 +175,8 @@ def test_grounded_answers(stub, tmp_path, corpora):
 
 
 def test_endpoint_down_or_refusing(tmp_path, corpora, capsys, monkeypatch):
-    monkeypatch.setattr(
-        writer.Endpoint,
-        "__init__",
-        lambda self, url, model, timeout=1.0: self.__dict__.update(
-            url=url, model=model, timeout=timeout, tries=2, pause=0.01
-        ),
-    )
+    monkeypatch.setattr(endpoint, "TRIES", 2)
+    monkeypatch.setattr(endpoint, "PAUSE", 0.01)
     manifest, out = facts_manifest(tmp_path, 3, corpora), str(tmp_path / "p.jsonl")
     down = ["--out", out, "--llm", "http://127.0.0.1:9/v1", "--model", "m"]
     assert main(["preferences", manifest, *down]) == 2
@@ -216,8 +205,3 @@ def test_strict_object_refuses(text):
     with pytest.raises(ValueError):
         strict_object(text, a=str, b=bool)
     assert strict_object('{"b": false, "a": ""}', a=str, b=bool) == {"a": "", "b": False}
-
-
-def test_pauses_double():
-    e = Endpoint("http://x", "m")
-    assert (e.timeout, e.tries, e.pause) == (60.0, 6, 1.0)

@@ -13,13 +13,14 @@ import urllib.request
 
 from runtime.errors import UserError
 
+TRIES, PAUSE = 6, 1.0  # seconds before the second try, doubled before each other one
 TRY_AGAIN = (408, 409, 429)  # statuses below 500 that pass by themselves
 
 
-def post_json(base, path, body, read, timeout, tries, pause):
+def post_json(base, path, body, read, timeout=60.0):
     """What `read` makes of the reply (bytes -> value, or ValueError); None when no reply could be read.
 
-    Tried again, after pauses that double from `pause` seconds on: a busy or broken server, a hang, half a
+    timeout: seconds.  Tried again, after pauses that double: a busy or broken server, a hang, half a
     reply, one that breaks the rules.  Raises UserError when the server refuses for good or is not there.
     """
     headers = {"Content-Type": "application/json"}
@@ -27,9 +28,9 @@ def post_json(base, path, body, read, timeout, tries, pause):
         headers["Authorization"] = f"Bearer {key}"
     url, data = base.rstrip("/") + path, json.dumps(body).encode()
     down = None
-    for n in range(tries):
+    for n in range(TRIES):
         if n:
-            time.sleep(pause * 2 ** (n - 1) * (0.5 + random.random()))
+            time.sleep(PAUSE * 2 ** (n - 1) * (0.5 + random.random()))
         try:
             request = urllib.request.Request(url, data, headers)
             with urllib.request.urlopen(request, timeout=timeout) as reply:
@@ -45,5 +46,5 @@ def post_json(base, path, body, read, timeout, tries, pause):
         except (ValueError, KeyError, IndexError, TypeError, OSError, http.client.HTTPException):
             pass  # half a reply, or one that breaks the rules
     if down:
-        raise UserError(f"{base}: no answer after {tries} tries ({down})")
+        raise UserError(f"{base}: no answer after {TRIES} tries ({down})")
     return None

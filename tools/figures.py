@@ -59,7 +59,7 @@ def curves(folders, path):
         if not os.path.exists(log):
             raise UserError(f"{folder}: no log.jsonl; train.py writes one there")
         with open(log, encoding="utf-8") as f:
-            runs[folder] = [json.loads(line) for line in f]
+            runs[folder] = [json.loads(line) for line in f if line.endswith("\n")]  # a kill leaves half a one
     fig = new_figure(11, 4)
     axes = fig.subplots(1, 2)
     kinds = (("loss", "training loss, smoothed", 0.95), ("held_out", "held-out loss, mean over fixed t", 0.0))

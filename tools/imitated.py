@@ -14,7 +14,7 @@ import torch
 from adapters import merge_lora
 from data import answer_text, build_prompt, pad_imitations, read_manifest
 from decode import generate
-from runtime.errors import Parser, exit_status
+from runtime.errors import Parser, UserError, exit_status, number
 from runtime.variations import imitate_audio
 from tools.benchmarks import normalise, wilson, word_errors
 from weights import load
@@ -38,8 +38,10 @@ def main(argv=None):
     parser = Parser(prog="imitated", description=__doc__)
     parser.add_argument("manifest")
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--limit", type=int, default=100, help="questions a task and corpus (default 100)")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument(
+        "--limit", type=number(int, 1), default=100, help="questions a task and corpus (default 100)"
+    )
+    parser.add_argument("--batch", type=number(int, 1), default=16)
 
     def start():
         args = parser.parse_args(argv)
@@ -47,9 +49,10 @@ def main(argv=None):
         merge_lora(model)
         groups = defaultdict(list)
         for example in read_manifest(args.manifest, check=False):
-            group = groups[example.task, example.dataset]
-            if example.facts and len(group) < args.limit:
-                group.append(example)
+            if example.facts and len(groups[example.task, example.dataset]) < args.limit:
+                groups[example.task, example.dataset].append(example)
+        if not groups:
+            raise UserError(f"{args.manifest}: no line has facts that could stand for its clip")
         for (task, corpus), examples in sorted(groups.items()):
             answers = []
             for i in range(0, len(examples), args.batch):

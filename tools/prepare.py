@@ -89,6 +89,7 @@ class Report:
         self.answer_words = []  # of a million answers at most
         self.seen = set()  # hashes of lines
         self.seconds = {}  # hash of a clip's path -> its length
+        self.transcripts = []  # seconds of the clips whose words are the answer
         self.clips = {True: set(), False: set()}  # for testing or not -> hashes of clips
         self.speakers = {True: set(), False: set()}
 
@@ -135,6 +136,8 @@ class Report:
                     load_audio(example.audio)
                 except UserError as e:
                     self.error(where, str(e))
+        if example.facts.get("words") == example.answer:
+            self.transcripts.append(example.duration or self.seconds[clip] or 0.0)
         self.clips[is_test].add(clip)
         if clip in self.clips[not is_test]:
             self.error(where, f"{example.audio}: is in a test manifest and in another one")
@@ -157,6 +160,9 @@ class Report:
             most = words[int(len(words) * 0.95)]
             print(f"words in an answer: median {words[len(words) // 2]}, 95 % up to {most}, most {words[-1]}")
         print(f"duplicate lines: {self.duplicates:,}")
+        for window, model in ((10, "the small model's"), (30, "diffa2's")):
+            if n := sum(seconds > window for seconds in self.transcripts):
+                print(f"transcripts of clips beyond {model} window of {window} s, which training cuts: {n:,}")
         for line in self.errors:
             print(line, file=sys.stderr)
         if self.n_errors:
@@ -255,7 +261,6 @@ def build_parser():
     )
     p.add_argument("--speakers", help="folder of recordings from which {speaker_wav} is drawn")
     p.add_argument("--empathetic", action="store_true", help="questions: ask for warm answers")
-    p.add_argument("--hours", type=number(float, 0), help="sentences: stop after so many")
     p.add_argument(
         "--test-voices", type=names, default=[], metavar="a,b", help="sentences: voices for testing only"
     )
@@ -329,7 +334,7 @@ def run_speak(args):
     engine = choose_engine(args.tts, args.tts_model, args.voices, args.tts_command, args.speakers)
     if args.corpus == "sentences":
         n, hours = speak_sentences(
-            args.source, args.out, engine, args.test_voices, args.limit, args.hours, args.seed, args.workers
+            args.source, args.out, engine, args.test_voices, args.limit, args.seed, args.workers
         )
         print(f"{args.out}: {n} clips, {hours:.2f} hours")
         return

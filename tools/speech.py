@@ -8,25 +8,25 @@ already there are not spoken again, so a stopped run goes on where it was.
 import glob
 import hashlib
 import io
+import itertools
 import os
 import random
 import re
 import shlex
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import soundfile
 import soxr
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from data import SAMPLE_RATE, load_audio
 from runtime.errors import UserError
 from tools.compose import write_clip
 from tools.corpora import Clip, audio_files
-from tools.endpoint import post_json
+from tools.endpoint import TRIES, post_json
 from tools.questions import line_of, make_folder, seconds_of, write_lines
 from tools.side_files import rows_of
 from tools.spoken_questions import (
@@ -107,15 +107,12 @@ class SpeechEndpoint:
     url: str  # up to and with its version: http://localhost:8880/v1
     voices: tuple
     model: str = "tts-1"
-    timeout: float = 60.0  # seconds
-    tries: int = 6
-    pause: float = 1.0  # seconds before the second try; doubled each time
 
     def say(self, text, path, voice, speed):
         body = {"model": self.model, "input": text, "voice": voice, "speed": speed, "response_format": "wav"}
-        audio = post_json(self.url, "/audio/speech", body, read_wav, self.timeout, self.tries, self.pause)
+        audio = post_json(self.url, "/audio/speech", body, read_wav)
         if audio is None:
-            raise UserError(f"{self.url}: gave no WAV that can be read, voice {voice}, in {self.tries} tries")
+            raise UserError(f"{self.url}: gave no WAV that can be read, voice {voice}, in {TRIES} tries")
         write_clip(audio, path)
 
 
@@ -149,7 +146,12 @@ def choose_engine(url=None, model=None, voices=(), command=None, speakers=None):
     return Command(command, recordings or voices or ("",))
 
 
-def say_once(engine, text, path, voice, speed):
+def clip_name(voice, text):
+    """A clip is named by what is said in it: a changed source finds the clips of no other text."""
+    return hashlib.sha1(f"{voice}|{text}".encode()).hexdigest()[:16]
+
+
+def say_once(engine, path, text, voice, speed):
     """Has `path` spoken unless it is there: 16 kHz, in the format of its suffix, renamed when it is whole."""
     if os.path.exists(path):
         return
@@ -161,6 +163,13 @@ def say_once(engine, text, path, voice, speed):
         write_clip(audio, whole)
         os.remove(spoken)
     os.replace(whole, path)
+
+
+def say_all(engine, jobs, workers):
+    """Has every clip of jobs {path: (text, voice, speed)} spoken, `workers` at a time."""
+    each = list(jobs.items())
+    how = {"max_workers": workers, "desc": "speaking", "unit": " clips"}
+    thread_map(lambda job: say_once(engine, job[0], *job[1]), each, **how)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -187,24 +196,16 @@ def speak_questions(corpus, source, out, engine, empathetic=False, limit=None, s
         raise UserError(f"{source}: holds no question with an answer that can be spoken")
     folder = os.path.splitext(out)[0] + "_clips"
     make_folder(folder)
-    jobs, lines = [], []
-    for i, (question, answer) in enumerate(pairs):
+    jobs, lines = {}, []
+    for question, answer in pairs:
         kind = "simple" if len(answer.split()) <= SIMPLE_WORDS else "complex"
         if empathetic:
             kind = "empathetic"
-        path = os.path.join(folder, f"{i:06}.wav")
-        jobs.append((question, path, rng.choice(engine.voices), round(rng.uniform(0.8, 1.2), 2)))
+        voice, speed = rng.choice(engine.voices), round(rng.uniform(0.8, 1.2), 2)
+        path = os.path.join(folder, clip_name(voice, question) + ".wav")
+        jobs[path] = (question, voice, speed)
         lines.append((path, f"{kind}_qa", rng.choice(INSTRUCTIONS[kind]), answer))
-    with (
-        ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(jobs), desc="speaking", unit=" clips") as progress,
-    ):
-        try:
-            for _ in pool.map(lambda job: say_once(engine, *job), jobs):
-                progress.update()
-        except UserError:
-            pool.shutdown(cancel_futures=True)
-            raise
+    say_all(engine, jobs, workers)
     return write_lines((line_of(Clip(path, corpus), *rest, out) for path, *rest in lines), out)
 
 
@@ -252,11 +253,11 @@ def spoken_jobs(sentences, voices, rng):
             asked += 1
 
 
-def speak_sentences(source, out, engine, test_voices=(), limit=None, hours=None, seed=0, workers=2):
+def speak_sentences(source, out, engine, test_voices=(), limit=None, seed=0, workers=2):
     """Clips beside `out` and their listing there, which the corpus "neural" reads.
 
-    Every fourth clip is a short question with its answer.  Stops after `limit` clips or `hours`, or when
-    all sentences are spoken.  Returns the number of clips, and their hours.
+    Every fourth clip is a short question with its answer.  Stops after `limit` clips, or when all sentences
+    are spoken.  Returns the number of clips, and their hours.
     """
     if not re.fullmatch(r"lines.*\.jsonl", os.path.basename(out)):
         raise UserError(
@@ -264,38 +265,14 @@ def speak_sentences(source, out, engine, test_voices=(), limit=None, hours=None,
         )
     if unknown := set(test_voices) - set(engine.voices):
         raise UserError(f"--test-voices: {', '.join(sorted(unknown))} is none of the voices")
-    folder, rows = os.path.dirname(os.path.abspath(out)), []
-    for text, voice, answer in spoken_jobs(read_sentences(source), engine.voices, random.Random(seed)):
-        if limit is not None and len(rows) >= limit:
-            break
-        name = hashlib.sha1(f"{voice}|{text}".encode()).hexdigest()[:16] + ".flac"
+    folder, rows, jobs = os.path.dirname(os.path.abspath(out)), [], {}
+    spoken = spoken_jobs(read_sentences(source), engine.voices, random.Random(seed))
+    for text, voice, answer in itertools.islice(spoken, limit):
+        name = clip_name(voice, text) + ".flac"
         split = "test" if voice in test_voices else "train"
         rows.append({"file": name, "text": text, "voice": voice, "answer": answer, "split": split})
+        speed = round(random.Random(text + voice).uniform(0.9, 1.2), 2)
+        jobs[os.path.join(folder, name)] = (text, voice, speed)
     make_folder(folder)
-
-    def say(row):
-        speed = round(random.Random(row["text"] + row["voice"]).uniform(0.9, 1.2), 2)
-        path = os.path.join(folder, row["file"])
-        say_once(engine, row["text"], path, row["voice"], speed)
-        return seconds_of(path) or 0.0
-
-    spoken, seconds, at_once = [], 0.0, 8 * workers
-    with (
-        ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(rows), desc="speaking", unit=" clips") as progress,
-    ):
-        try:
-            for start in range(0, len(rows), at_once):
-                part = rows[start : start + at_once]
-                for row, length in zip(part, pool.map(say, part), strict=True):
-                    if hours is not None and seconds >= hours * 3600:
-                        break
-                    spoken.append(row)
-                    seconds += length
-                    progress.update()
-                if hours is not None and seconds >= hours * 3600:
-                    break
-        except UserError:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return write_lines(spoken, out), seconds / 3600
+    say_all(engine, jobs, workers)
+    return write_lines(rows, out), sum(seconds_of(path) or 0.0 for path in jobs) / 3600

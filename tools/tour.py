@@ -79,12 +79,15 @@ def sentences_of(folder, most=15):
     """Sentences of 2 to `most` words of all *.txt in a folder (a paragraph a line), in order, none twice."""
     seen = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.txt"))):
-        with open(path, encoding="utf-8") as f:
-            for paragraph in f:
-                for sentence in re.split(r"(?<=[.!?;:])\W+", paragraph):
-                    words = plain(sentence).split()
-                    if 2 <= len(words) <= most and re.fullmatch(r"[\x20-\x7e’‘“”—]+", sentence.strip()):
-                        seen[" ".join(words)] = None
+        try:
+            with open(path, encoding="utf-8") as f:
+                paragraphs = f.readlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"{path}: cannot be read as text ({e})") from None
+        for sentence in itertools.chain.from_iterable(re.split(r"(?<=[.!?;:])\W+", p) for p in paragraphs):
+            words = plain(sentence).split()
+            if 2 <= len(words) <= most and re.fullmatch(r"[\x20-\x7e’‘“”—]+", sentence.strip()):
+                seen[" ".join(words)] = None
     return list(seen)
 
 
@@ -142,11 +145,14 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
         raise UserError(f"{audio}: holds none of the folders {', '.join(TOUR)}")
     if text and not glob.glob(os.path.join(glob.escape(text), "*.txt")):
         raise UserError(f"{text}: holds no .txt")
+    books = sentences_of(text) if text else []
     make_folder(out)
     clips = [clip for name in have for clip in read_corpus(name, os.path.join(audio, name))]
     if speech:
         clips += read_corpus("neural", speech)
     trained_on = [c for c in clips if not c.is_test]
+    if not trained_on:
+        raise UserError(f"{audio}: holds clips for testing alone")
     held_out = {c.path for c in rng.sample(trained_on, max(1, len(trained_on) // 60))}
     folder, here = (
         os.path.join(out, "clips"),
@@ -210,7 +216,6 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
         for line in itertools.chain(transcripts(r), about_clips(1, r), by_choice(0.6, r)):
             if line:
                 yield without_audio(line)
-        books = sentences_of(text) if text else []
         words = sorted({word for sentence in books for word in sentence.split()} | labels.get("word", set()))
         for sentence in r.sample(books, min(len(books), int(8_000 * scale))):
             question = r.choice((ASR_QUESTION, r.choice(TASKS["asr"].questions)))

@@ -29,8 +29,6 @@ class Endpoint:
     url: str
     model: str
     timeout: float = 60.0  # seconds
-    tries: int = 6
-    pause: float = 1.0  # seconds before the second try; doubled each time
 
     def complete(self, system, user, read):
         """One completion, `read` (text -> value, or ValueError); None when none could be read."""
@@ -40,9 +38,7 @@ class Endpoint:
         def read_reply(data):
             return read(json.loads(data)["choices"][0]["message"]["content"])
 
-        return post_json(
-            self.url, "/chat/completions", body, read_reply, self.timeout, self.tries, self.pause
-        )
+        return post_json(self.url, "/chat/completions", body, read_reply, self.timeout)
 
 
 def strict_object(text, **fields):
@@ -126,7 +122,7 @@ def complete_all(endpoint, prompts, path, workers):
         ThreadPoolExecutor(workers) as pool,
         tqdm(total=len(missing), desc="asking", unit=" lines") as progress,
     ):
-        if replies and journal.tell():
+        if journal.tell():
             journal.write("\n")  # a half-written line ends here
         jobs = {pool.submit(endpoint.complete, *prompt): key for key, prompt in missing.items()}
         try:
@@ -137,7 +133,7 @@ def complete_all(endpoint, prompts, path, workers):
                     journal.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
                     journal.flush()
                 progress.update()
-        except UserError:
+        except BaseException:  # Ctrl-C too: what is not yet asked must not be paid for
             pool.shutdown(cancel_futures=True)
             raise
     return replies
