@@ -265,7 +265,10 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
         if f"{part}." not in settings.trains:
             this_run[part] = fingerprint(getattr(model, part))
     checkpoints.check_same_run(state, this_run, args.out)
-    group.print(plan.summary(args.stage, settings, steps, examples))
+    summary = plan.summary(args.stage, settings, steps, examples)
+    group.print(summary)
+    if state is not None and state.get("summary", summary) != summary:  # wanted, or forgotten options
+        group.print(f"the run began with another plan: {state['summary']}")
 
     # ---- what trains, and with what.  VRPO's reference is a copy of what trains, as it was: 1 % of diffa2
     trained = freeze_all_but(model, settings.trains)
@@ -369,7 +372,7 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
             if step % args.save_every == 0 or step == stop_step or n_stop:
                 # all that the next step depends on beside the command line and the frozen parts' files
                 now = {"step": step, "run": this_run, "hours": audio_hours, "skipped": sorted(skipped_ids)}
-                now |= checkpoints.snapshot(trained, optimizers, reference, group)
+                now |= {"summary": summary} | checkpoints.snapshot(trained, optimizers, reference, group)
                 # in a thread: training waits for a copy in memory alone
                 group.first_only(functools.partial(writer.write, now, step))
             if held_out and (step % args.held_out_every == 0 or step == steps):

@@ -626,7 +626,8 @@ def test_a_damaged_checkpoint_leaves_the_one_before(one, toured, tmp_path, capsy
     with open(last, "r+b") as f:
         f.truncate(1000)
     assert main([*argv, "--resume"]) == 0
-    assert f"{last}: not a checkpoint" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert f"{last}: not a checkpoint" in err and "began with another plan" not in out
     undisturbed, found = weights(f"{one}/stage1"), weights(tmp_path / "stage1")
     assert all(torch.equal(value, found[name]) for name, value in undisturbed.items())
 
@@ -657,7 +658,8 @@ def test_another_run_is_not_gone_on_with(one, toured, tmp_path, capsys, stage, m
     other[other.index("--out") + 1] = f"{tmp_path}/stage1"
     assert main([*other, *(word.format(toured=toured) for word in more)]) == 2
     assert says in capsys.readouterr().err
-    assert main([*argv, "--resume"]) == 0
+    assert main([*argv, "--resume", "--lr", "0.002"]) == 0  # another rate is allowed, and told of
+    assert "began with another plan: " in capsys.readouterr().out
 
 
 def test_restart_removes_the_old_run_when_the_new_one_can_begin(one, toured, tmp_path):
