@@ -389,6 +389,19 @@ def asking(audio, question, answer, **more):
     return {"messages": messages, "audios": [audio], **more}
 
 
+def test_a_corpus_as_transcripts_alone(corpora, tmp_path, capsys):
+    """What stage 1 needs of a corpus whose clips can also be asked about their speakers."""
+    out, fsdd = str(tmp_path / "m.jsonl"), f"{corpora}/fsdd"
+    assert main(["fsdd", fsdd, "--out", out, "--split", "train", "--tasks", "digit"]) == 0
+    clips = [clip for clip in read_corpus("fsdd", fsdd) if not clip.is_test]
+    found = read_manifest(out)
+    assert [os.path.realpath(e.audio) for e in found] == [os.path.realpath(clip.path) for clip in clips]
+    assert {e.task for e in found} == {"digit"}
+    for tasks, says in (("emotion", "no clip of this split can be"), ("tempo", "--tasks tempo: choose")):
+        assert main(["fsdd", fsdd, "--out", out, "--tasks", tasks]) == 2
+        assert says in capsys.readouterr().err
+
+
 def test_check_counts_transcripts_that_training_cuts(tmp_path, corpora, capsys):
     clip = os.path.join(corpora, "fsdd/recordings/1_jackson_3.wav")
     lines = [{"audio_filepath": clip, "text": "one", "duration": n} for n in (5, 12, 31)]

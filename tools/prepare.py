@@ -12,6 +12,7 @@ language model write, tour.py puts together what the small model is trained on. 
 same bytes.
 """
 
+import itertools
 import os
 import random
 import re
@@ -27,7 +28,7 @@ from runtime.files import check_out
 from runtime.manifests import read_entries
 from tools.checks import check_text
 from tools.corpora import CORPORA, read_corpus
-from tools.questions import choices_in, make_folder, question_lines, seconds_of, write_lines
+from tools.questions import TASKS, choices_in, make_folder, question_lines, seconds_of, write_lines
 from tools.speech import choose_engine, speak_questions, speak_sentences
 from tools.spoken_questions import TEXTS
 from tools.toy import demo, toy
@@ -308,6 +309,9 @@ def build_parser():
         p.add_argument("source")
         p.add_argument("--out", required=True)
         p.add_argument("--split", choices=("train", "test", "all"), default="all")
+        p.add_argument(
+            "--tasks", type=names, default=[], metavar="a,b", help="these questions alone; asr: transcripts"
+        )
         p.add_argument("--seed", type=int, default=0)
     return parser
 
@@ -358,7 +362,14 @@ def run_corpus(args):
     clips = read_corpus(args.command, args.source)
     if args.split != "all":
         clips = [clip for clip in clips if clip.is_test == (args.split == "test")]
-    lines = question_lines(clips, random.Random(args.seed), args.out)
+    if unknown := set(args.tasks) - set(TASKS):
+        raise UserError(f"--tasks {', '.join(sorted(unknown))}: choose {', '.join(TASKS)}")
+    lines = question_lines(clips, random.Random(args.seed), args.out, args.tasks or None)
+    lines = (line for line in lines if not args.tasks or line["task"] in args.tasks)
+    first = next(lines, None)
+    if first is None:
+        raise UserError(f"{args.source}: no clip of this split can be asked that")
+    lines = itertools.chain([first], lines)
     print(f"{args.out}: {write_lines(lines, args.out)} lines")
 
 

@@ -359,14 +359,13 @@ def question_line(clip, rng, out, tasks=None, sentences=0.12):
     return line_of(clip, task, question, word(fact), out)
 
 
-def question_lines(clips, rng, out, tasks=None, repeat=1):
-    """What each clip's corpus itself asks, and `repeat` questions of `tasks` that the clip allows."""
+def question_lines(clips, rng, out, tasks=None):
+    """What each clip's corpus itself asks, and a question of `tasks` that the clip allows."""
     for clip in clips:
         for question, answer in clip.qa:
             yield line_of(clip, "qa", question, answer, out)
-        for _ in range(repeat):
-            if line := question_line(clip, rng, out, tasks):
-                yield line
+        if line := question_line(clip, rng, out, tasks):
+            yield line
 
 
 def preference_line(clip, rng, out, pools):
