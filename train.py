@@ -360,14 +360,18 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
                     optimizer.step()
             step += 1
             if bad_in_a_row >= MAX_BAD_STEPS:
+                ids += [entry["id"] for entry in skipped]
                 places = ", ".join(map(examples.where, sorted(sum(group.gather(ids), []))[:20]))
                 what = f"loss or gradient not finite {MAX_BAD_STEPS} steps in a row, or most clips unreadable"
                 raise UserError(f"{what}; the last step's examples: {places}")
 
-            # ---- what one sees of it, and now and then a checkpoint and the held-out loss
+            # ---- what one sees of it, and now and then the held-out loss and a checkpoint
             loss = loss_sum / n_examples if n_examples else math.nan
             counts = {"n": int(n_examples), "hours": audio_hours, "bad": int(is_bad)}
             log.write_step(step=step, loss=loss, lr=lr, norm=norm, **counts, skipped=len(skipped_ids))
+            if held_out and (step == steps or step % args.held_out_every == 0 and not n_stop):
+                how = (model, args.stage, autocast, held_out_builder)
+                log.write(step=step, **held_out_loss(*how, held_out, group, args.tokens))
             # also after the last step: writing the model may fail
             if step % args.save_every == 0 or step == stop_step or n_stop:
                 # all that the next step depends on beside the command line and the frozen parts' files
@@ -375,9 +379,6 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
                 now |= {"summary": summary} | checkpoints.snapshot(trained, optimizers, reference, group)
                 # in a thread: training waits for a copy in memory alone
                 group.first_only(functools.partial(writer.write, now, step))
-            if held_out and (step % args.held_out_every == 0 or step == steps):
-                how = (model, args.stage, autocast, held_out_builder)
-                log.write(step=step, **held_out_loss(*how, held_out, group, args.tokens))
         group.first_only(writer.wait)
 
     if step < steps:

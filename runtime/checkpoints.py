@@ -5,6 +5,7 @@ are torch's own format, for an optimizer's state is no flat list of tensors; rea
 they are data all the same.
 """
 
+import glob
 import os
 import re
 import sys
@@ -60,23 +61,23 @@ class StateWriter:
     """
 
     def __init__(self, out):
-        self.out, self.thread, self.last = out, ThreadPoolExecutor(1), None
+        self.out, self.thread = out, ThreadPoolExecutor(1)
+        self.last = self.copy = None  # the write that is going on, and what it writes
 
     def write(self, state, step):
-        state = in_memory(state)
-        try:
-            self.wait()
-        except UserError as e:  # there may be room again; only a second failure ends the run
-            print(f"{e}; trying again", file=sys.stderr)
-            write_state(state, self.out, step)
-            self.last = None
-            return
-        self.last = self.thread.submit(write_state, state, self.out, step)
+        self.wait()
+        self.copy = in_memory(state), self.out, step
+        self.last = self.thread.submit(write_state, *self.copy)
 
     def wait(self):
-        """Until the last checkpoint is on the disk.  What went wrong with it is raised here."""
+        """Until the last checkpoint is on the disk.  Where that failed, it is tried once more (UserError)."""
         if self.last is not None:
-            self.last.result()
+            try:
+                self.last.result()
+            except UserError as e:  # there may be room again
+                print(f"{e}; trying again", file=sys.stderr)
+                write_state(*self.copy)
+            self.last = self.copy = None
 
     def __enter__(self):
         return self
@@ -129,13 +130,18 @@ def state_to_go_on_from(out, group, resume, restart):
         return None
 
     def last_whole():
+        damaged = []
         for path in reversed(old):
             try:
                 read_state(path)
-                return path
             except UserError as e:  # a disk may have lost it, and not the one before
                 print(e, file=sys.stderr)
-        raise UserError(f"{out}: no checkpoint can be read; --restart begins anew")
+                damaged.append(path)
+                continue
+            for newer in damaged:  # the run takes another way now: they must not count as its last ones
+                os.rename(newer, f"{newer}.bad")
+            return path
+        raise UserError(f"{out}: no checkpoint can be read")
 
     return read_state(group.first_only(last_whole))
 
@@ -157,6 +163,7 @@ def mark_finished(out, step):
 def remove_run(out):
     """Removes what a run has left in `out`: were its model to stay, the next stage could start from that."""
     old = [os.path.join(out, name) for name in ("model.safetensors", "skipped.jsonl")]
+    old += glob.glob(os.path.join(glob.escape(out), "state-*.pt.bad"))
     for path in list_states(out) + old:
         if os.path.exists(path):
             os.remove(path)

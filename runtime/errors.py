@@ -61,11 +61,11 @@ def exit_status(program, run):
     except UnicodeEncodeError as e:  # a name or a question that came as bytes
         why = f"not UTF-8: {e.object!r}"
     except OSError as e:
-        if e.errno not in (errno.EPIPE, errno.ENOSPC):
+        if e.errno not in (errno.EPIPE, errno.EIO, errno.ENOSPC):
             raise
         # nothing may be left for Python to flush at its end, which would fail once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if e.errno == errno.EPIPE:  # `| head` has seen enough
+        if e.errno in (errno.EPIPE, errno.EIO):  # `| head` has seen enough; a closed terminal
             return 0
         why = "the output cannot be written: no space left"
     print(f"{program}: {why}", file=sys.stderr)

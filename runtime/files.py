@@ -89,8 +89,8 @@ def read_json(folder, name, key):
         raise UserError(f"{folder}: no {name} that has {key} ({first_line(e)})") from None
 
 
-def fingerprint(module):
-    """What tells one set of frozen weights from another: 16 hexadecimal digits.
+def fingerprint(module, with_lora=False):
+    """What tells one set of weights from another: 16 hexadecimal digits.
 
     A hash of the first 256 numbers of each tensor: 16 GB would take long to read, and no training leaves the
     beginning of every tensor as it was.  In bf16, so that it is the same for every file format and
@@ -98,7 +98,7 @@ def fingerprint(module):
     """
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
-        if "lora_" not in name:  # trained, and so no part of what it was trained beside
+        if with_lora or "lora_" not in name:  # LoRA is no part of the backbone that it was trained beside
             digest.update(name.encode())
             # as 16-bit integers: numpy has no bf16
             digest.update(value.flatten()[:256].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())

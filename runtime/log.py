@@ -1,5 +1,6 @@
 """What is logged of a run: log.jsonl, the progress bar, TensorBoard."""
 
+import contextlib
 import json
 import math
 import os
@@ -54,7 +55,7 @@ class Log:
             self.file.write(json.dumps(entry) + "\n")
             try:
                 self.file.flush()  # to be watched while the run goes on
-            except OSError as e:  # no reason to stop: what cannot be written now waits for the next line
+            except OSError as e:  # no reason to stop
                 self.bar.write(f"log.jsonl cannot be written ({e.strerror})", file=sys.stderr)
         if self.board:
             for name, value in entry.items():
@@ -72,7 +73,7 @@ class Log:
                 entry[name] = None
         self.write(**entry, seconds=time.perf_counter() - self.started)
         loss, norm = entry["loss"], entry["norm"]
-        if loss is not None and norm is not None:  # else the step was left out
+        if loss is not None and norm is not None:
             before = loss if self.smoothed is None else self.smoothed
             self.smoothed = before + (loss - before) / min(entry["step"], 50)
         shown = {"loss": self.smoothed, "norm": norm, "lr": entry["lr"], "hours": entry["hours"]}
@@ -85,4 +86,5 @@ class Log:
     def __exit__(self, *error):
         for part in (self.bar, self.file, self.board):
             if part is not None:
-                part.close()
+                with contextlib.suppress(OSError):  # a full disk: told of before, and not what ended the run
+                    part.close()

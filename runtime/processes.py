@@ -12,6 +12,7 @@ import os
 import platform
 import signal
 import sys
+import time
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,8 @@ class ProcessGroup:
     def print(self, text):
         """Once, not once a process."""
         if self.rank == 0:
-            print(text)
+            with contextlib.suppress(OSError):  # a terminal that was closed
+                print(text)
 
     def sum(self, values):
         """Sums a list of numbers over the processes, in fp64: counts stay whole numbers, however large."""
@@ -200,7 +202,8 @@ def locked(out, wait):
     """
     path = os.path.join(out, ".lock")
     # after torchrun's restart the dead process's loader workers may hold it for some seconds more
-    wait = wait or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    patient_until = time.monotonic() + 30 * is_restart
     if int(os.environ.get("RANK", 0)):
         yield
         return
@@ -215,6 +218,9 @@ def locked(out, wait):
         except BlockingIOError:
             holder = os.read(handle, 200).decode(errors="replace") or "another process"
             os.close(handle)
+            if time.monotonic() < patient_until:
+                time.sleep(0.5)
+                continue
             raise UserError(f"{out}: {holder} is training here; --wait waits until it is gone") from None
         except OSError as e:
             why = f"this disk has no locks ({e.strerror})"

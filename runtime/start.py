@@ -101,7 +101,8 @@ def start_from(args, device):
         raise UserError(f"{folder}: a backbone of the other kind; --objective {found} goes with it")
     if stage == 1 and model.stage != 1 and name in weights.ASSETS:  # the backbone alone
         model = with_fresh_adapters(model, args.seed)
-    if stage > 1 and model.stage == 1:  # stage 1 does not train it, and its file may hold zeros in its place
+    # stage 1 does not train it: where its file has none there are zeros, and no gradient leads away from them
+    if stage > 1 and not any(p.any() for p in model.acoustic.parameters()):
         model.acoustic = with_fresh_adapters(model, args.seed).acoustic
     return model, tokenizer
 

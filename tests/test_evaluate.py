@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -721,3 +723,46 @@ def test_judge_keeps_scores_and_asks_again():
     other.model = "b"
     assert evaluate.judge(questions, lines, other) == [1, None]
     assert evaluate.judge(questions, lines, other) == [1, 3]  # of what had no score
+
+
+@pytest.fixture
+def judge_server():
+    """A judge's URL, and what it replies next: a score, or the status of a refusal."""
+    replies, asked = [], []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            reply = replies.pop(0)
+            message = {"content": json.dumps({"score": reply})}
+            data = json.dumps({"choices": [{"message": message}]}).encode()
+            self.send_response(200 if reply <= 5 else reply)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}/v1", replies, asked
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def test_what_was_judged_is_kept_when_the_judge_fails(toured, small_folder, tmp_path, capsys, judge_server):
+    url, replies, asked = judge_server
+    clip = os.path.abspath(read_manifest(f"{toured}/test.jsonl")[0].audio)
+    rows = [{"prompt": f"Say hi, {i}.", "audio_path": clip, "id": str(i)} for i in range(2)]
+    (tmp_path / "commoneval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = str(tmp_path / "o")
+    argv = ["voicebench", str(tmp_path / "commoneval.jsonl"), "--model", small_folder, "--answer-length", "8"]
+    argv += ["--out", out, "--judge", url]
+    replies += [4, 401]
+    assert main(argv) == 2 and "refuses (401" in capsys.readouterr().err
+    replies += [2]
+    assert main([*argv[:-3], out + ".answers.jsonl", *argv[-2:]]) == 0  # the same OUT by its other name
+    assert "judged 1-5: mean 3.00, 0 without" in capsys.readouterr().out and len(asked) == 3
+    assert [line["judged"] for line in read_answers(out + ".answers.jsonl")[1].values()] == [4, 2]
+    assert len(read_lines(out)) == 2 and not os.path.exists(out + ".answers.jsonl.answers.jsonl")

@@ -156,19 +156,19 @@ def test_exactly_the_named_parts_change(one, stage):
         assert all(v.abs().max() > 0 for n, v in after.items() if "lora_B" in n)
 
 
-def test_a_stage_1_checkpoint_leaves_the_acoustic_adapter_untrained(one, toured, tmp_path):
-    """A released stage-1 file may hold zeros in its place, and no gradient leads away from those."""
+def test_an_acoustic_adapter_of_zeros_is_drawn_anew(one, toured, tmp_path):
+    """A released stage-1 file may lack it, and no gradient leads away from zeros.  Any other one is kept."""
     model, tokenizer = load(f"{one}/stage1", "cpu", torch.float32)
-    with torch.no_grad():
-        for p in model.acoustic.parameters():
-            p.zero_()
-    for stage in (0, 1):
-        model.stage = stage
-        save(model, tokenizer, f"{tmp_path}/{stage}", dtype=torch.float32)
-        args = parse(arguments(toured, tmp_path, 2, "--init", f"{tmp_path}/{stage}"))
+    for kind in ("whole", "zeros"):
+        save(model, tokenizer, f"{tmp_path}/{kind}", dtype=torch.float32)
+        args = parse(arguments(toured, tmp_path, 2, "--init", f"{tmp_path}/{kind}"))
         begun, _ = start_from(args, torch.device("cpu"))
-        assert all(p.abs().max() > 0 for p in begun.acoustic.proj.parameters()) == (stage == 1)
+        kept = torch.equal(begun.acoustic.proj.weight, model.acoustic.proj.weight)
+        assert kept == (kind == "whole") and begun.acoustic.proj.weight.abs().max() > 0
         assert torch.equal(begun.semantic.fc1.weight, model.semantic.fc1.weight)
+        with torch.no_grad():
+            for p in model.acoustic.parameters():
+                p.zero_()
 
 
 def test_a_run_goes_on_with_the_frozen_parts_it_began_with(one, toured, tmp_path, capsys):
@@ -510,7 +510,9 @@ def test_two_processes_go_on_as_one(one, toured, tmp_path):
     assert len(halves) == 20 and np.allclose(halves, whole, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGHUP, 2)])
+@pytest.mark.parametrize(
+    "number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGHUP, 2)]
+)
 def test_signals_save_and_leave(one, toured, tmp_path, number, processes):
     out = str(tmp_path)
     argv = arguments(toured, out, 1, "--init", f"{one}/stage0", "--max-steps", "100000", "--workers", "1")
@@ -630,6 +632,7 @@ def test_a_damaged_checkpoint_leaves_the_one_before(one, toured, tmp_path, capsy
     assert f"{last}: not a checkpoint" in err and "began with another plan" not in out
     undisturbed, found = weights(f"{one}/stage1"), weights(tmp_path / "stage1")
     assert all(torch.equal(value, found[name]) for name, value in undisturbed.items())
+    assert os.path.exists(f"{last}.bad")  # it is not the newest any more
 
 
 def test_torchrun_begins_nothing_anew(one, toured, tmp_path, capsys, monkeypatch):
@@ -795,11 +798,16 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line(one, toured, tmp_path, ca
     assert [read_state(path)["step"] for path in list_states(tmp_path / "stage1")] == [2]
 
 
-def test_a_disk_that_is_full_for_a_moment_stops_no_run(one, toured, tmp_path, capsys, monkeypatch):
-    real = write_state
+@pytest.mark.parametrize("full_at, left", [(4, [4, 6]), (6, [4, 6])])
+def test_a_disk_that_is_full_for_a_moment_stops_no_run(
+    one, toured, tmp_path, capsys, monkeypatch, full_at, left
+):
+    """The checkpoint that found no room is written at the next chance; of the last one, before the end."""
+    real, failed = write_state, []
 
     def full_once(state, out, step):
-        if step == 4:
+        if step == full_at and not failed:
+            failed.append(step)
             raise train.UserError(f"{out}: cannot be written (No space left on device)")
         real(state, out, step)
 
@@ -807,7 +815,7 @@ def test_a_disk_that_is_full_for_a_moment_stops_no_run(one, toured, tmp_path, ca
     more = ("--init", f"{one}/stage0", "--max-steps", "100", "--save-every", "2", "--stop-after", "6")
     assert main(arguments(toured, tmp_path, 1, *more)) == 0
     assert "No space left on device); trying again" in capsys.readouterr().err
-    assert [read_state(path)["step"] for path in list_states(tmp_path / "stage1")] == [2, 6]
+    assert [read_state(path)["step"] for path in list_states(tmp_path / "stage1")] == left
 
 
 def test_a_manifest_that_disappears_ends_the_run_in_one_line(one, toured, tmp_path, capsys, monkeypatch):

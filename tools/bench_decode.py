@@ -241,7 +241,8 @@ def decode_bench(args):
     if args.data:
         model, tokenizer = load(args.model, args.device)
         merge_lora(model)
-        examples = random.Random(0).sample(read_manifest(args.data), args.limit)
+        examples = read_manifest(args.data)
+        examples = random.Random(0).sample(examples, min(args.limit, len(examples)))
         for block in replay:
             found = kept_tokens(model, tokenizer, examples, block)
             ranked = sorted(found, key=lambda kept: (len(kept), kept))

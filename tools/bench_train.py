@@ -38,11 +38,11 @@ def random_questions(config, batch, names, prompt=80, response=32, seed=0):
     for name in names:
         ids = torch.randint(min(10_000, config.vocab), (batch, prompt + response), generator=g)
         is_answer = torch.arange(prompt + response).expand(batch, -1) >= prompt
-        micro |= {
-            f"{name}.ids": ids,
-            f"{name}.valid": torch.ones_like(is_answer),
-            f"{name}.is_answer": is_answer,
-            f"{name}.audio_at": torch.full((batch,), 20),
+        micro[name] = {
+            "ids": ids,
+            "valid": torch.ones_like(is_answer),
+            "is_answer": is_answer,
+            "audio_at": torch.full((batch,), 20),
         }
     return {"batch": micro, "ids": list(range(batch)), "epoch": 0, "step": 1}
 

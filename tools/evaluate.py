@@ -145,6 +145,11 @@ def read_answers(path, settings=None):
     return header, found
 
 
+def append_lines(lines, journal):
+    with open(journal, "a", encoding="utf-8") as f:
+        f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
 def journals_of(out):
     """The files of answers that a finished run, or the processes of a killed one, have left for OUT."""
     whole = answers_of(out)
@@ -155,9 +160,10 @@ def journals_of(out):
 def known_answers(out, settings):
     """{id: line} of all that was answered before; clips that could not be read are tried again."""
     known = {}
-    for path in journals_of(out):
-        known |= read_answers(path, settings)[1]
-    return {id: line for id, line in known.items() if "bad" not in line}
+    for path in reversed(journals_of(out)):  # the whole one last: what is in it is newer
+        lines = read_answers(path, settings)[1]
+        known |= {id: line for id, line in lines.items() if "bad" not in line}
+    return known
 
 
 def answer_all(group, model, tokenizer, questions, known, journal, settings, batch, allow_bad, running):
@@ -188,8 +194,7 @@ def answer_all(group, model, tokenizer, questions, known, journal, settings, bat
         for line in lines:
             mine[line["id"]] = line
         if journal:
-            with open(journal, "a", encoding="utf-8") as f:
-                f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            append_lines(lines, journal)
 
     with tqdm(
         total=len(questions), initial=len(mine), unit=" questions", disable=group.rank != 0
@@ -342,8 +347,11 @@ JUDGE = (
 )
 
 
-def judge(questions, lines, endpoint, times=1):
-    """Mean 1-5 score of every answer by a language model; None where it gave no usable reply."""
+def judge(questions, lines, endpoint, times=1, journal=None):
+    """Mean 1-5 score of every answer by a language model; None where it gave no usable reply.
+
+    journal: a file of answers, which has every score at once.
+    """
 
     def read(text):
         score = strict_object(text, score=int)["score"]
@@ -361,6 +369,8 @@ def judge(questions, lines, endpoint, times=1):
             found = [x for x in found if x is not None]
             line["judged"] = sum(found) / len(found) if found else None
             line["judge"] = endpoint.model
+            if journal:
+                append_lines([line], journal)
     return [lines[q.id]["judged"] for q in questions]
 
 
@@ -556,7 +566,8 @@ def check_voicebench(args, has_checker):
 def judge_all(args, questions, lines):
     """Lets the judge rate every answer, and prints the mean."""
     times = 3 if subset_of(args.file) == "wildvoice" else 1
-    scores = judge(questions, lines, Endpoint(args.judge, args.judge_model), times)
+    journal = args.out and answers_of(args.out)
+    scores = judge(questions, lines, Endpoint(args.judge, args.judge_model), times, journal)
     given = [x for x in scores if x is not None]
     if given:
         silent = f"{len(scores) - len(given)} without a usable reply"
@@ -590,6 +601,7 @@ def run(args):
     bench, subset = BENCHMARKS[args.benchmark], subset_of(args.file)
     if not os.path.exists(args.file):
         raise UserError(f"{args.file}: no such file")
+    args.out = args.out and args.out.removesuffix(".answers.jsonl")
     settings = answer_settings(args)
     questions = read_questions(args)
     is_voicebench = args.benchmark == "voicebench"
@@ -603,8 +615,9 @@ def run(args):
     with process_group(args.device, timeout=datetime.timedelta(days=7)) as group:
         files = (args.llada, args.whisper, args.diffa)
         model, tokenizer = load(args.model, group.device, None, args.stage, *files, args.int8)
+        # a folder may hold others by now.  Before LoRA is merged: that is rounded by the device
+        settings["weights"] = group.first_only(lambda: fingerprint(model, with_lora=True))
         merge_lora(model)
-        settings["weights"] = fingerprint(model)  # a folder may hold others by now
         known = known_answers(args.out, settings) if args.out else {}
         group.gather(None)  # all have read what the next line writes anew
         journal = args.out and answers_of(args.out)
@@ -620,12 +633,10 @@ def run(args):
         mark = score(q, everything[q.id]["answer"])
         if mark["right"] is not None:
             everything[q.id] |= mark
-    try:
-        if args.judge:
-            judge_all(args, questions, everything)
-    finally:  # what was answered and judged is kept, whatever the judge's end
-        if args.out:
-            write_answers(args, settings, questions, everything)
+    if args.out:
+        write_answers(args, settings, questions, everything)
+    if args.judge:
+        judge_all(args, questions, everything)
     trained = {"objective": "ar" if model.config.causal else "diffusion", "after_stage": model.stage}
     summary = report(settings, questions, everything, score, args.benchmark == "asr") | trained
     if args.out:

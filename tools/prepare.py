@@ -25,7 +25,7 @@ from data import build_prompt, encode_question, load_audio, parse_example, read_
 from model import PRESETS
 from runtime.errors import Parser, UserError, exit_status, number
 from runtime.files import check_out
-from runtime.manifests import read_entries
+from runtime.manifests import ASR_QUESTION, read_entries
 from tools.checks import check_text
 from tools.corpora import CORPORA, read_corpus
 from tools.questions import TASKS, choices_in, make_folder, question_lines, seconds_of, write_lines
@@ -137,7 +137,7 @@ class Report:
                     load_audio(example.audio)
                 except UserError as e:
                     self.error(where, str(e))
-        if example.facts.get("words") == example.answer:
+        if example.question == ASR_QUESTION or example.facts.get("words") == example.answer:
             self.transcripts.append(example.duration or self.seconds[clip] or 0.0)
         self.clips[is_test].add(clip)
         if clip in self.clips[not is_test]:
