@@ -143,6 +143,8 @@ def decode(argv, description, caches):
         raise UserError(f"--seed {args.seed} must lie between 0 and 2^63")
     if len(args.words) < 2 and (args.words or args.export is None):
         raise UserError('give a recording and a question: python decode.py clip.wav "What do you hear?"')
+    if args.export == "":
+        raise UserError("--export needs the name of a folder")
     if args.words and not args.words[-1].strip():
         raise UserError("the question is empty")
     if args.int8 and args.compile:

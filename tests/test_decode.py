@@ -674,6 +674,7 @@ def test_bad_clips(kind, tmp_path, small_folder, capsys):
         (["--device", "hpu"], "hpu"),
         (["--int8", "--compile"], "--compile cannot read"),
         (["--int8", "--export", "somewhere"], "leave --int8 out"),
+        (["--export", ""], "--export needs the name of a folder"),
         (["--int8", "--threshold", "2"], "threshold"),
         (["--nonsense"], "nonsense"),
     ],
