@@ -20,6 +20,7 @@ from tools.questions import (
     CHOICE_TASKS,
     TASKS,
     choice_line,
+    choices_in,
     derived,
     description_of,
     distractors,
@@ -400,6 +401,20 @@ def test_a_corpus_as_transcripts_alone(corpora, tmp_path, capsys):
     for tasks, says in (("emotion", "no clip of this split can be"), ("tempo", "--tasks tempo: choose")):
         assert main(["fsdd", fsdd, "--out", out, "--tasks", tasks]) == 2
         assert says in capsys.readouterr().err
+
+
+def test_a_corpus_as_choices_and_as_pairs(corpora, tmp_path):
+    """Multiple choice for stage 3, whose right option is there; for stage 4 pairs of different answers."""
+    out, ravdess = str(tmp_path / "m.jsonl"), f"{corpora}/ravdess"
+    assert main(["ravdess", ravdess, "--out", out, "--kind", "choices", "--tasks", "emotion"]) == 0
+    emotions = {c.facts["emotion"] for c in read_corpus("ravdess", ravdess)}
+    examples = read_manifest(out, 3)
+    assert examples and {e.task for e in examples} == {"emotion_choice"}
+    assert main(["check", out]) == 0  # the answer is one of the options
+    assert {choice.lower() for e in examples for choice in choices_in(e.question).values()} <= emotions
+    assert main(["ravdess", ravdess, "--out", out, "--kind", "pairs", "--split", "train"]) == 0
+    pairs = read_manifest(out, 4)
+    assert pairs and all(e.rejected and e.rejected != e.answer for e in pairs)
 
 
 def test_check_counts_transcripts_that_training_cuts(tmp_path, corpora, capsys):

@@ -28,7 +28,17 @@ from runtime.files import check_out
 from runtime.manifests import ASR_QUESTION, read_entries
 from tools.checks import check_text
 from tools.corpora import CORPORA, read_corpus
-from tools.questions import TASKS, choices_in, make_folder, question_lines, seconds_of, write_lines
+from tools.questions import (
+    TASKS,
+    choice_line,
+    choices_in,
+    labels_of,
+    make_folder,
+    preference_line,
+    question_lines,
+    seconds_of,
+    write_lines,
+)
 from tools.speech import choose_engine, speak_questions, speak_sentences
 from tools.spoken_questions import TEXTS
 from tools.toy import demo, toy
@@ -312,6 +322,12 @@ def build_parser():
         p.add_argument(
             "--tasks", type=names, default=[], metavar="a,b", help="these questions alone; asr: transcripts"
         )
+        p.add_argument(
+            "--kind",
+            choices=("questions", "choices", "pairs"),
+            default="questions",
+            help="choices: multiple choice (stage 3); pairs: a better and a worse answer (stage 4)",
+        )
         p.add_argument("--seed", type=int, default=0)
     return parser
 
@@ -364,8 +380,15 @@ def run_corpus(args):
         clips = [clip for clip in clips if clip.is_test == (args.split == "test")]
     if unknown := set(args.tasks) - set(TASKS):
         raise UserError(f"--tasks {', '.join(sorted(unknown))}: choose {', '.join(TASKS)}")
-    lines = question_lines(clips, random.Random(args.seed), args.out, args.tasks or None)
-    lines = (line for line in lines if not args.tasks or line["task"] in args.tasks)
+    rng, labels = random.Random(args.seed), labels_of(clips)
+    if args.kind == "questions":
+        lines = question_lines(clips, rng, args.out, args.tasks or None)
+    elif args.kind == "choices":
+        lines = (choice_line(clip, rng, args.out, labels) for clip in clips)
+    else:
+        lines = (preference_line(clip, rng, args.out, labels) for clip in clips)
+    wanted = {task + ending for task in args.tasks for ending in ("", "_choice")}
+    lines = (line for line in lines if line and (not wanted or line["task"] in wanted))
     first = next(lines, None)
     if first is None:
         raise UserError(f"{args.source}: no clip of this split can be asked that")

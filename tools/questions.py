@@ -417,6 +417,15 @@ CHOICE_STYLES = ("mmsu", "mmsu", "mmau", "mmau", "letter", "both", "both", "text
 CHOICE_COUNTS = (2, 3, 4, 4, 4, 4, 5, 6, 8)
 
 
+def labels_of(clips):
+    """task -> the facts of all these clips that may stand among its choices."""
+    labels = defaultdict(set)
+    for clip in clips:
+        for task, fact in askable(clip, CHOICE_TASKS):
+            labels[task].add(fact)
+    return labels
+
+
 def distractors(label, pool, n, rng):
     """n wrong labels out of `pool`, half of them those most like the right one, first."""
     near = set()

@@ -34,6 +34,7 @@ from tools.questions import (
     choice_line,
     choices_in,
     draw_balanced,
+    labels_of,
     line_of,
     make_folder,
     multiple_choice,
@@ -166,10 +167,7 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
             parts[split] = part
             made[split] = compose_clips(part, n, rng, f"{folder}/{split}", progress)
     train, composed = parts["train"], [c for some in made["train"].values() for c in some]
-    labels = defaultdict(set)  # task -> what may stand among its choices
-    for clip in train + composed:
-        for task, fact in askable(clip, CHOICE_TASKS):
-            labels[task].add(fact)
+    labels = labels_of(train + composed)
     sentences = [c for c in train if c.dataset in SENTENCES and not c.qa]
     spoken_questions = [c for c in train if c.qa]
 
