@@ -171,8 +171,10 @@ class StopSignal:
 
     def __enter__(self):
         self.caught, self.parent = False, os.getppid()
-        # a closed terminal sends SIGHUP, which nohup has switched off; torchrun hands it on all the same
-        numbers = [n for n in STOP_SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
+        # a closed terminal sends SIGHUP, unless nohup has switched it off; torchrun hands it on all the same.
+        # A shell switches SIGINT off for what it starts in the background: whoever sends it there means it
+        off = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        numbers = [n for n in STOP_SIGNALS if n != signal.SIGHUP or not off]
         self.before = {n: signal.signal(n, self.note) for n in numbers}
         return self
 

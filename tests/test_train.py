@@ -44,6 +44,7 @@ from runtime.fresh import build
 from runtime.loading import MicroBatches, cost_of, schedule_of, size_of
 from runtime.optimizers import make_optimizers
 from runtime.plan import memory_of, saved_bytes
+from runtime.processes import StopSignal
 from runtime.start import settings_of, start_from
 from runtime.variations import augment, mask_mel
 from train import STAGES, Stage, freeze_all_but, learning_rate, main, parse
@@ -527,6 +528,21 @@ def test_signals_save_and_leave(one, toured, tmp_path, number, processes):
     state = read_state(path)
     assert state["step"] >= 3 and len(losses(f"{out}/stage1")) == state["step"]
     assert main([*argv[:-4], "--max-steps", str(state["step"] + 1), "--resume"]) == 0
+
+
+def test_signals_that_were_switched_off():
+    """SIGHUP by nohup: the run goes on.  SIGINT by a shell, for background jobs: it stops the run."""
+    before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGHUP, signal.SIGINT)}
+    try:
+        with StopSignal() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not signals.received
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signals.received
+        assert signal.getsignal(signal.SIGHUP) == signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
 
 
 def wait_for(condition, process, seconds=120):
