@@ -129,11 +129,13 @@ def state_to_go_on_from(out, group, resume, restart):
     if not old or restart:
         return None
 
+    found = {}  # what rank 0 has read by then
+
     def last_whole():
         damaged = []
         for path in reversed(old):
             try:
-                read_state(path)
+                found[path] = read_state(path)
             except UserError as e:  # a disk may have lost it, and not the one before
                 print(e, file=sys.stderr)
                 damaged.append(path)
@@ -143,7 +145,8 @@ def state_to_go_on_from(out, group, resume, restart):
             return path
         raise UserError(f"{out}: no checkpoint can be read")
 
-    return read_state(group.first_only(last_whole))
+    path = group.first_only(last_whole)
+    return found.get(path) or read_state(path)
 
 
 def check_same_run(state, run, out):

@@ -67,8 +67,8 @@ def describe(args, model, settings, steps, examples, processes):
     print(f"read {len(micro['ids'])} examples, {micro['seconds']:.0f} s of audio:")
     for name, value in (micro["batch"] or {}).items():
         tensors = {f"{name}.{k}": x for k, x in value.items()} if isinstance(value, dict) else {name: value}
-        for name, tensor in tensors.items():
-            print(f"  {name:20}{tuple(tensor.shape)}")
+        for what, tensor in tensors.items():
+            print(f"  {what:20}{tuple(tensor.shape)}")
 
 
 def memory_of(model, settings, args, n_rows, processes):

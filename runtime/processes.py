@@ -203,12 +203,12 @@ def locked(out, wait):
     a UserError names it.
     """
     path = os.path.join(out, ".lock")
-    # after torchrun's restart the dead process's loader workers may hold it for some seconds more
-    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    patient_until = time.monotonic() + 30 * is_restart
     if int(os.environ.get("RANK", 0)):
         yield
         return
+    # after torchrun's restart the dead process's loader workers may hold it for some seconds more
+    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    patient_until = time.monotonic() + 30 * is_restart
     while True:
         try:
             os.makedirs(out, exist_ok=True)

@@ -1,10 +1,13 @@
 """Small things that several test files need: a random model of the real classes, and its tokenizer."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
+import threading
 import zlib
+from http.server import ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -173,3 +176,13 @@ def toured(tmp_path_factory, corpora):
     out = str(tmp_path_factory.mktemp("tour"))
     assert prepare(["tour", "--audio", corpora, "--out", out, "--strings", "20"]) == 0
     return out
+
+
+@contextlib.contextmanager
+def served(handler):
+    """A server on this machine that `handler` answers for -> its URL."""
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}/v1"
+    httpd.shutdown()
+    httpd.server_close()

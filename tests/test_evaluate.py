@@ -9,13 +9,12 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import numpy as np
 import pytest
 import soundfile
-from conftest import read_lines
+from conftest import read_lines, served
 
 from data import read_manifest
 from runtime.errors import UserError
@@ -744,11 +743,8 @@ def judge_server():
         def log_message(self, *args):
             pass
 
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{httpd.server_port}/v1", replies, asked
-    httpd.shutdown()
-    httpd.server_close()
+    with served(Handler) as url:
+        yield url, replies, asked
 
 
 def test_what_was_judged_is_kept_when_the_judge_fails(toured, small_folder, tmp_path, capsys, judge_server):

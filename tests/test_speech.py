@@ -8,14 +8,13 @@ import pathlib
 import random
 import shutil
 import sys
-import threading
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import numpy as np
 import pytest
 import soundfile
-from conftest import read_lines
+from conftest import read_lines, served
 
 from data import load_audio, read_manifest
 from runtime.errors import UserError
@@ -63,14 +62,10 @@ def server(monkeypatch):
         def log_message(self, *args):
             pass
 
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
-    thread.start()
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123")
     monkeypatch.setattr("tools.endpoint.time.sleep", lambda seconds: None)
-    yield f"http://127.0.0.1:{httpd.server_port}/v1", replies, asked
-    httpd.shutdown()
-    httpd.server_close()
+    with served(Handler) as url:
+        yield url, replies, asked
 
 
 def test_the_endpoint_speaks(server, tmp_path):

@@ -10,8 +10,8 @@
     python -m tools.bench decode             decoding beside a naive reference, 12-layer 1024-wide backbone
     python -m tools.bench decode --data data/test.jsonl      as many tokens a call as on real recordings
 
-What is measured, and how: fullsize.py, bench_train.py,
-bench_data.py, bench_int8.py, bench_page.py, bench_decode.py.
+What is measured, and how: fullsize.py, bench_train.py, bench_data.py, bench_int8.py, bench_page.py,
+bench_decode.py.
 """
 
 import sys

@@ -224,6 +224,17 @@ SAMPLES = {  # how Berklee's and Sonic Pi's names begin, where that is no plain 
 VOICE_ACCENT = {"a": "American", "b": "British"}  # first letter of a neural voice's name
 
 
+def read_paragraphs(source):
+    """The lines of a .txt or of all *.txt in a folder, in order: books, a paragraph a line."""
+    is_folder = os.path.isdir(source)
+    for path in sorted(glob.glob(os.path.join(glob.escape(source), "*.txt"))) if is_folder else [source]:
+        try:
+            with open(path, encoding="utf-8") as f:
+                yield from f.read().splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"{path}: cannot be read as text ({e})") from None
+
+
 def plain(text):
     """A sentence as a transcript has it: lower case, no punctuation but apostrophes within words."""
     return " ".join(re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower().replace("’", "'")))

@@ -178,8 +178,7 @@ def answer_all(group, model, tokenizer, questions, known, journal, settings, bat
         whole = [json.dumps({"settings": settings}), *map(json.dumps, mine.values())]
         write_text("\n".join(whole) + "\n", journal)  # without the half line that a kill may have left
     todo = [q for q in questions if q.id not in mine]
-    seconds = {q.id: q.duration or seconds_of(q.audio) or 0.0 for q in todo}
-    todo.sort(key=lambda q: (seconds[q.id], len(q.prompt)))
+    todo.sort(key=lambda q: (q.duration or seconds_of(q.audio) or 0.0, len(q.prompt)))
     options = Options(
         answer_length=settings["answer_length"],
         block=settings["block"],
@@ -188,7 +187,7 @@ def answer_all(group, model, tokenizer, questions, known, journal, settings, bat
         threshold=settings.get("threshold"),
         cache=settings["cache"],
     )
-    right, scored, bad = 0, 0, 0
+    right, scored = 0, 0
 
     def keep(lines):
         for line in lines:
@@ -196,29 +195,29 @@ def answer_all(group, model, tokenizer, questions, known, journal, settings, bat
         if journal:
             append_lines(lines, journal)
 
-    with tqdm(
-        total=len(questions), initial=len(mine), unit=" questions", disable=group.rank != 0
-    ) as progress:
+    def read(q):
+        """The clip's samples; None where it cannot be read."""
+        # transcripts of pieces are joined; a choice is made from what fits the window
+        is_joined = settings["benchmark"] in ("asr", "exact") and is_transcription(q.prompt)
+        try:
+            return load_audio(q.audio, q.offset, q.duration, None if is_joined else limit)[0]
+        except UserError as e:
+            nothing = {"answer": "", "calls": 0, "seconds": 0.0, "audio_seconds": 0.0}
+            keep([{"id": q.id} | nothing | {"bad": str(e)}])
+            n_bad = sum("bad" in line for line in mine.values())
+            if n_bad > max(1, allow_bad * len(questions)):
+                share = f"{n_bad} clips cannot be read, more than {allow_bad:.0%}"
+                raise UserError(f"{share}; the last: {e} (--allow-bad takes another share)") from None
+
+    bar = {"total": len(questions), "initial": len(mine), "unit": " questions"}
+    with tqdm(**bar, disable=group.rank != 0) as progress:
         for i in range(0, len(todo), batch):
-            asked, clips = [], []
-            for q in todo[i : i + batch]:
-                # transcripts of pieces are joined; a choice is made from what fits the window
-                is_joined = settings["benchmark"] in ("asr", "exact") and is_transcription(q.prompt)
-                try:
-                    clip, _ = load_audio(q.audio, q.offset, q.duration, None if is_joined else limit)
-                except UserError as e:
-                    bad += 1
-                    nothing = {"answer": "", "calls": 0, "seconds": 0.0, "audio_seconds": 0.0}
-                    keep([{"id": q.id} | nothing | {"bad": str(e)}])
-                    progress.update()
-                    if bad > max(1, allow_bad * len(questions)):
-                        share = f"{bad} clips cannot be read, more than {allow_bad:.0%}"
-                        raise UserError(f"{share}; the last: {e} (--allow-bad takes another share)") from None
-                    continue
-                asked.append(q)
-                clips.append(clip)
-            if not asked:
+            some = todo[i : i + batch]
+            pairs = [(q, clip) for q in some if (clip := read(q)) is not None]
+            progress.update(len(some) - len(pairs))
+            if not pairs:
                 continue
+            asked, clips = zip(*pairs, strict=True)
             prompts = [q.prompt for q in asked]
             answers = ask(model, tokenizer, clips, prompts, settings["stage"], options, batch=batch)
             lines = []

@@ -21,7 +21,7 @@ from collections import Counter
 
 from tqdm import tqdm
 
-from data import build_prompt, encode_question, load_audio, parse_example, read_manifest
+from data import build_prompt, encode_question, load_audio, parse_example, read_manifest, window_seconds
 from model import PRESETS
 from runtime.errors import Parser, UserError, exit_status, number
 from runtime.files import check_out
@@ -100,7 +100,7 @@ class Report:
         self.answer_words = []  # of a million answers at most
         self.seen = set()  # hashes of lines
         self.seconds = {}  # hash of a clip's path -> its length
-        self.transcripts = []  # seconds of the clips whose words are the answer
+        self.cut = Counter()  # model -> transcripts of clips beyond its window
         self.clips = {True: set(), False: set()}  # for testing or not -> hashes of clips
         self.speakers = {True: set(), False: set()}
 
@@ -148,7 +148,8 @@ class Report:
                 except UserError as e:
                     self.error(where, str(e))
         if example.question == ASR_QUESTION or example.facts.get("words") == example.answer:
-            self.transcripts.append(example.duration or self.seconds[clip] or 0.0)
+            seconds = example.duration or self.seconds[clip] or 0.0
+            self.cut.update(name for name in ("tiny", "diffa2") if seconds > window_seconds(PRESETS[name]))
         self.clips[is_test].add(clip)
         if clip in self.clips[not is_test]:
             self.error(where, f"{example.audio}: is in a test manifest and in another one")
@@ -171,9 +172,9 @@ class Report:
             most = words[int(len(words) * 0.95)]
             print(f"words in an answer: median {words[len(words) // 2]}, 95 % up to {most}, most {words[-1]}")
         print(f"duplicate lines: {self.duplicates:,}")
-        for window, model in ((10, "the small model's"), (30, "diffa2's")):
-            if n := sum(seconds > window for seconds in self.transcripts):
-                print(f"transcripts of clips beyond {model} window of {window} s, which training cuts: {n:,}")
+        for name, n in self.cut.items():
+            window = f"window of {window_seconds(PRESETS[name]):g} s"
+            print(f"transcripts of clips beyond {name}'s {window}, which training cuts: {n:,}")
         for line in self.errors:
             print(line, file=sys.stderr)
         if self.n_errors:
@@ -380,13 +381,12 @@ def run_corpus(args):
         clips = [clip for clip in clips if clip.is_test == (args.split == "test")]
     if unknown := set(args.tasks) - set(TASKS):
         raise UserError(f"--tasks {', '.join(sorted(unknown))}: choose {', '.join(TASKS)}")
-    rng, labels = random.Random(args.seed), labels_of(clips)
+    rng = random.Random(args.seed)
     if args.kind == "questions":
         lines = question_lines(clips, rng, args.out, args.tasks or None)
-    elif args.kind == "choices":
-        lines = (choice_line(clip, rng, args.out, labels) for clip in clips)
     else:
-        lines = (preference_line(clip, rng, args.out, labels) for clip in clips)
+        one, labels = {"choices": choice_line, "pairs": preference_line}[args.kind], labels_of(clips)
+        lines = (one(clip, rng, args.out, labels) for clip in clips)
     wanted = {task + ending for task in args.tasks for ending in ("", "_choice")}
     lines = (line for line in lines if line and (not wanted or line["task"] in wanted))
     first = next(lines, None)

@@ -5,7 +5,6 @@ itself; a command template runs whatever can be run; a speech endpoint is asked 
 already there are not spoken again, so a stopped run goes on where it was.
 """
 
-import glob
 import hashlib
 import io
 import itertools
@@ -25,7 +24,7 @@ from tqdm.contrib.concurrent import thread_map
 from data import SAMPLE_RATE, load_audio
 from runtime.errors import UserError
 from tools.compose import write_clip
-from tools.corpora import Clip, audio_files
+from tools.corpora import Clip, audio_files, read_paragraphs
 from tools.endpoint import TRIES, post_json
 from tools.questions import line_of, make_folder, seconds_of, write_lines
 from tools.side_files import rows_of
@@ -215,21 +214,12 @@ def speak_questions(corpus, source, out, engine, empathetic=False, limit=None, s
 
 def read_sentences(source, least=4, most=14):
     """Sentences of so many words, none twice, of a .txt or of all in a folder (a paragraph a line)."""
-    paths = (
-        sorted(glob.glob(os.path.join(glob.escape(source), "*.txt"))) if os.path.isdir(source) else [source]
-    )
     found = {}
-    for path in paths:
-        try:
-            with open(path, encoding="utf-8") as f:
-                paragraphs = f.read().splitlines()
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"{path}: cannot be read as text ({e})") from None
-        for paragraph in paragraphs:
-            for sentence in re.split(r"(?<=[.!?])[\"”’']?\s+", paragraph.strip()):
-                sentence = re.sub(r"[“”\"_]", "", sentence).replace("’", "'").replace("‘", "'").strip()
-                if least <= len(sentence.split()) <= most and re.fullmatch(r"[A-Za-z ,.;:!?'\-]+", sentence):
-                    found[sentence] = None
+    for paragraph in read_paragraphs(source):
+        for sentence in re.split(r"(?<=[.!?])[\"”’']?\s+", paragraph.strip()):
+            sentence = re.sub(r"[“”\"_]", "", sentence).replace("’", "'").replace("‘", "'").strip()
+            if least <= len(sentence.split()) <= most and re.fullmatch(r"[A-Za-z ,.;:!?'\-]+", sentence):
+                found[sentence] = None
     if not found:
         raise UserError(f"{source}: holds no sentence of {least} to {most} words")
     return list(found)

@@ -25,7 +25,7 @@ from model import SPECIAL_TOKENS
 from runtime.errors import UserError
 from runtime.manifests import ASR_QUESTION, read_entries
 from tools.compose import mix, strings
-from tools.corpora import DIGITS, plain, read_corpus
+from tools.corpora import DIGITS, plain, read_corpus, read_paragraphs
 from tools.prompts import LETTERS, mmau_prompt, mmsu_prompt
 from tools.questions import (
     CHOICE_TASKS,
@@ -79,13 +79,8 @@ DOMAINS = {
 def sentences_of(folder, most=15):
     """Sentences of 2 to `most` words of all *.txt in a folder (a paragraph a line), in order, none twice."""
     seen = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.txt"))):
-        try:
-            with open(path, encoding="utf-8") as f:
-                paragraphs = f.readlines()
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"{path}: cannot be read as text ({e})") from None
-        for sentence in itertools.chain.from_iterable(re.split(r"(?<=[.!?;:])\W+", p) for p in paragraphs):
+    for paragraph in read_paragraphs(folder):
+        for sentence in re.split(r"(?<=[.!?;:])\W+", paragraph):
             words = plain(sentence).split()
             if 2 <= len(words) <= most and re.fullmatch(r"[\x20-\x7e’‘“”—]+", sentence.strip()):
                 seen[" ".join(words)] = None
