@@ -86,14 +86,14 @@ def most_confident(confidence, options, step):
     return (rank < count_to_keep(ranked, options, step)[:, None]) & confidence.isfinite()
 
 
-# A sampling rule says how many of a block's masked tokens stay after a call, (B,).  It reads their
-# confidences (B, n), sorted in descending order and -inf behind the last one, and its option.  At least one
-# token must stay, or the decoder would ask the same question for ever.
-
-
 def count_by_schedule(masks, steps, step):
     """LLaDA's remasking (Section 3.6): floor(masks / steps) stay in each step, in the first few one more."""
     return masks // steps + (step < masks % steps)
+
+
+# Any other sampling rule says how many of a block's masked tokens stay after a call, (B,).  It reads their
+# confidences (B, n), sorted in descending order and -inf behind the last one, and its option.  At least one
+# token must stay, or the decoder would ask the same question for ever.
 
 
 def count_by_threshold(confidence, threshold):
