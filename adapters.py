@@ -34,8 +34,8 @@ class SemanticAdapter(nn.Module):
     def forward(self, final, n_frames):
         """final (B, F, d): the encoder's output.  n_frames (B,): frames of real audio in each clip.
 
-        Every four frames give a token; what is left over at the end is dropped, but a clip of less than
-        four takes frames of the silence after it.  Returns tokens (B, A, D) and is_audio (B, A): A is the
+        Every four frames give a token, and a rest of fewer is dropped.  A clip of fewer than four frames
+        still gives one token, with silence in it.  Returns tokens (B, A, D) and is_audio (B, A): A is the
         longest clip's number of tokens; is_audio marks each clip's own, the rest is padding.
         """
         n_tokens = (n_frames // 4).clamp(min=1)  # (B,)
@@ -45,7 +45,7 @@ class SemanticAdapter(nn.Module):
         # 4n on, and cutting the batch at the longest clip leaves the shorter ones' tokens exact.
         x = final[:, : 4 * A].transpose(1, 2)  # (B, d, 4A)
         x = self.conv2(F.gelu(self.conv1(x)))  # (B, 4d, A)
-        # contiguous: else torch takes another kernel with gradients than without, and VRPO compares the two
+        # contiguous: torch then takes the same kernel with gradients as without; VRPO compares the results
         x = F.relu(self.fc1(x.transpose(1, 2).contiguous()))  # (B, A, d)
         x = self.norm(F.relu(self.fc2(x)))  # (B, A, D)
         is_audio = torch.arange(A, device=x.device) < n_tokens[:, None]  # (B, A)
@@ -136,7 +136,7 @@ class LoRALinear(nn.Linear):
     def __init__(self, linear, r, alpha, dropout):
         nn.Module.__init__(self)  # not Linear's: it would allocate a second weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias
         # trained in fp32 even beside bf16 weights: steps of 1e-5 would round to nothing in bf16
         new = {"device": linear.weight.device, "dtype": torch.float32}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **new))
@@ -164,7 +164,7 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "ff_proj", "up_proj")
 
 
 def replace_modules(module, kind, make):
-    """Replaces submodules of class `kind` by make(last name, submodule), in place; None: it stays."""
+    """Replaces submodules of class `kind` by make(last name, submodule), in place, unless that is None."""
     for name, child in list(module.named_modules()):  # a list: the modules change under way
         if isinstance(child, kind) and name:  # no name: `module` itself
             parent, _, leaf = name.rpartition(".")

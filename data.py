@@ -84,7 +84,7 @@ def parse_example(entry, id, where, folder, stage=None, check=True):
 
 def refuse_special_tokens(text, where):
     """A text that spells a control token would be read as one: it could end its own turn."""
-    # Python keeps bytes that are not UTF-8 as halves of letters, which no tokenizer can read
+    # Python keeps bytes that are not UTF-8 as lone surrogates, which no tokenizer can read
     if not isinstance(text, str) or any("\ud800" <= c <= "\udfff" for c in text):
         raise UserError(f"{where}: not text in UTF-8: {text!r}")
     for token in SPECIAL_TOKENS.values():
@@ -108,8 +108,9 @@ def window_seconds(config):
 def log_mel(audio, config):
     """Whisper's log-mel of one clip, padded with silence to the encoder's window.
 
-    audio (n,) 16 kHz.  Returns mel (n_mels, 2 * n_frames) and the number of encoder frames that hold real
-    audio.  Whisper was trained on padded windows and needs them; the adapters read the real frames alone.
+    audio (n,) 16 kHz.  Returns mel (n_mels, 2 * config.n_frames), and how many encoder frames hold real
+    audio.  Whisper was trained on padded windows and needs them.  Of what it makes of the window the
+    semantic adapter reads the real frames alone, the acoustic adapter the silence as well.
     """
     n_frames = min(math.ceil(len(audio) / SAMPLES_PER_FRAME), config.n_frames)
     window = pad_or_trim(torch.as_tensor(audio, dtype=torch.float32), window_samples(config))
@@ -260,7 +261,7 @@ def to_device(batch, device):
 
 def generator_for(seed, epoch, example_id, stream=0):
     """An example's randomness, the same in any batch and process.  stream: 0 the loader's, 1 the loss's."""
-    # digits of one number.  Beyond a million examples two may share their draws, but in different epochs
+    # three numbers packed into one.  Beyond a million examples two may get the same, but in different epochs
     number = ((seed * 2 + stream) * 1_000_003 + epoch) * 1_000_003 + example_id
     return torch.Generator().manual_seed(number % (1 << 63))
 

@@ -9,7 +9,7 @@ The answer starts as all [MASK].  Each network call predicts every masked token 
 block; the most confident ones stay, the others are masked again; blocks run from left to right.
 How many stay is the whole difference between the samplers:
 
-    --steps N     as many as the schedule says: N calls in all (LLaDA's low-confidence remasking)
+    --steps N     as many as the schedule says: N calls at most (LLaDA's low-confidence remasking)
     --factor F    the largest n with (n + 1)(1 - c_n) < F, c_n the n-th highest confidence (Eq. 8)
     --threshold C all whose confidence exceeds C (Fast-dLLM)
 
@@ -17,8 +17,8 @@ Cheaper calls: --cache prefix keeps keys and values of all before a block while 
 those of later blocks too.  Half the memory: --int8.  A clip beyond the window (30 s; 10 s of the small
 model) is answered in pieces (--long).
 
-Two defects of the released sampler are fixed: it keeps a block's last candidate even where that fails
-Eq. 8, and where an answer ends early it leaves [MASK]s in later blocks.
+How it differs from the authors' code, which has two defects here: it keeps the least sure token of a block
+too where that one alone fails Eq. 8, and leaves [MASK]s in later blocks where an answer ends early.
 """
 
 import dataclasses
@@ -48,22 +48,21 @@ def choose(logits, mask_id, temperature=0.0, rows=None, generator=None):
     """The token that each masked place would take (Eq. 6, 7), and how sure the model is of it.
 
     logits (N, vocab), one row for each masked place.  Returns token (N,) and confidence (N,), the softmax
-    probability of that token.  temperature > 0 draws the token instead of taking the likeliest one.
-    rows (N,) says which row of the batch a place is in, and `generator` may be a list with one for each
-    row of the batch: what a row draws then does not depend on the other rows.
+    probability of that token, [MASK] left out.  temperature > 0 draws the token, 0 takes the likeliest.
+    rows (N,), ascending, says which row of the batch a place is in (None: all in one), and `generator` may
+    be a list with one for each row of the batch: what a row draws then does not depend on the other rows.
     """
-    logits = logits.float()
+    logits = logits.to(torch.float32, copy=True)
     logits[:, mask_id] = float("-inf")  # a "predicted" [MASK] would never be filled
     if temperature > 0:
         # argmax(logits + T * Gumbel noise) is a draw from softmax(logits / T).  In float64: coarser numbers
         # cut off the noise's tails and make the draws too greedy (arXiv 2409.02908, as in LLaDA's code).
         # On the CPU: some devices have no float64.
-        noise = torch.empty(logits.shape, dtype=torch.float64)
-        for row in rows.unique().tolist():
-            at = (rows == row).cpu()
+        u = []
+        for row, n in enumerate([len(logits)] if rows is None else rows.bincount().tolist()):
             own = generator[row] if isinstance(generator, (list, tuple)) else generator
-            u = torch.rand(int(at.sum()), logits.size(1), dtype=torch.float64, generator=own)
-            noise[at] = -torch.log(-torch.log(u.clamp(min=1e-300)))
+            u.append(torch.rand(n, logits.size(1), dtype=torch.float64, generator=own))
+        noise = -torch.log(-torch.log(torch.cat(u).clamp(min=1e-300)))
         token = (logits.cpu().double() + temperature * noise).argmax(1).to(logits.device)
     else:
         token = logits.argmax(1)
@@ -93,7 +92,7 @@ def count_by_schedule(masks, steps, step):
 
 # Any other sampling rule says how many of a block's masked tokens stay after a call, (B,).  It reads their
 # confidences (B, n), sorted in descending order and -inf behind the last one, and its option.  At least one
-# token must stay, or the decoder would ask the same question for ever.
+# token must stay, or the next call would ask the same again.
 
 
 def count_by_threshold(confidence, threshold):
@@ -126,8 +125,8 @@ class Options:
 
     answer_length: int = 32  # tokens
     block: int = 32  # tokens that are filled before the next ones are begun
-    steps: int | None = None  # network calls in all: LLaDA's schedule
-    factor: float = 1.0  # of Eq. 8; what decides unless steps or threshold are given
+    steps: int | None = None  # network calls at most: LLaDA's schedule
+    factor: float | None = None  # of Eq. 8; 1 where no rule is given.  With a factor, steps are ignored (B.4)
     threshold: float | None = None  # keep what is surer
     cache: str = "none"  # one of CACHES, see BlockReader
     refresh: int | None = None  # calls after which the cache is filled anew; None: once a block
@@ -146,7 +145,7 @@ class Options:
                 raise UserError(f"steps {steps} is not a positive multiple of the {blocks} blocks")
             if steps > length:
                 raise UserError(f"steps {steps} exceeds the answer length {length}: some would keep nothing")
-        if not 0 < self.factor < 1e9:  # NaN is refused too
+        if self.factor is not None and not 0 < self.factor < 1e9:  # NaN is refused too
             raise UserError(f"factor {self.factor} must be positive")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise UserError(f"threshold {self.threshold} must lie between 0 and 1")
@@ -160,13 +159,13 @@ class Options:
 
 def count_to_keep(confidence, options, step):
     """How many stay, (B,), in a block's call `step` by the rule that `options` ask for; new rules go here."""
-    if options.steps is not None:
-        steps = options.steps * options.block // options.answer_length  # of this block
-        count = count_by_schedule(options.block, steps, step)
-        return torch.full((len(confidence),), count, device=confidence.device)
     if options.threshold is not None:
         return count_by_threshold(confidence, options.threshold)
-    return count_by_factor(confidence, options.factor)
+    if options.factor is not None or options.steps is None:
+        return count_by_factor(confidence, 1.0 if options.factor is None else options.factor)
+    steps = options.steps * options.block // options.answer_length  # of this block
+    count = count_by_schedule(options.block, steps, step)
+    return torch.full((len(confidence),), count, device=confidence.device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -232,8 +231,9 @@ class BlockReader:
     def logits(self, rows, row, column, step):
         """Logits (N, vocab) of the block's N masked tokens.
 
-        rows (n,): rows of the batch that still have masked tokens in this block, ascending.  row, column
-        (N,): where the tokens are, in the batch and in the block.  step: the call's number in the block.
+        rows (n,): rows of the batch that still have masked tokens in this block, ascending; from call to call
+        they can only become fewer.  row, column (N,): where the tokens are, in the batch and in the block.
+        step: the call's number in the block.
         """
         row = torch.searchsorted(rows, row)  # counted among these n
         refresh = self.options.refresh
@@ -274,7 +274,8 @@ def generate(
     """
     options = dataclasses.replace(options, **fields)
     options.check()
-    c, device, block = model.config, next(model.parameters()).device, options.block
+    c, block = model.config, options.block
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))  # a test's stub may have none
     B, P, L = len(prompts), max(map(len, prompts)), options.answer_length
     inputs = lay_out(prompts, L, c.mask_id, c.eos_id, audio, is_audio, audio_at, device)
     response = inputs["ids"][:, P:]  # a view: what is written here is what the next call reads
@@ -292,7 +293,7 @@ def generate(
             rows = masked.any(1).nonzero()[:, 0]  # (n,): rows that are done cost nothing more
             if not len(rows):
                 break
-            # a call keeps a token of each row, but none whose confidence is NaN: the next would ask the same
+            # every call keeps a token of each row, unless their confidences are NaN
             n_masked = masked.sum(1)
             if step and (n_masked == left)[rows].any():
                 raise UserError("the network's output is NaN: weights or audio are not finite")
@@ -337,7 +338,8 @@ def generate_ar(
     every, zero = torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device)
     calls = zero.clone()
     is_open = torch.ones(B, dtype=torch.bool, device=device)  # the answer has not ended
-    # the response's columns are computed with the prompt, and overwritten before anyone may see them
+    # the response's columns are computed too, and again when their tokens are known; until then the causal
+    # mask hides them
     logits = model(**inputs, where=(every, zero + P - 1), cache=cache)  # (B, vocab), of the first token
     for column in range(P, ids.size(1)):
         token, _ = choose(logits, c.mask_id, temperature, every, generator)
@@ -362,7 +364,7 @@ class Answer:
     calls: int  # network calls
     seconds: float  # from mel to text, shared evenly by the clips of a batch
     audio_seconds: float
-    confidence: list  # of each token, end mark included; empty for an autoregressive model
+    confidence: list  # of each token, the end of the turn included; empty for an autoregressive model
     pieces: list  # of a clip beyond the window: [(start, end in seconds, text)]; empty otherwise
 
     @property
@@ -392,8 +394,8 @@ def ask(
     another answer is given for each piece with its time.  long="cut": its beginning alone is answered.
     stage: reads the audio as that stage does; by default the model's.  options, generator (one or a list,
     one a clip), on_step, on_block, fields: as in `generate`; an autoregressive model takes
-    answer_length, temperature and generator alone.  batch: clips or pieces that pass the network together
-    (default: all, at least 16).
+    answer_length, temperature and generator alone.  batch: clips, or pieces of long ones, that pass the
+    network together (default: as many as there are clips, at least 16).
     Raises UserError for a clip that cannot be read or is no (n,) of finite numbers, and when prompt, audio
     and answer exceed the context.
     """
@@ -454,7 +456,7 @@ def ask_pieces(model, tokenizer, pieces, stage, options, on_step, on_block):
     for row, samples in enumerate(audios):
         tokens = ids[row].tolist()
         ends = [i for i, token in enumerate(tokens, 1) if token in (c.eot_id, c.eos_id)]
-        n = min(ends, default=len(tokens))  # tokens up to the end mark
+        n = min(ends, default=len(tokens))  # tokens up to and including the end of the turn
         confidence = [] if c.causal else last_confidence[row, :n].tolist()
         text = answer_text(tokenizer, tokens, c)
         answers.append(Answer(text, int(calls[row]), seconds, len(samples) / SAMPLE_RATE, confidence, []))

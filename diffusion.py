@@ -5,7 +5,9 @@ probability t.  Reverse process: a bidirectional network predicts the hidden tok
 fits in one sentence: the cross-entropy of the hidden tokens, summed, divided by t and averaged over
 t ~ U(0, 1] and the masks, bounds -log p(answer) from above (paper, Eq. 1).
 
-Only the answer is ever hidden.  Audio and prompt stay visible (Eq. 2, and L_sft-a in Section 3.4).
+Only the answer is ever hidden.  Audio and prompt stay visible (Eq. 2, and L_sft-a in Section 3.4).  In
+this file the answer is all that the model has to predict: the words, the end of the turn and the end marks
+that fill the response up to its length (data.py).
 
 The losses and the ELBO take `predict`, any callable (ids (B, T), where (B, T)) -> logits (N, vocab) of
 the N tokens where `where` is True, row by row.  So the same few lines run on an 8-billion-parameter
@@ -14,8 +16,8 @@ on a sentence and compares both estimates of log p with the toy's exact one.
 
 How it differs from LLaDA's and the authors' code, and why:
   * logits are computed at masked positions only: with a vocabulary of 126,464 all others are costly;
-  * the likelihood's numbers of masks are spread so that in every draw each number is equally likely
-    (LLaDA rounds halves to even, so that some draws miss some numbers, which biases the estimate);
+  * the likelihood hides l of the L answer tokens; the values of l for its n draws are spread over 1..L,
+    each equally likely in each draw (LLaDA's rounding leaves out some, which biases the estimate);
   * random numbers come from a given generator, one for all rows or one for each, so that an
     example's masks need not depend on its batch or on the number of GPUs.
 """
@@ -77,7 +79,7 @@ def sft_loss(predict, ids, is_answer, mask_id, t=None, is_masked=None, generator
 
     ids, is_answer: (B, T), the clean batch and where its answers stand, end marks included.
     t (B,) may be given, or t and is_masked (B, T) together; what is not given is drawn.
-    per_token divides by the length of each answer, as LLaDA's guidelines do; without it the value
+    per_token divides by each answer's number of tokens, as LLaDA's guidelines do; without it the value
     is the paper's plain sum, whose mean over t and masks is an upper bound on -log p(answer).
     Returns (B,): one loss per example.  Average it over the GLOBAL batch, not per process.
     """

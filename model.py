@@ -14,7 +14,9 @@ a batch may differ in prompt, clip and answer: no token attends to padding and R
 valid tokens only, so a row's logits are the same alone and in any batch.
 
 Shapes: B rows, T text tokens, A audio tokens, F encoder frames (50 a second), d the encoder's width,
-D the backbone's, H attention heads.  Reading and writing weights is weights.py's business.
+D the backbone's, H attention heads.  weights.py reads and writes what is learned.
+
+`python model.py` shows a spliced row and counts each part's parameters.
 """
 
 import dataclasses
@@ -105,8 +107,10 @@ PRESETS = {
         n_mels=80, audio_width=768, audio_heads=12, audio_layers=12, taps=(2, 5, 8, 11), lora_rank=0
     ),
     # the same system with small parts: Whisper tiny.en's encoder and a LLaDA of five million parameters.
-    # Windows of 10 s spare a laptop two thirds of the encoder's work.  In tiny.en's last hidden state one
-    # channel is 310, the others' root mean square 1.2; a small Q-Former does not learn then: hence norm_taps.
+    # Windows of 10 s spare a laptop two thirds of the encoder's work, and two taps (the authors have four
+    # for this encoder), 16 queries and a narrow Q-Former most of the adapter's.  In tiny.en's last hidden
+    # state one channel is 310, the others' root mean square 1.2; a small Q-Former does not learn then: hence
+    # norm_taps.
     "tiny": Config(
         n_mels=80,
         n_frames=500,
@@ -119,7 +123,7 @@ PRESETS = {
         norm_taps=True,
         n_queries=16,
         n_soft_prompts=4,
-        vocab=2048,
+        vocab=2016,
         width=256,
         layers=6,
         heads=8,
@@ -275,7 +279,8 @@ class LLaDA(nn.Module):
         self.wte = nn.Embedding(c.vocab, c.width)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.ln_f = RMSNorm(c.width, c.norm_eps)
-        self.ff_out = nn.Linear(c.width, c.vocab, bias=False)  # the head, not tied to wte
+        # LLaDA's name for the head; not the ff_out of a block, and not tied to wte
+        self.ff_out = nn.Linear(c.width, c.vocab, bias=False)
 
     def forward(self, x, valid, cache=None, start=None):
         """x (B, T, D) embeddings, valid (B, T) -> hidden states after ln_f (B, T, D).
@@ -315,11 +320,11 @@ def splice_order(n_text, n_audio, audio_at):
     audio_at (B,): the audio goes in front of this text token.  Returns (B, n_text + n_audio); for three
     text tokens, two audio tokens and audio_at 1 that is 0 3 4 1 2.
     """
-    column = torch.arange(n_text + n_audio, device=audio_at.device)[None]  # (1, T + A)
-    at = audio_at[:, None]
-    is_audio = (column >= at) & (column < at + n_audio)  # (B, T + A)
-    # text in front of the audio stays in place; behind it, it stands n_audio columns further on
-    return torch.where(is_audio, n_text + column - at, column - n_audio * (column >= at + n_audio))
+    at, device = audio_at[:, None], audio_at.device
+    text, audio = torch.arange(n_text, device=device)[None], torch.arange(n_audio, device=device)[None]
+    # the column that each token goes to: text behind the audio moves on by n_audio columns
+    column = torch.cat([text + n_audio * (text >= at), at + audio], 1)  # (B, T + A)
+    return column.argsort(1)  # the inverse permutation
 
 
 class DIFFA2(nn.Module):
@@ -414,7 +419,11 @@ class DIFFA2(nn.Module):
 
         text: a batch from data.collate.  audio, is_audio: from `adapt`.
         """
-        return lambda noisy, where: self(noisy, text["valid"], where, audio, is_audio, text["audio_at"])
+
+        def predict(noisy, where):
+            return self(noisy, text["valid"], where, audio, is_audio, text["audio_at"])
+
+        return predict
 
     def forward(self, ids, valid, where, audio=None, is_audio=None, audio_at=None, cache=None, start=None):
         """Logits (N, vocab) at the N text positions where `where` is True, row by row.

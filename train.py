@@ -13,8 +13,8 @@ Stages 2 to 4 start from the folder that the one before wrote (out/MODEL/stageN)
 from LLaDA and Whisper as published, or from the small backbone and Whisper tiny.en that lie in assets.
 Stage 0 makes that backbone, on text with word embeddings in the place of audio (runtime/variations.py).
 
-Rank r takes the examples ids[r::world] of a batch.  What one is masked and augmented with is seeded by
-(seed, epoch, example): the number of processes changes only the speed (and dropout and rounding).
+Of n processes, process r takes every n-th example of a batch, from the r-th on.  What one is masked and
+augmented with is seeded by (seed, epoch, example): n changes only the speed (and dropout and rounding).
 
 Reading order: losses, table of stages, `train` (the loop), command line (options: runtime/command_line.py).
 """
@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import weights
-from diffusion import EPS, draw_counts, draw_t, next_token_loss, sft_loss
+from diffusion import EPS, draw_counts, draw_t, elbo, next_token_loss, sft_loss
 from model import DIFFA2, PRESETS
 from runtime import checkpoints, command_line, loading, plan, start
 from runtime.ctc import ctc_loss
@@ -43,14 +43,14 @@ from runtime.hub import RELEASES
 from runtime.log import Log
 from runtime.optimizers import make_optimizers
 from runtime.processes import StopSignal, exit_process, locked, process_group
-from vrpo import SAMPLES, backward_per_sample, margin, score, swapped, vrpo_loss
+from vrpo import SAMPLES, backward_per_sample, margin, swapped, vrpo_loss
 
 # ---------------------------------------------------------------------------------------------
 # losses.  A loss takes a micro-batch of data.BatchBuilder, adds the gradient of the SUM over its examples to
 # .grad, and returns the loss of every example (B,), detached.  The loop divides once, by the size of the
 # global batch: in a mean of means an example would weigh the more the fewer others share its micro-batch.
-# Two losses train all five stages.  `sft` is Eq. 1 and 2: hide some of the answer's tokens, let the network
-# guess them.  `vrpo` is Eq. 4 and 5: prefer a better answer to a worse one.
+# Two losses train all five stages.  `sft`, supervised fine-tuning, is Eq. 1 and 2: hide some of the answer's
+# tokens, let the network guess them.  `vrpo` is Eq. 4 and 5: prefer a better answer to a worse one.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class LossContext:
 
 
 def sft(context, micro):
-    """Stages 0-3: Eq. 1 and 2 with audio, and CTC beside it.  Only the answer's tokens are ever hidden."""
+    """Stages 0 to 3: Eq. 1 and 2, and CTC where the table has it.  Only the answer's tokens are hidden."""
     model, settings, batch = context.model, context.settings, micro["batch"]
     text = batch["text"]
     ids, is_answer = text["ids"], text["is_answer"]
@@ -105,18 +105,18 @@ def vrpo(context, micro):
     with context.autocast():
         encoded = model.encode(batch["mel"], batch["n_frames"])  # frozen: once for policy and reference
 
-    # autocast caches bf16 copies of weights.  In a caller's autocast they would survive `swapped`, and the
-    # reference would compute with the policy's weights
+    # autocast keeps bf16 copies of the weights.  After `swapped` they would still be the policy's: no cache
     def adapted():
         with context.autocast(cache_enabled=False):
             return model.adapt(*encoded, batch["n_frames"], context.stage)
 
     audio, is_audio = adapted()
 
-    def elbo_of(name, audio, j=None):
+    def elbo_of(name, audio, draws=slice(None)):  # (n, B), or fewer draws than n
+        is_masked, weight = masks[name]
         with context.autocast(cache_enabled=False):
             predict = model.predictor(texts[name], audio, is_audio)
-            return score(predict, texts[name]["ids"], masks[name], model.config.mask_id, j)
+            return elbo(predict, texts[name]["ids"], is_masked[draws], weight[draws], model.config.mask_id)
 
     # first pass, without gradients: the margins of Eq. 5 under one set of masks.  The reference model is the
     # same network with its trained parameters as they were before the stage: swapped in, and back again.
@@ -128,8 +128,8 @@ def vrpo(context, micro):
     margins = margin(*policy, *reference)
     # second pass, with gradients: d loss / d margin is known by now, so each sample is sent back on its
     # own and memory does not grow with their number
-    leaf = audio.detach().requires_grad_()  # where the samples' graphs end
-    backward_per_sample(lambda name, j: elbo_of(name, leaf, j), SAMPLES, margins)
+    leaf = audio.detach().requires_grad_()  # the samples' graphs end here and share what lies before it
+    backward_per_sample(lambda name, j: elbo_of(name, leaf, slice(j, j + 1))[0], SAMPLES, margins)
     audio.backward(leaf.grad)  # through the adapters, once for all samples
     return vrpo_loss(margins)
 
@@ -170,21 +170,21 @@ class Stage:
     weight_decay: float = 0.05  # the authors' script; the paper gives none
     beta2: float = 0.999  # AdamW's memory of squared gradients: some 1 / (1 - beta2) steps
     muon: bool = False  # Muon instead of AdamW for the matrices of a small model's blocks
-    augment: bool = False  # other speeds and levels, noise, SpecAugment: for a few hours of recordings
+    augment: bool = False  # other speeds and levels, noise, SpecAugment; off in every row, see --augment
 
 
 # Stage 1 teaches the semantic adapter to say what is said, in embeddings that LLaDA reads as words; the
 # acoustic adapter joins in stage 2, when there is something to attach "how it sounds" to; only then may
 # LLaDA itself move, by LoRA (stage 3); and stage 4 polishes by comparison what stage 3 has learned.
 ADAPTERS = ("semantic.", "acoustic.")
-# Departures that pay in a run of an hour on a few hours of recordings: no t below 0.3, for little is learned
-# from answers that are nearly whole; AdamW forgets faster; Muon; with real audio, CTC beside the loss
+# Departures for a run of an hour on a few hours of recordings: no t below 0.3, for little is learned from
+# answers that are nearly whole; AdamW forgets faster; Muon; with real audio, CTC beside the loss
 TINY = {"least_t": 0.3, "beta2": 0.98, "muon": True}
 TINY_AUDIO = TINY | {"ctc": 0.5}
 
 STAGES = {
-    # paper, Table B.2.  No stage has a higher rate than the one before, for it has more to lose.  Stage 1
-    # has soft prompts (the authors' code) where acoustic tokens will be, so that its prompts have that form
+    # paper, Table B.2: no stage has a higher rate than the one before, for it has more to lose.  Stage 1 has
+    # soft prompts (the authors' code): learned vectors hold the place where acoustic tokens will be
     "diffa2": {
         1: Stage(("semantic.", "soft_prompts"), lr=1e-4, batch=1280, warmup=1000, epochs=12),
         2: Stage(ADAPTERS, lr=5e-5, batch=196, warmup=1000, epochs=10),
@@ -343,12 +343,12 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
             group.all_reduce_gradients(parameters)
             for p in parameters:  # by the examples that were used: skipped ones must not shrink the gradient
                 p.grad.div_(max(n_examples, 1))
-            # the weight 1/t makes a rare gradient many times as long as the others.  Clipped to norm 1 (the
-            # authors' script) it keeps its direction and does not rule AdamW's moments for many steps.
+            # the weight 1/t makes a few gradients many times as long as the others.  Clipping to norm 1 (the
+            # authors' script) keeps their direction and limits what they leave in AdamW's moments.
             norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
             lr = learning_rate(step, settings, steps)
-            # left out: NaN would never leave the moments; and where most clips cannot be read (a disk's
-            # outage), the few that are left would take a step as long as all of them
+            # such a step is left out: NaN in AdamW's moments would stay there; and where most clips cannot be
+            # read (a disk's outage), the few that are left would take a step as long as all of them
             is_bad = not (math.isfinite(loss_sum) and math.isfinite(norm)) or n_skipped > n_examples
             if is_bad:
                 bad_in_a_row += 1

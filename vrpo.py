@@ -6,18 +6,20 @@ and the noise of all four (two answers, two models) goes straight into the gradi
 reduces the noise without more network calls:
 
   * policy and reference see the SAME masks: what both find hard cancels in their difference;
-  * the n calls for an answer go to n mask ratios with one mask each, not to several masks of one ratio.
+  * the n calls for an answer use n different mask ratios, one mask each.
 
     margin = (ELBO_policy(y+) - ELBO_ref(y+)) - (ELBO_policy(y-) - ELBO_ref(y-))
     loss   = -log sigmoid(beta * margin)
 
-How it differs from the paper and the authors' script, and why: a ratio is an exact number of masked
-tokens, and the n numbers are spread over the range instead of independent (diffusion.draw_counts), which
-cuts the variance further; dropout is off in both models, so the margin starts at exactly 0; only the
-answer and its first end mark are scored; logsigmoid, because the log of a sigmoid underflows; one backbone,
-not two: for the reference, the trained 1 % of the parameters are replaced by a copy from before the
-training.  And memory does not grow with n: the margin is computed first, without gradient; it gives
-d loss / d margin, a number with which each sample is then backpropagated on its own.
+How it differs from the paper and the authors' script, and why:
+  * a ratio is an exact number of masked tokens, and the n numbers are spread over the range instead of
+    independent (diffusion.draw_counts), which cuts the variance further;
+  * dropout is off in both models, so the margin starts at exactly 0;
+  * scored are the answer, its end of turn and one end mark, not the padding that follows;
+  * one backbone instead of two: for the reference, the parameters that train (1 % of diffa2) are replaced
+    by a copy from before the training;
+  * memory does not grow with n: the margin is computed first, without gradient.  It gives
+    d loss / d margin, a number with which each sample is then backpropagated on its own.
 
 `python vrpo.py` shows the margin's variance with and without shared masks and exact counts.
 """
@@ -26,8 +28,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-
-from diffusion import elbo
 
 BETA = 0.2  # the authors' script; the paper gives none
 SAMPLES = 4  # K in Eq. 3, N in Section 3.5, n in this file
@@ -78,16 +78,8 @@ def backward_per_sample(sample, n, margins, beta=BETA):
             (sign * slope * sample(name, j)).sum().backward()
 
 
-def score(predict, ids, masks, mask_id, j=None):
-    """ELBO samples (n, B) of one answer; j: of draw j alone, (B,).  masks: from draw_counts."""
-    is_masked, weight = masks
-    if j is None:
-        return elbo(predict, ids, is_masked, weight, mask_id)
-    return elbo(predict, ids, is_masked[j : j + 1], weight[j : j + 1], mask_id)[0]
-
-
 if __name__ == "__main__":
-    from diffusion import draw_counts, draw_t
+    from diffusion import draw_counts, draw_t, elbo
     from runtime import tutorials
 
     tutorials.vrpo(margin, elbo, draw_t, draw_counts, SAMPLES)

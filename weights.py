@@ -15,10 +15,9 @@ What is read, always as data, never as code:
     DIFFA, DIFFA-2 the authors' pytorch_model.bin
 
 Loading is strict: each tensor of a file has a place and each place gets a tensor of its shape, or the
-message names the one that is wrong.  A network with one random matrix still runs and still answers, only
-badly, and nobody would look for the reason here.  Other projects' names of tensors are in runtime/names.py.
-A model is built on the meta device and filled from mapped files, so no second copy of 8 B parameters
-exists at any time; `from_pretrained` of transformers does the same for one library's own format.
+message names the one that is wrong.  A model with one matrix that was not loaded would still run, only
+worse.  Other projects' names of tensors are in runtime/names.py.  A model is built on the meta device and
+filled from mapped files, so no second copy of 8 B parameters exists at any time.
 A checkpoint leaves out what was never trained and lies elsewhere: the small model's holds no Whisper, the
 released ones' neither Whisper nor LLaDA.  It says what they are (`model.base`: a name and a fingerprint of
 the weights), never where they lie, so that it can be given to somebody else.
@@ -101,7 +100,7 @@ def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=
         model, tokenizer = load(name_or_path, "cpu", dtype, stage, llada, whisper, diffa)
         return quantise(model, device).to(device), tokenizer
     if name_or_path in RELEASES:
-        # two of the authors' files: after stage 1, and after the last; stages 2 to 4 read audio alike
+        # two of the authors' files: after stage 1, and after the last; stages 2 to 4 read audio the same way
         file_stage = 1 if stage == 1 else 4
         files = fetch(name_or_path, file_stage, llada, whisper, diffa)
         dtype = dtype or torch.bfloat16  # on a CPU too: in fp32 LLaDA alone would take 32 GB
@@ -136,14 +135,14 @@ def load_checkpoint(name, device, dtype, given):
     # ---- the frozen parts: each from the command line, else from beside the checkpoint, else from where it
     # is published.  base says which they were when this checkpoint was trained.
     files = {}
-    for part, where in given.items():
-        if where and part not in base:
+    for part, path_given in given.items():
+        if path_given and part not in base:
             raise UserError(
                 f"--{part}: {name} brings this part itself; --llada, --whisper and --diffa "
                 "go with --model diffa1 or diffa2, --whisper with a model that shares Whisper's encoder too"
             )
         beside = os.path.join(folder, part)
-        files[part] = where or (beside if os.path.exists(beside) else None)
+        files[part] = path_given or (beside if os.path.exists(beside) else None)
     if "llada" in base:
         llada, whisper, _ = fetch(base["name"], None, files["llada"], files["whisper"], adapters=False)
         load_frozen(model, llada, whisper, device, dtype or torch.bfloat16, base["name"])
@@ -156,9 +155,9 @@ def load_checkpoint(name, device, dtype, given):
     for part, wanted in base.items():
         # beside another backbone of the same shapes the adapters would load, and the answers be nonsense
         if part != "name" and model.base[part] != wanted:
-            where = files[part] or "the shipped encoder"
+            source = files[part] or "the shipped encoder"
             which = f"({part} {model.base[part]}, wanted {wanted})"
-            raise UserError(f"{where}: not the weights that {name} was trained on {which}")
+            raise UserError(f"{source}: not the weights that {name} was trained on {which}")
 
     load_strictly(model, weights, path, device, dtype, saved_part(model))
     return model.eval(), tokenizer
@@ -170,6 +169,11 @@ def check_tokenizer(tokenizer, config, folder):
         found, wanted = tokenizer.token_to_id(token), getattr(config, field)
         if found != wanted:
             raise UserError(f"{folder}: the tokenizer has {token} at {found}, not {wanted}")
+        # in a prompt it must be one token, and the line feeds beside it must stay
+        text = f"{token}\n\nx{token}"
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        if (ids[0], ids[-1]) != (wanted, wanted) or tokenizer.decode(ids, skip_special_tokens=False) != text:
+            raise UserError(f"{folder}: the tokenizer reads {text!r} as {tokenizer.decode(ids)!r}")
     if tokenizer.get_vocab_size() > config.vocab:
         raise UserError(f"{folder}: the tokenizer has more tokens than the model's {config.vocab}")
 
@@ -206,6 +210,16 @@ def trained_part(model):
 
 # ---------------------------------------------------------------------------------------------
 # filling a model
+
+
+def once(named, path):
+    """Pairs of (name, tensor) as a dict.  UserError where two have one name: one of them would be lost."""
+    weights = {}
+    for name, value in named:
+        if name in weights:
+            raise UserError(f"{path}: {name} is there twice")
+        weights[name] = value
+    return weights
 
 
 def load_strictly(model, weights, path, device, dtype, expected):
@@ -258,7 +272,8 @@ def load_whisper(model, path, device):
             raise UserError(f"{path}: not one of openai-whisper's files")
         found = found["model_state_dict"]
     # no name: the decoder, which was mapped and is never looked at, and so stays on the disk
-    weights = {name: value for key, value in found.items() if (name := whisper_name(key))}
+    named = [(name, value) for key, value in found.items() if (name := whisper_name(key))]
+    weights = once(named, path)
     expected = [k for k in model.state_dict() if k.startswith("encoder.")]
     load_strictly(model, weights, path, device, None, expected)
 
@@ -280,7 +295,7 @@ def load_llada(model, folder, device, dtype):
     shard_of = read_json(folder, "model.safetensors.index.json", "weight_map")
     if not isinstance(shard_of, dict):
         raise UserError(f"{folder}: model.safetensors.index.json is not an index of shards")
-    weights = {}
+    named = []
     for shard in sorted(set(shard_of.values())):
         path = os.path.join(folder, shard)
         if not os.path.isfile(path):
@@ -292,7 +307,8 @@ def load_llada(model, folder, device, dtype):
                 raise UserError(f"{path}: {key} is not one of LLaDA's names")
             # a mapping for each tensor: dropping one (runtime/int8.py) then frees its memory
             with open_safetensors(path) as f:
-                weights["backbone." + key.removeprefix("model.transformer.")] = f.get_tensor(key)
+                named.append(("backbone." + key.removeprefix("model.transformer."), f.get_tensor(key)))
+    weights = once(named, folder)
     expected = [k for k in model.state_dict() if k.startswith("backbone.") and "lora_" not in k]
     load_strictly(model, weights, folder, device, dtype, expected)
 
@@ -313,14 +329,15 @@ def load_released(model, path, device="cpu"):
     found = open_pickle(path)
     if not isinstance(found, dict) or not all(isinstance(v, torch.Tensor) for v in found.values()):
         raise UserError(f"{path}: not a state dict")
-    weights = {}
+    named = []
     for key, value in found.items():
-        if "embed_positions" in key:  # Whisper's sinusoids, which are computed
-            continue
+        if key.startswith("whisper_model.") and key.endswith("embed_positions.weight"):
+            continue  # Whisper's sinusoids, which are computed
         name = released_name(key)
         if name is None:
             raise UserError(f"{path}: {key} is not one of DIFFA's names")
-        weights[name] = value
+        named.append((name, value))
+    weights = once(named, path)
     names = [f"acoustic.queries.{tap}" for tap in range(len(model.config.taps))]
     queries = [weights.pop(name) for name in names if name in weights]  # each (1, n_queries, d)
     if queries:

@@ -105,11 +105,11 @@ def add_model(parser, default="tiny"):
     add("--int8", action="store_true", help="matrices in int8: half the memory of bf16, about 1 %% off each")
 
 
-def add_sampler(parser, caches, factor):
-    """Adds the sampling rules and the caches.  factor: --factor's default."""
+def add_sampler(parser, caches):
+    """Adds the sampling rules and the caches."""
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--steps", type=int, metavar="N", help="fixed-step remasking in N network calls")
-    how.add_argument("--factor", type=float, default=factor, metavar="F", help="factor decoding (Eq. 8)")
+    how.add_argument("--factor", type=float, metavar="F", help="factor decoding (Eq. 8)")
     how.add_argument("--threshold", type=float, metavar="C", help="keep what is surer than C")
     parser.add_argument("--cache", choices=caches, default="none")
 
@@ -127,7 +127,7 @@ def decode(argv, description, caches):
     # how it decodes: up to --temperature the fields of Options, by the same names
     add("--answer-length", type=int, default=32, metavar="N", help="tokens (default 32)")
     add("--block", type=int, metavar="N", help="tokens (default 32 if they tile the answer, else all)")
-    add_sampler(parser, caches, factor=1.0)
+    add_sampler(parser, caches)
     add("--cache-refresh", dest="refresh", type=int, metavar="K", help="refresh the cache every K calls")
     add("--temperature", type=float, default=0.0)
     add("--seed", type=int, default=0)

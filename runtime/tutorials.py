@@ -76,7 +76,7 @@ def diffusion(corrupt, sft_loss, draw_counts, elbo):
 
     toy = Toy()
     x = toy.all[(toy.p - toy.p.median()).abs().argmin()]  # neither a likely sentence nor an unlikely one
-    print(f"\nReverse process: a toy of {len(toy.all)} sentences with exact predictions; the bound is tight.")
+    print(f"\nLog-likelihood of a sentence, by a toy model of {len(toy.all)} sentences: exact and estimated.")
     print(f"\n  exact          log p = {toy.log_prob(x):.4f}")
     print("  each estimate is a mean of four draws of masks:")
     n, is_answer = 4, torch.ones(1, len(x), dtype=torch.bool)
@@ -92,7 +92,7 @@ def diffusion(corrupt, sft_loss, draw_counts, elbo):
         values = torch.stack([estimate() for _ in range(500)])
         mean, deviation = values.mean(), values.std()
         error = deviation / len(values) ** 0.5
-        print(f"  {name:18} {mean:.4f} +- {error:.4f}   standard deviation of one {deviation:.3f}")
+        print(f"  {name:18} {mean:.4f} +- {error:.4f}   standard deviation of an estimate {deviation:.3f}")
 
 
 @program
@@ -224,7 +224,7 @@ def vrpo(margin, elbo, draw_t, draw_counts, n):
             theirs.append(elbo(reference, x, *other_masks, policy.mask_id))
         return margin(*ours, *theirs)
 
-    print("The margin of Eq. 5 is a difference of four estimates, and the loss is as noisy as it is.\n")
+    print("The margin of Eq. 5 is a difference of four estimates; its noise goes straight into the loss.\n")
     print(f"margin of a toy pair, {n} samples an estimate, 300 estimates; exact value {exact:.4f}\n")
     for is_shared in (False, True):
         for kind, draw in (("independent t", independent), ("stratified exact counts", stratified)):

@@ -506,6 +506,34 @@ def test_close_after_end():
     assert response.tolist() == [[5, E, E, E], [M, E, 6, 7], [E, E, E, E], [5, 6, E, E]]
 
 
+def test_with_a_factor_steps_are_ignored(small):
+    """Appendix B.4.  A threshold goes before both, as on the command line one of the three is given."""
+    _, batch = scene(small, (9,), (5,))
+
+    def found(**options):
+        answers, calls = generate(small, *batch, answer_length=16, block=16, **options)
+        return answers.tolist(), calls.tolist()
+
+    assert found(steps=16, factor=2.0) == found(factor=2.0) != found(steps=16)
+    assert found(factor=1.0) == found()
+
+
+def test_choose_leaves_the_logits_as_they_were():
+    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    before = logits.clone()
+    for temperature in (0.0, 1.0):  # without `rows`, all places are one row's
+        assert (choose(logits, 3, temperature)[0] != 3).all() and torch.equal(logits, before)
+
+
+def test_what_a_row_draws_does_not_depend_on_the_others():
+    g = torch.Generator().manual_seed(0)
+    logits, rows = torch.randn(6, 50, generator=g), torch.tensor([0, 0, 2, 2, 2, 3])
+    token, _ = choose(logits, 3, 5.0, rows, [torch.Generator().manual_seed(s) for s in range(4)])
+    for row in (0, 2, 3):
+        alone, _ = choose(logits[rows == row], 3, 5.0, None, torch.Generator().manual_seed(row))
+        assert torch.equal(token[rows == row], alone)
+
+
 def test_sampling_draws_from_the_softmax():
     """Gumbel-max at temperature T draws from softmax(logits / T); confidence stays the softmax's own."""
     logits, n = torch.tensor([0.0, 1.0, 2.0, 5.0]), 20000

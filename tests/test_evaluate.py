@@ -1,5 +1,6 @@
 """Scores against rules written a second time here, on the real question file where it is; whole runs."""
 
+import contextlib
 import json
 import math
 import os
@@ -724,6 +725,31 @@ def test_judge_keeps_scores_and_asks_again():
     assert evaluate.judge(questions, lines, other) == [1, 3]  # of what had no score
 
 
+def test_judge_with_a_reference_answer(capsys):
+    """Right or wrong instead of 1 to 5, and the judge is shown the reference."""
+    replies = iter(['{"right": true}', '{"score": 4}', '{"right": 1}', '{"right": false}', '{"right": true}'])
+    replies = iter([*replies, '{"right": false}'])
+
+    class Judge:
+        model = "a"
+
+        def complete(self, system, user, read):
+            assert user.endswith("Reference: Paris") and "true or false" in system
+            while True:
+                with contextlib.suppress(ValueError):
+                    return read(next(replies))
+
+    questions = [
+        Question(str(i), "", "", "", entry={"prompt": "Capital?", "reference": "Paris"}) for i in range(2)
+    ]
+    ratings = evaluate.judge(questions, {"0": {"answer": "a"}, "1": {"answer": "b"}}, Judge(), times=2)
+    assert ratings == [0.5, 0.5]
+    assert evaluate.report_judged(questions, [1, 0, 0, None]) == pytest.approx(1 / 3)
+    assert "judged right: 33.3%, 1 without" in capsys.readouterr().out
+    assert evaluate.report_judged([Question("0", "", "", "", entry={})], [4]) == 0.8
+    assert evaluate.report_judged(questions, [None, None]) is None
+
+
 @pytest.fixture
 def judge_server():
     """A judge's URL, and what it replies next: a score, or the status of a refusal."""
@@ -755,10 +781,11 @@ def test_what_was_judged_is_kept_when_the_judge_fails(toured, small_folder, tmp_
     out = str(tmp_path / "o")
     argv = ["voicebench", str(tmp_path / "commoneval.jsonl"), "--model", small_folder, "--answer-length", "8"]
     argv += ["--out", out, "--judge", url]
-    replies += [4, 401]
+    replies += [4, 5, 3, 401]
     assert main(argv) == 2 and "refuses (401" in capsys.readouterr().err
-    replies += [2]
+    replies += [2, 1, 3]
     assert main([*argv[:-3], out + ".answers.jsonl", *argv[-2:]]) == 0  # the same OUT by its other name
-    assert "judged 1-5: mean 3.00, 0 without" in capsys.readouterr().out and len(asked) == 3
+    assert "judged 1-5: mean 3.00, 0 without" in capsys.readouterr().out and len(asked) == 7
     assert [line["judged"] for line in read_answers(out + ".answers.jsonl")[1].values()] == [4, 2]
+    assert main(["--table", out]) == 0 and "| judged 60.00 |" in capsys.readouterr().out
     assert len(read_lines(out)) == 2 and not os.path.exists(out + ".answers.jsonl.answers.jsonl")

@@ -26,9 +26,12 @@ def linear_of(n_in, n_out, bias=False, seed=0):
     return linear
 
 
-@pytest.mark.parametrize("levels", [127, 63])
+@pytest.mark.parametrize("levels", sorted({int8.input_levels(), 63}))
 def test_a_product_is_within_its_bound(levels, monkeypatch):
-    """The bound of Int8Linear's docstring, element by element, and the same integers as in float64."""
+    """The bound of Int8Linear's docstring, element by element, and the same integers as in float64.
+
+    In the levels that this processor takes, and in those of one without VNNI.
+    """
     monkeypatch.setattr(int8, "input_levels", lambda: levels)
     linear = linear_of(96, 5000)  # more rows than are rounded at once
     x = torch.randn(2, 7, 96) * torch.logspace(-3, 3, 7)[:, None]  # rows of very different sizes

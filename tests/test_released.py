@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import whisper.audio
 from conftest import whisper_encoder
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_adapters import bert_config
 from test_decode import reference
 from test_model import LLAMA
@@ -482,6 +482,12 @@ def test_broken_shard_sets(files, tokenizer):
     assert "not one of LLaDA's names" in says()
     write_llada(llada, state | {"model.transformer.blocks.0.new.weight": torch.zeros(2)}, tokenizer)
     assert "no place" in says()
+    write_llada(llada, state, tokenizer)
+    one, other = (f"{llada}/model-0000{i}-of-00003.safetensors" for i in (1, 2))
+    key = min(state)
+    assert key in load_file(one)
+    save_file(load_file(other) | {key: state[key] + 1}, other)  # which of the two would count?
+    assert f"{key.removeprefix('model.transformer.')} is there twice" in says()
     pathlib.Path(f"{llada}/model.safetensors.index.json").write_text("{}")
     assert "index" in says()
 
@@ -507,6 +513,13 @@ def test_tokenizers(files, tokenizer):
     del text["model"]["vocab"]["<|mdm_mask|>"]
     pathlib.Path(f"{folder}/llada/tokenizer.json").write_text(json.dumps(text))
     assert "<|mdm_mask|> at None" in says()
+    # the right ids, read another way: a token that swallows what follows, one in pieces, a lost line feed
+    whole = json.loads(tokenizer.to_str())
+    eaten = [token | {"rstrip": True} for token in whole["added_tokens"]]
+    one_line = {"type": "Replace", "pattern": {"String": "\n\n"}, "content": "\n"}
+    for change in ({"added_tokens": eaten}, {"added_tokens": []}, {"normalizer": one_line}):
+        pathlib.Path(f"{folder}/llada/tokenizer.json").write_text(json.dumps(whole | change))
+        assert "the tokenizer reads '<|startoftext|>" in says(), change
     os.remove(f"{folder}/llada/tokenizer.json")
     assert "no tokenizer.json" in says()
 
@@ -542,6 +555,11 @@ def test_broken_released_files(files):
     assert "semantic.fc2.bias has shape (3,)" in saved(
         lambda s: s.update({"semantic_connector.linear_connector.2.bias": torch.ones(3)})
     )
+    # one matrix with peft's name and without it: which of the two would count?
+    with_peft = next(key for key in state if "lora_A" in key)
+    without = with_peft.replace("base_model.model.", "").replace(".default", "")
+    assert "lora_A is there twice" in saved(lambda s: s.update({without: s[with_peft] + 1}))
+    assert "not one of DIFFA's" in saved(lambda s: s.update({"my.embed_positions.bias": torch.ones(1)}))
     queries = "acoustic_connector.layer_prompts.3"
     assert "not all of one shape" in saved(lambda s: s.update({queries: state[queries][..., :-1]}))
     torch.save({**state, "x": Evil()}, path)

@@ -13,7 +13,7 @@ from diffusion import draw_counts, elbo
 from runtime.fresh import build
 from runtime.tutorials import Toy
 from train import VRPO, LossContext, Stage, freeze_all_but, vrpo
-from vrpo import BETA, SAMPLES, backward_per_sample, margin, score, swapped, vrpo_loss
+from vrpo import BETA, SAMPLES, backward_per_sample, margin, swapped, vrpo_loss
 
 
 def draw_pair_masks(chosen, rejected, n, generator=None):
@@ -42,9 +42,14 @@ def pair(B=3, L=5, vocab=4, seed=0):
     return ids, torch.ones(B, L, dtype=torch.bool)
 
 
+def one_draw(net, ids, masks, j):
+    is_masked, weight = masks
+    return elbo(net, ids, is_masked[j : j + 1], weight[j : j + 1], net.mask_id)[0]
+
+
 def margins_of(net, other, ids, masks):
     def s(model, text):
-        return score(model, ids[text], masks[text], net.mask_id)
+        return elbo(model, ids[text], *masks[text], net.mask_id)
 
     return margin(s(net, "chosen"), s(net, "rejected"), s(other, "chosen"), s(other, "rejected"))
 
@@ -72,7 +77,7 @@ def test_backward_per_sample_is_the_plain_gradient(n):
     policy.zero_grad()
     with torch.no_grad():
         m = margins_of(policy, reference, ids, masks)
-    backward_per_sample(lambda text, j: score(policy, ids[text], masks[text], policy.mask_id, j), n, m)
+    backward_per_sample(lambda text, j: one_draw(policy, ids[text], masks[text], j), n, m)
     for p, e in zip(policy.parameters(), expected, strict=True):
         assert torch.allclose(p.grad, e, atol=1e-6), (p.grad - e).abs().max()  # cross-entropy is fp32
     assert max(e.abs().max() for e in expected) > 1e-3
@@ -111,7 +116,7 @@ def test_memory_does_not_grow_with_the_number_of_samples():
 
     def one_by_one(n, masks):
         def sample(text, j):
-            return score(net, ids[text], masks[text], net.mask_id, j)
+            return one_draw(net, ids[text], masks[text], j)
 
         backward_per_sample(sample, n, torch.zeros(3))
 
@@ -181,13 +186,13 @@ def test_chosen_gains_on_rejected():
     for _ in range(40):
         masks = draw_pair_masks(is_answer, is_answer, SAMPLES, g)
         with torch.no_grad():
-            mine = {text: score(net, ids[text], masks[text], net.mask_id) for text in ids}
+            mine = {text: elbo(net, ids[text], *masks[text], net.mask_id) for text in ids}
             with swapped(net.parameters(), reference):
-                old = {text: score(net, ids[text], masks[text], net.mask_id) for text in ids}
+                old = {text: elbo(net, ids[text], *masks[text], net.mask_id) for text in ids}
         m = margin(mine["chosen"], mine["rejected"], old["chosen"], old["rejected"])
 
         def sample(text, j, masks=masks):
-            return score(net, ids[text], masks[text], net.mask_id, j)
+            return one_draw(net, ids[text], masks[text], j)
 
         optimizer.zero_grad()
         backward_per_sample(sample, SAMPLES, m)

@@ -1,9 +1,10 @@
 """The benchmarks: how their question files are read, and what an answer is worth by their own rules.
 
-Prompts and decoding settings are those of the benchmarks' published scripts (MMSU, MMAU, MMAR, VoiceBench)
-and of Table B.4.  A letter is worth its choice everywhere.  MMAU's own rule compares words and scores a
-bare letter wrong, so that score is reported as "raw" beside the one where the letter is mapped to its
-choice.
+Prompts are those of the published scripts of MMSU, MMAU (test-mini, as revised in v05.15.25) and MMAR; of
+VoiceBench, whose questions are spoken, the prompt is this project's own.  Decoding settings: Table B.4.
+MMSU's rule reads a letter in the first place or the last but one, and nothing else.  MMAU's own rule compares
+words and scores a bare letter wrong, so that score is reported as "raw" beside the one where the letter is
+mapped to its choice.
 """
 
 import math

@@ -80,6 +80,6 @@ def strings(clips, n, most, rng, folder, progress, least=1):
     groups = by_fact(clips, "words")
     names = sorted(groups)
     for i in range(n):
-        chosen = [rng.choice(groups[rng.choice(names)]) for _ in range(rng.randint(least, most))]
-        yield compose(chosen, rng, os.path.join(folder, f"{i:05}.flac"))
+        drawn = [rng.choice(groups[rng.choice(names)]) for _ in range(rng.randint(least, most))]
+        yield compose(drawn, rng, os.path.join(folder, f"{i:05}.flac"))
         progress.update()

@@ -8,9 +8,10 @@
     python -m tools.evaluate --compare a.json b.json           question by question, McNemar's p
     python -m tools.evaluate --table a.json b.json             beside the paper's own rows
 
-Prompts, rules and decoding settings are the benchmarks' and the paper's (benchmarks.py): fixed steps by
-default, --factor for parallel decoding.  Answers are kept in OUT.answers.jsonl as they come, so a killed
-run goes on where it was; OUT is written at the end with the field names that the official scripts read.
+Prompts, rules and decoding settings are the benchmarks' and the paper's, but for VoiceBench's prompt and
+judge, which are worded here (benchmarks.py, judge.py).  Default: fixed steps; --factor: parallel decoding.
+Answers are kept in OUT.answers.jsonl as they come, so a killed run goes on where it was; OUT is written at
+the end with the field names that the official scripts read.
 """
 
 import datetime
@@ -48,8 +49,9 @@ from tools.benchmarks import (
     word_errors,
 )
 from tools.checks import check_text
-from tools.questions import seconds_of, write_lines, write_text
-from tools.writer import Endpoint, strict_object
+from tools.judge import TIMES, judge, report_judged
+from tools.questions import append_lines, seconds_of, write_lines, write_text
+from tools.writer import Endpoint
 from weights import load
 
 # rows of the paper's tables: benchmark -> {"table", "columns", "rows": model -> its scores}
@@ -71,12 +73,11 @@ def answer_settings(args):
         length, steps = args.answer_length, steps and args.answer_length
         block = min(block, length)
     block = block if args.block is None else args.block
+    factor = args.factor
     if args.steps is not None:
-        steps, factor = args.steps, 1.0
-    elif args.factor is not None or args.threshold is not None or steps is None:
-        steps, factor = None, 1.0 if args.factor is None else args.factor
-    else:
-        factor = 1.0
+        steps = args.steps
+    elif factor is not None or args.threshold is not None or steps is None:
+        steps, factor = None, 1.0 if factor is None else factor
     Options(length, block, steps, factor, args.threshold).check()
     file = args.file if os.path.isfile(args.file) else os.path.join(args.file, "wav.scp")
     digest = ""
@@ -91,7 +92,7 @@ def answer_settings(args):
         "answer_length": length,
         "block": block,
         "steps": steps,
-        "factor": None if steps else factor,
+        "factor": factor,
         "cache": args.cache,
         "limit": args.limit,
         **({"threshold": args.threshold} if args.threshold is not None else {}),
@@ -145,11 +146,6 @@ def read_answers(path, settings=None):
     return header, found
 
 
-def append_lines(lines, journal):
-    with open(journal, "a", encoding="utf-8") as f:
-        f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-
 def journals_of(out):
     """The files of answers that a finished run, or the processes of a killed one, have left for OUT."""
     whole = answers_of(out)
@@ -183,7 +179,7 @@ def answer_all(group, model, tokenizer, questions, known, journal, settings, bat
         answer_length=settings["answer_length"],
         block=settings["block"],
         steps=settings["steps"],
-        factor=settings["factor"] or 1.0,
+        factor=settings["factor"],
         threshold=settings.get("threshold"),
         cache=settings["cache"],
     )
@@ -338,41 +334,6 @@ def report(settings, questions, lines, score, asr=False):
     return summary
 
 
-JUDGE = (
-    "You judge a voice assistant. You get what a user said and what the assistant replied. Rate the reply "
-    "from 1 (useless: wrong, off the point, or unreadable) through 3 (addresses the request, with gaps or "
-    "padding) to 5 (right, complete, to the point, as one would speak). "
-    'Reply with one JSON object and nothing else: {"score": 1 to 5}'
-)
-
-
-def judge(questions, lines, endpoint, times=1, journal=None):
-    """Mean 1-5 score of every answer by a language model; None where it gave no usable reply.
-
-    journal: a file of answers, which has every score at once.
-    """
-
-    def read(text):
-        score = strict_object(text, score=int)["score"]
-        if not 1 <= score <= 5:
-            raise ValueError
-        return score
-
-    for q in tqdm(questions, desc="judging", unit=" answers"):
-        line = lines[q.id]
-        if line.get("judged") is None or line.get("judge") != endpoint.model:
-            found = [
-                endpoint.complete(JUDGE, f"User: {q.entry['prompt']}\n\nAssistant: {line['answer']}", read)
-                for _ in range(times)
-            ]
-            found = [x for x in found if x is not None]
-            line["judged"] = sum(found) / len(found) if found else None
-            line["judge"] = endpoint.model
-            if journal:
-                append_lines([line], journal)
-    return [lines[q.id]["judged"] for q in questions]
-
-
 def official_score(folder, subset, path):
     """What VoiceBench's own script prints for a file of answers; it runs in its checkout."""
     command = [sys.executable, "evaluate.py", "--src_file", os.path.abspath(path), "--evaluator", subset]
@@ -448,6 +409,8 @@ def scores_of(benchmark, summary):
             and heading == "task"
         ):
             cells.append(f"{group} {100 * share:.2f}")
+    if "judged" in summary:
+        cells.append(f"judged {100 * summary['judged']:.2f}")
     if benchmark != "voicebench" or "right" in summary:  # some of its sets have no right and wrong
         cells.append(f"overall {100 * summary['right']:.2f} (n = {summary['n']})")
     return cells
@@ -562,19 +525,6 @@ def check_voicebench(args, has_checker):
             )
 
 
-def judge_all(args, questions, lines):
-    """Lets the judge rate every answer, and prints the mean."""
-    times = 3 if subset_of(args.file) == "wildvoice" else 1
-    journal = args.out and answers_of(args.out)
-    scores = judge(questions, lines, Endpoint(args.judge, args.judge_model), times, journal)
-    given = [x for x in scores if x is not None]
-    if given:
-        silent = f"{len(scores) - len(given)} without a usable reply"
-        print(f"judged 1-5: mean {sum(given) / len(given):.2f}, {silent}")
-    else:
-        print("the judge gave no usable reply")
-
-
 def write_answers(args, settings, questions, lines):
     """OUT.answers.jsonl with all that is known, in the place of what each process has written."""
     parts = [path for path in journals_of(args.out) if path != answers_of(args.out)]
@@ -634,10 +584,15 @@ def run(args):
             everything[q.id] |= mark
     if args.out:
         write_answers(args, settings, questions, everything)
+    judged = None
     if args.judge:
-        judge_all(args, questions, everything)
+        endpoint = Endpoint(args.judge, args.judge_model)
+        ratings = judge(questions, everything, endpoint, TIMES, args.out and answers_of(args.out))
+        judged = report_judged(questions, ratings)
     trained = {"objective": "ar" if model.config.causal else "diffusion", "after_stage": model.stage}
     summary = report(settings, questions, everything, score, args.benchmark == "asr") | trained
+    if judged is not None:
+        summary["judged"] = judged
     if args.out:
         write_results(args, questions, everything, summary)
         if args.voicebench:
@@ -655,7 +610,7 @@ def main(argv=None):
     parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4))
     parser.add_argument("--answer-length", type=int, help="tokens")
     parser.add_argument("--block", type=int)
-    command_line.add_sampler(parser, CACHES, factor=None)  # None: as the benchmark has it
+    command_line.add_sampler(parser, CACHES)
     parser.add_argument("--batch", type=number(int, 1))
     parser.add_argument("--limit", type=number(int, 1), help="the first so many questions")
     parser.add_argument(
@@ -665,7 +620,8 @@ def main(argv=None):
         help="share of clips that may be unreadable (default 0.01)",
     )
     parser.add_argument("--device")
-    parser.add_argument("--out", help="write the answers, and go on where an earlier run was")
+    what = "write the answers, and go on where an earlier run was (VoiceBench: MODEL-DATA-SPLIT-audio.jsonl)"
+    parser.add_argument("--out", help=what)
     parser.add_argument(
         "--judge", metavar="URL", help="voicebench: an OpenAI-compatible endpoint that rates answers"
     )

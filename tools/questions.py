@@ -218,9 +218,9 @@ def derived(facts):
             facts |= {"first": words[0], "last": words[-1], "count": count}
         else:
             facts["digit"] = words[0]
-    heard = facts.get("words") or facts.get("sound") or facts.get("instrument")
-    if heard:
-        facts["any"] = heard
+    fact = facts.get("words") or facts.get("sound") or facts.get("instrument")
+    if fact:
+        facts["any"] = fact
     if facts.get("background"):  # "what do you hear?" would have two answers
         facts.pop("layer", None)
         facts.pop("any", None)
@@ -275,10 +275,10 @@ def description_of(facts):
         return None
     person = PERSON.get((facts.get("age"), facts.get("sex")), "someone")
     if "sound" in facts or "instrument" in facts:
-        heard = facts.get("sound") or facts["instrument"]
+        fact = facts.get("sound") or facts["instrument"]
         if "sex" not in facts:
             return None
-        return capital(f"{heard} from {person}.")
+        return capital(f"{fact} from {person}.")
     told = [kind for kind in (*OF_A_VOICE, "background") if kind in facts and facts[kind] != "normal"]
     if len(told) < 2 or not set(told) & set(OF_A_VOICE):
         return None
@@ -515,6 +515,11 @@ def line_of(clip, task, question, answer, out):
     if clip.offset:
         line["offset"] = clip.offset
     return line
+
+
+def append_lines(lines, path):
+    with open(path, "a", encoding="utf-8") as f:
+        f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def write_lines(lines, out, rng=None):
