@@ -35,14 +35,13 @@ from whisper.model import sinusoids
 from model import DIFFA2, PRESETS, SPECIAL_TOKENS, Config
 from runtime import ctranslate2
 from runtime.errors import UserError, first_line
-from runtime.files import fingerprint, open_pickle, open_safetensors, read_json, save_sorted, write_file
+from runtime.files import ROOT, fingerprint, open_pickle, open_safetensors, read_json, save_sorted, write_file
 from runtime.hub import RELEASES, fetch
 from runtime.int8 import Int8Linear, quantise
 from runtime.names import released_name, whisper_file, whisper_name
 from runtime.processes import pick_device
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-ASSETS = {"tiny": os.path.join(HERE, "assets", "tiny")}  # presets whose weights come with the code
+ASSETS = {"tiny": os.path.join(ROOT, "assets", "tiny")}  # presets whose weights come with the code
 TINY_ENCODER = "whisper-tiny.en"  # the folder of assets that holds the encoder of preset tiny
 TINY_FINGERPRINT = "c7311073ee9e7c16"  # its `fingerprint`
 
@@ -184,7 +183,7 @@ def load_tiny_encoder(model, whisper=None, device="cpu"):
     model.base then says which it is, and `save` leaves it out: it would be the same 30 MB in the
     checkpoint of every stage.  The shipped one goes by its name, any other by its fingerprint.
     """
-    load_whisper(model, whisper or os.path.join(HERE, "assets", TINY_ENCODER), device)
+    load_whisper(model, whisper or os.path.join(ROOT, "assets", TINY_ENCODER), device)
     found = fingerprint(model.encoder)
     model.base = {"name": "tiny", "whisper": TINY_ENCODER if found == TINY_FINGERPRINT else found}
 

@@ -38,8 +38,8 @@ class Parser(argparse.ArgumentParser):
     A description, the docstring of a program, keeps its lines.
     """
 
-    def __init__(self, *args, formatter_class=argparse.RawDescriptionHelpFormatter, **kw):
-        super().__init__(*args, formatter_class=formatter_class, **kw)
+    def __init__(self, *args, **kw):
+        super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **kw)
 
     def error(self, message):
         raise UserError(message)

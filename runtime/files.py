@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 
 from runtime.errors import UserError, first_line
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # where this project lies
+
 
 def check_out(path):
     """Refuses the name of a folder, a pipe or a device: a finished file is renamed, and would replace it."""

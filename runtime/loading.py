@@ -61,7 +61,7 @@ class Manifest:
         with open_manifest(self.path) as f:  # anew: loader processes must not share a position in the file
             f.seek(int(row["start"]))
             entry = decode_entry(f.read(int(row["size"])), self.where(i))
-        return parse_example(entry, int(i), self.where(i), self.folder, self.stage, check=False)
+        return parse_example(entry, int(i), self.where(i), self.folder, self.stage)
 
 
 def open_index(f, path):
@@ -110,7 +110,7 @@ def largest_size(raw):
     # stages differ in the authors' format alone
     for stage in (None, 1, 4) if b'"audio_id"' in raw else (None,):
         with contextlib.suppress(*CANNOT_BE_USED):
-            example = parse_example(json.loads(raw), 0, "", "", stage, check=False)
+            example = parse_example(json.loads(raw), 0, "", "", stage)
             n, seconds = size_of(example)
             n_characters = max(n_characters, n)
     return n_characters, seconds

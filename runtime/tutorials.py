@@ -11,10 +11,9 @@ import torch
 import torch.nn as nn
 
 from runtime.errors import exit_status
-from runtime.files import open_safetensors
+from runtime.files import ROOT, open_safetensors
 from runtime.names import released_name, whisper_name
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DEMO = os.path.join(ROOT, "assets", "demo")
 
 

@@ -224,4 +224,4 @@ def test_int8_table(capsys):
     for *_, half, rounded in rows:
         assert 0 < float(half.rstrip("%")) < float(rounded.rstrip("%")) < 2.5
     assert bench.main(["int8", "--size", "0"]) == 2
-    assert capsys.readouterr().err == "bench: --size and --repeats must be at least 1\n"
+    assert "--size" in capsys.readouterr().err

@@ -16,7 +16,7 @@ bench_decode.py.
 
 import sys
 
-from runtime.errors import Parser, exit_status
+from runtime.errors import Parser, exit_status, number
 from tools.bench_data import data_bench
 from tools.bench_decode import decode_bench
 from tools.bench_int8 import int8_bench
@@ -35,8 +35,8 @@ def main(argv=None):
     p.add_argument("--keep", action="store_true", help="leave the weights on the disk")
     p.add_argument("--int8", action="store_true", help="as in decode.py")
     p = commands.add_parser("int8", help="a matrix in int8 beside bf16")
-    p.add_argument("--size", type=int, default=4096, help="inputs and outputs")
-    p.add_argument("--repeats", type=int, default=40)
+    p.add_argument("--size", type=number(int, 1), default=4096, help="inputs and outputs")
+    p.add_argument("--repeats", type=number(int, 1), default=40)
     p.add_argument("--device")
     p = commands.add_parser("train", help="training steps of every stage beside naive ones")
     p.add_argument("--size", default="wide", choices=sorted(SIZES))

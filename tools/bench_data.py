@@ -16,11 +16,11 @@ import soxr
 import torch
 
 from data import SAMPLE_RATE, BatchBuilder, encode_question, load_audio, log_mel, window_seconds
+from runtime.files import ROOT
 from runtime.loading import MicroBatches, Mixture, schedule_of
 from tools.measure import SIZES, anonymous_bytes, machine, spread
 from weights import load_tokenizer
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 EPOCH = 8_500_000  # utterances of the paper's stage 1
 
 

@@ -9,7 +9,6 @@ second model.
 import copy
 import functools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -23,9 +22,8 @@ import vrpo
 from data import generator_for, to_device
 from diffusion import corrupt, draw_counts, draw_t
 from model import DIFFA2
+from runtime.files import ROOT
 from tools.measure import SIZES, Peak, everywhere, machine
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def random_questions(config, batch, names, prompt=80, response=32, seed=0):

@@ -37,10 +37,10 @@ from runtime import command_line
 from runtime.errors import Parser, UserError, exit_status
 from runtime.recordings import split_clip
 from runtime.terminal import Stream, clock
+from runtime.tutorials import DEMO
 from tools.figures import Frames, new_figure
 from weights import load
 
-DEMO = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets", "demo")
 QUESTIONS = {  # examples about the demo clips
     "seven.wav": "Which digit is spoken?",
     "digits.wav": "What is said?",

@@ -33,7 +33,7 @@ from data import SAMPLE_RATE, load_audio, window_seconds
 from decode import CACHES, Options, ask
 from runtime import command_line
 from runtime.errors import Parser, UserError, exit_status, number
-from runtime.files import check_out, fingerprint
+from runtime.files import ROOT, check_out, fingerprint
 from runtime.pieces import is_transcription
 from runtime.processes import exit_process, process_group
 from tools.benchmarks import (
@@ -55,8 +55,7 @@ from tools.writer import Endpoint
 from weights import load
 
 # rows of the paper's tables: benchmark -> {"table", "columns", "rows": model -> its scores}
-HERE = os.path.dirname(os.path.abspath(__file__))
-with open(os.path.join(HERE, "paper_tables.json"), encoding="utf-8") as f:
+with open(os.path.join(ROOT, "tools", "paper_tables.json"), encoding="utf-8") as f:
     PAPER = json.load(f)
 
 
@@ -458,18 +457,14 @@ class LmmsEval:
 
         Returns the answers' texts in the order of the requests.
         """
-        jobs = []
+        questions, clips = [], []
         for request in requests:
             context, _, doc_to_visual, doc_id, task, split = request.args
             (clip,) = doc_to_visual(self.task_dict[task][split][doc_id])
-            jobs.append((context, resampled(clip["array"], clip["sampling_rate"], self.model.config)))
-        texts = [None] * len(jobs)
-        order = sorted(range(len(jobs)), key=lambda i: len(jobs[i][1]))
-        questions, clips = zip(*(jobs[i] for i in order), strict=True) if jobs else ((), ())
+            questions.append(context)
+            clips.append(resampled(clip["array"], clip["sampling_rate"], self.model.config))
         answers = ask(self.model, self.tokenizer, clips, questions, batch=self.batch_size, **self.options)
-        for i, answer in zip(order, answers, strict=True):
-            texts[i] = answer.text
-        return texts
+        return [answer.text for answer in answers]
 
     def loglikelihood(self, requests):
         raise NotImplementedError("diffusion bounds the likelihood and has none: use generate_until tasks")

@@ -323,7 +323,7 @@ def draw_all():
 
 def main(argv=None):
     parser = Parser(prog="figures", description=__doc__)
-    kinds = parser.add_subparsers(dest="kind", required=True, parser_class=Parser)
+    kinds = parser.add_subparsers(dest="kind", required=True)
     kinds.add_parser("all", help="what assets/ has, all anew; run where assets/ is")
     kind = kinds.add_parser("curves", help="logged losses of training runs")
     kind.add_argument("folders", nargs="+", metavar="FOLDER", help="of a run, with its log.jsonl")

@@ -11,8 +11,7 @@ import sys
 import tokenize
 
 from runtime.errors import exit_status
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from runtime.files import ROOT
 
 
 def explaining_lines(source):

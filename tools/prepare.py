@@ -29,9 +29,11 @@ from runtime.manifests import ASR_QUESTION, read_entries
 from tools.checks import check_text
 from tools.corpora import CORPORA, read_corpus
 from tools.questions import (
+    DOMAINS,
     TASKS,
     choice_line,
     choices_in,
+    domain_of,
     labels_of,
     make_folder,
     preference_line,
@@ -41,6 +43,7 @@ from tools.questions import (
 )
 from tools.speech import choose_engine, speak_questions, speak_sentences
 from tools.spoken_questions import TEXTS
+from tools.tour import tour
 from tools.toy import demo, toy
 from tools.writer import Endpoint, write_with_llm
 from weights import load_tokenizer
@@ -59,16 +62,6 @@ SPEAKER_MATTERS = (
     "speechocean762",
     "neural",
 )
-DOMAINS = ("sound", "music", "speech", "mixture")  # as Table A.1 has them
-
-
-def domain_of(entry):
-    facts = entry.get("facts") or {}
-    if "background" in facts:
-        return "mixture"
-    if "sound" in facts:
-        return "sound"
-    return "music" if "instrument" in facts else "speech"
 
 
 def wrong_option(question, answer):
@@ -114,14 +107,14 @@ class Report:
         self.lines += 1
         try:
             check_text(entry, where)
-            example = parse_example(entry, self.lines, where, folder, None, check=False)
+            example = parse_example(entry, self.lines, where, folder)
         except UserError as e:
             self.error(where, str(e).removeprefix(where + ": "))
             return
         key = hash((example.audio, example.question, example.answer, example.rejected))
         self.duplicates += key in self.seen
         self.seen.add(key)
-        corpus = (domain_of(entry), example.dataset or "-")
+        corpus = (domain_of(example.facts), example.dataset or "-")
         self.by_corpus[corpus] += 1
         self.by_task[example.task or "-"] += 1
         if len(self.answer_words) < 1_000_000:
@@ -333,17 +326,7 @@ def build_parser():
     return parser
 
 
-def run_tour(args):
-    from tools.tour import (
-        tour,  # needs tokenizers' trainers, which nothing else here does
-    )
-
-    tour(args.audio, args.out, args.seed, args.strings, text=args.text, speech=args.speech)
-
-
 def run_toy(args):
-    from tools.tour import tour
-
     audio = os.path.join(args.out, "audio")
     make_folder(args.out)
     toy(audio, args.each, args.seed)
@@ -399,7 +382,7 @@ def run_corpus(args):
 def run(args):
     """Runs the command.  Returns the process' status."""
     if args.command == "tour":
-        run_tour(args)
+        tour(args.audio, args.out, args.seed, args.strings, args.text, args.speech)
     elif args.command == "toy":
         run_toy(args)
     elif args.command == "speak":

@@ -565,6 +565,16 @@ def make_folder(path):
 # ---------------------------------------------------------------------------------------------
 # drawing
 
+DOMAINS = ("sound", "music", "speech", "mixture")  # as Table A.1 has them
+
+
+def domain_of(facts):
+    """The domain of a clip of which such facts are known."""
+    for kind, domain in (("background", "mixture"), ("sound", "sound"), ("instrument", "music")):
+        if kind in facts:
+            return domain
+    return "speech"
+
 
 def by_fact(clips, kind):
     """fact -> clips of which it is known or follows: rare classes can be drawn as often as common ones."""

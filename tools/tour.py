@@ -33,6 +33,7 @@ from tools.questions import (
     askable,
     choice_line,
     choices_in,
+    domain_of,
     draw_balanced,
     labels_of,
     line_of,
@@ -69,11 +70,6 @@ TEST_TASKS = {  # corpus -> what its test clips are asked
     "neural": ("asr", "sex"),
 }
 TEST_LINES = 300
-DOMAINS = {
-    "sound": "sound",
-    "instrument": "music",
-    "background": "mixture",
-}  # task -> domain; all else is speech
 
 
 def sentences_of(folder, most=15):
@@ -277,7 +273,8 @@ def benchmark(clips, pools, n, rng, out):
         clip, fact = rng.choice(by_task[task])
         question, choices, right = multiple_choice(task, fact, pools[task], 4, rng)
         path = os.path.relpath(clip.path, out)
-        if task in DOMAINS or len(choices) != 4:  # MMSU always has four
+        domain = domain_of({task})
+        if domain != "speech" or len(choices) != 4:  # MMSU always has four
             mmau.append(
                 {
                     "id": f"q{i:04}",
@@ -285,7 +282,7 @@ def benchmark(clips, pools, n, rng, out):
                     "question": question,
                     "choices": choices,
                     "answer": choices[right],
-                    "task": DOMAINS.get(task, "speech"),
+                    "task": domain,
                     "difficulty": "medium",
                     "sub-category": task,
                     "dataset": clip.dataset,
