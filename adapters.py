@@ -63,9 +63,9 @@ class QFormerAttention(nn.Module):
         self.norm = nn.LayerNorm(d, eps=1e-12)
         self.dropout = nn.Dropout(dropout)  # its rate holds for the attention weights as well
 
-    def forward(self, x, context, mask=None):
-        """x (B, Q, d) attends to context (B, F, d), where mask (B, 1, 1, F) is True.  Returns (B, Q, d)."""
-        q, k, v = self.query(x), self.key(context), self.value(context)
+    def forward(self, x, source, mask=None):
+        """x (B, Q, d) attends to source (B, F, d), where mask (B, 1, 1, F) is True.  Returns (B, Q, d)."""
+        q, k, v = self.query(x), self.key(source), self.value(source)
         q, k, v = (y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, ., d/H)
         dropout_p = self.dropout.p if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)  # (B, H, Q, d/H)

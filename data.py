@@ -55,7 +55,7 @@ class Example:
     where: str = ""  # file:line, for messages
 
 
-def read_manifest(path, stage=None):
+def read_manifest(path, stage=None, check=True):
     """Reads a whole manifest, in any of three formats, into a list of Examples.
 
       * {"messages": [user, assistant], "audios": [path]} (ms-swift, LLaMA-Factory), plus
@@ -65,18 +65,18 @@ def read_manifest(path, stage=None):
         "transcription", in stage 4 the worse answer is "rejected"
 
     Each is JSONL, an object a line, or one JSON list, as the authors' files are.  Paths are relative to
-    the manifest.  Raises UserError naming file and line.
+    the manifest.  check: every audio file must exist.  Raises UserError naming file and line.
     """
     entries = list(read_entries(path))
     if not entries:
         raise UserError(f"{path}: holds no example")
     folder = os.path.dirname(os.path.abspath(path))
-    return [parse_example(entry, i, where, folder, stage) for i, (where, entry) in enumerate(entries)]
+    return [parse_example(entry, i, where, folder, stage, check) for i, (where, entry) in enumerate(entries)]
 
 
-def parse_example(entry, id, where, folder, stage=None):
+def parse_example(entry, id, where, folder, stage=None, check=True):
     """One manifest entry -> Example.  All is checked here, where file and line are known (UserError)."""
-    fields = parse_entry(entry, where, folder, stage)
+    fields = parse_entry(entry, where, folder, stage, check)
     for text in (fields["question"], fields["answer"], fields["rejected"] or "", *fields["facts"].values()):
         refuse_special_tokens(text, where)
     return Example(id=id, where=where, **fields)

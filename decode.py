@@ -496,18 +496,18 @@ def run(args):
         for block in model.backbone.blocks:
             block.compile(dynamic=True)  # the number of tokens changes between calls
     printer = Printer(args, tokenizer, model.config)
-    size = 1 if printer.live else 16  # what is watched is watched one by one
-    settings = {"stage": args.stage, "options": args.options, "long": args.long, "batch": size} | printer.live
+    batch = 1 if printer.live else 16  # what is watched is watched one by one
+    settings = {"stage": args.stage, "options": args.options, "long": args.long} | printer.live
     # a batch at a time: the first answers are printed before the last clips are read
-    for i in range(0, len(paths), size):
-        some_paths = paths[i : i + size]
+    for i in range(0, len(paths), batch):
+        some_paths = paths[i : i + batch]
         clips, notes = load_clips(some_paths, window_seconds(model.config), args.long)
         for text in notes:
             note(text)
         # a generator for each clip: an answer does not depend on which clips are asked beside it
         settings["generator"] = [torch.Generator().manual_seed(args.seed) for _ in clips]
         printer.begin(paths[i])
-        answers = ask(model, tokenizer, clips, question, **settings)
+        answers = ask(model, tokenizer, clips, question, batch=batch, **settings)
         for path, answer in zip(some_paths, answers, strict=True):
             printer.end(path, question, answer)
 

@@ -285,7 +285,7 @@ class LLaDA(nn.Module):
     def forward(self, x, valid, cache=None, start=None):
         """x (B, T, D) embeddings, valid (B, T) -> hidden states after ln_f (B, T, D).
 
-        valid: False on padding.  None: there is none, and a GPU need not be asked whether there is.
+        valid: False on padding.  None: no padding, and nothing has to be read back from a GPU to know it.
         With `cache` and start=None the whole row is computed and the cache filled.  With `start`, x holds
         T columns, from `start` on, of a row that the cache has seen; `valid` is the cache's then.
         """

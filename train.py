@@ -428,7 +428,7 @@ def run_stage(group, args):
     settings, steps = start.settings_of(STAGES[args.model][stage], args, examples)
     held_out, beside = [], os.path.join(os.path.dirname(args.data[0]), "held_out.jsonl")
     if (args.held_out or os.path.exists(beside)) and not settings.loss.has_reference:
-        held_out = data.read_manifest(args.held_out or beside, stage)
+        held_out = data.read_manifest(args.held_out or beside, stage, check=False)
     model, tokenizer = start.start_from(args, group.device)
     torch.manual_seed(args.seed)  # for LoRA's fresh matrices
     if "lora" in settings.trains and not any("lora_" in n for n, _ in model.named_parameters()):

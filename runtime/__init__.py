@@ -1,4 +1,4 @@
-"""What programs and long runs need and the paper does not speak of.  On a first reading: tutorials alone.
+"""What the paper does not speak of.  On a first reading: tutorials; with train.py, start and loading.
 
 errors         a wrong input is one line and exit status 2
 command_line   the options of train.py and decode.py

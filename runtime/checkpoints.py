@@ -103,7 +103,7 @@ def restore(state, trained, optimizers, group):
     for name, p in trained.items():
         p.data.copy_(state["trained"][name])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        # rates and decay are this command line's, as the line that begins the run says
+        # learning rate and weight decay are this command line's, not the checkpoint's
         optimizer.load_state_dict(saved | {"param_groups": optimizer.state_dict()["param_groups"]})
     reference = tuple(r.to(group.device, copy=True) for r in state["reference"])
     if len(state["random"]) == group.size:  # with another number of processes dropout starts anew
@@ -121,7 +121,10 @@ def list_states(out):
 
 
 def state_to_go_on_from(out, group, resume, restart):
-    """The last whole checkpoint in `out`, or None where a run begins.  Unasked no run is gone over."""
+    """The last whole checkpoint in `out`, or None where a run begins.
+
+    Without --resume or --restart a run is neither continued nor overwritten (UserError).
+    """
     old = group.first_only(lambda: list_states(out))  # the same on every rank, after any wait
     if old and not (resume or restart):
         how = "--resume goes on with it, --restart begins anew, --out writes elsewhere"
@@ -129,7 +132,7 @@ def state_to_go_on_from(out, group, resume, restart):
     if not old or restart:
         return None
 
-    found = {}  # what rank 0 has read by then
+    found = {}  # path -> state, on rank 0: 1.2 GB are read once
 
     def last_whole():
         damaged = []

@@ -52,7 +52,7 @@ def exit_status(program, run):
             stream.reconfigure(errors="replace")
     try:
         status = run() or 0
-        sys.stdout.flush()  # here, where it can be told that this fails
+        sys.stdout.flush()  # now: an error while Python exits could not be told in one line
         return status
     except UserError as e:
         why = e

@@ -61,7 +61,7 @@ class Manifest:
         with open_manifest(self.path) as f:  # anew: loader processes must not share a position in the file
             f.seek(int(row["start"]))
             entry = decode_entry(f.read(int(row["size"])), self.where(i))
-        return parse_example(entry, int(i), self.where(i), self.folder, self.stage)
+        return parse_example(entry, int(i), self.where(i), self.folder, self.stage, check=False)
 
 
 def open_index(f, path):
@@ -106,11 +106,11 @@ def build_index(f, path):
 
 def largest_size(raw):
     """size_of an entry, in the stage where that is largest: one index serves all stages."""
-    n_characters, seconds = 0, -1.0  # of what cannot be used, too: it is told of when it is asked for
+    n_characters, seconds = 0, -1.0  # of a broken entry too: it is reported when it is read
     # stages differ in the authors' format alone
     for stage in (None, 1, 4) if b'"audio_id"' in raw else (None,):
         with contextlib.suppress(*CANNOT_BE_USED):
-            example = parse_example(json.loads(raw), 0, "", "", stage)
+            example = parse_example(json.loads(raw), 0, "", "", stage, check=False)
             n, seconds = size_of(example)
             n_characters = max(n_characters, n)
     return n_characters, seconds
@@ -320,7 +320,7 @@ class MicroBatches(torch.utils.data.IterableDataset):
         if worker := torch.utils.data.get_worker_info():
             ignore_signals()
             first, stride = worker.id, worker.num_workers
-        for step, epoch, ids, last in itertools.islice(self.plan(), first, None, stride):
+        for _, epoch, ids, last in itertools.islice(self.plan(), first, None, stride):
             examples, skipped = self.examples.read(ids)
             micro = self.builder(examples, epoch)
-            yield micro | {"skipped": skipped + micro["skipped"], "step": step, "last": last}
+            yield micro | {"skipped": skipped + micro["skipped"], "last": last}

@@ -108,10 +108,10 @@ def scan_list(f, path, chunk):
 # the fields of an entry: one parser a format
 
 
-def parse_entry(entry, where, folder, stage):
+def parse_entry(entry, where, folder, stage, check):
     """An entry of any format -> the fields of an Example.  folder: what its path is relative to.
 
-    Raises UserError for what is missing or of the wrong kind; the audio file itself is not looked for.
+    check: the audio file must exist.  Raises UserError for what is missing or of the wrong kind.
     """
     if not isinstance(entry, dict):
         raise UserError(f"{where}: not a JSON object")
@@ -132,8 +132,12 @@ def parse_entry(entry, where, folder, stage):
         raise UserError(f"{where}: facts must be text")
     if question == ASR_QUESTION and "messages" not in entry:  # NeMo's and the authors' transcripts
         facts = {"words": answer} | facts
+    if audio is not None:
+        audio = os.path.join(folder, audio)
+        if check and not os.path.isfile(audio):
+            raise UserError(f"{where}: no such audio file: {audio}")
     return {
-        "audio": None if audio is None else os.path.join(folder, audio),
+        "audio": audio,
         "question": question,
         "answer": answer,
         "rejected": rejected,

@@ -13,7 +13,7 @@ from runtime.loading import MicroBatches, epoch_length
 
 
 def parts(settings):
-    """The names of what trains, as one reads them."""
+    """The parts that train, as text: "semantic, acoustic, lora"."""
     return ", ".join(settings.trains).replace(".", "")
 
 

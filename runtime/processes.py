@@ -30,7 +30,7 @@ def pick_device(name=None):
         torch.empty(0, device=device)  # a name may be well formed and its device not there: "cuda:9"
         if device.type == "meta":
             raise ValueError("it holds no numbers")
-    except (RuntimeError, AssertionError, ValueError, ImportError) as e:  # NotImplementedError is one of them
+    except (RuntimeError, AssertionError, ValueError, ImportError) as e:  # NotImplementedError among them
         raise UserError(f"device {name!r} cannot be used: {first_line(e)}") from None
     return device
 

@@ -116,8 +116,9 @@ def settings_of(row, args, examples):
     settings = dataclasses.replace(row, **asked)
     an_epoch = math.ceil(epoch_length(examples.shares) / settings.batch)
     steps = args.max_steps or settings.steps or math.ceil(settings.epochs * an_epoch)
-    # a warm-up made for a hundred thousand steps would outlast a short run: it becomes a tenth of a run of
-    # one's own, and of any of which it would take a third (not of the paper's stage 4: 200 of 750 steps)
+    # a warm-up made for a hundred thousand steps would outlast a short run.  With --init, --max-steps,
+    # --batch or --epochs it is at most a tenth of the run; else it stays unless it exceeds a third (diffa2's
+    # stage 4: 200 of 750 steps)
     is_own = args.init or args.max_steps or args.batch or args.epochs
     if settings.warmup > steps / (10 if is_own else 3) and args.warmup is None:
         settings = dataclasses.replace(settings, warmup=max(1, steps // 10))

@@ -58,7 +58,7 @@ def imitate_audio(facts, tokenizer, config, generator, is_transcript=False):
     Returns ids (A, 2), weights (A, 2), both mixed as weights @ embeddings, and noise (A, width) in units of
     the embeddings' root mean square.
     """
-    # seeded by torch's generator, for it can shuffle and choose
+    # Python's own random numbers, which can shuffle and choose, seeded by torch's generator
     rng = random.Random(int(torch.randint(1 << 62, (1,), generator=generator)))
     transcript = tokenizer.encode(facts.get("words", ""), add_special_tokens=False).ids
     known = []

@@ -42,7 +42,7 @@ def random_questions(config, batch, names, prompt=80, response=32, seed=0):
             "is_answer": is_answer,
             "audio_at": torch.full((batch,), 20),
         }
-    return {"batch": micro, "ids": list(range(batch)), "epoch": 0, "step": 1}
+    return {"batch": micro, "ids": list(range(batch)), "epoch": 0}
 
 
 def naive_nll(model, ids, noisy, is_masked, text, audio, is_audio):

@@ -45,7 +45,7 @@ def lay_under(voice, sound, rng, low=-6.0, high=9.0):
 
 
 def louder(decibels):
-    """The fact that a voice so many decibels above a sound tells; none where few would say so."""
+    """Which is louder, as a fact; none where listeners would disagree."""
     return {"louder": "the voice" if decibels > 0 else "the background"} if abs(decibels) >= 2 else {}
 
 

@@ -207,7 +207,7 @@ MELD_EMOTION = {
     "sadness": "sad",
     "surprise": "surprised",
 }
-SAMPLES = {  # how Berklee's and Sonic Pi's names begin, where that is no plain word
+SOUND_NAMES = {  # how Berklee's and Sonic Pi's names begin, where that is no plain word
     "bd": "bass drum",
     "elec": "electronic sound",
     "guit": "guitar",
@@ -404,13 +404,13 @@ CORPORA = {  # read from real files
     "berklee": Corpus(
         "CC BY 3.0",
         r"(.*/)?(?P<whole>(?P<name>[a-z]+)[^/]*)\.\w+$",
-        lambda g, side: {"instrument": SAMPLES.get(g["name"], g["name"])},
+        lambda g, side: {"instrument": SOUND_NAMES.get(g["name"], g["name"])},
         lambda g, last: g["whole"].endswith("3"),
     ),
     "sonicpi": Corpus(
         "CC0",
         r"(.*/)?(?P<whole>(?P<name>[a-z]+)_[^/]*)\.\w+$",
-        lambda g, side: {"instrument": SAMPLES.get(g["name"], g["name"])},
+        lambda g, side: {"instrument": SOUND_NAMES.get(g["name"], g["name"])},
         lambda g, last: g["whole"].endswith("3"),
     ),
     "speechocean762": Table(

@@ -230,16 +230,16 @@ def answer_all(group, model, tokenizer, questions, known, journal, settings, bat
     return mine
 
 
-def shares(marks, field):
-    """[bool] of what `score` found of each answer."""
-    return [bool(mark[field]) for mark in marks]
+def count(marks, field):
+    """Of how many answers `score` found this to be so."""
+    return sum(bool(mark[field]) for mark in marks)
 
 
 def print_rows(rows):
     """(name, marks) rows: share right with Wilson's interval, share that could not be parsed."""
     print(f"{'':34}{'n':>6}{'right':>9}{'95 % interval':>17}{'not parsed':>12}")
     for name, marks in rows:
-        n, right, parsed = len(marks), sum(shares(marks, "right")), sum(shares(marks, "parsed"))
+        n, right, parsed = len(marks), count(marks, "right"), count(marks, "parsed")
         low, high = wilson(right, n)
         print(f"{name:34}{n:>6}{right / n:>9.1%}{low:>9.1%} -{high:6.1%}{1 - parsed / n:>12.1%}")
 
@@ -283,11 +283,11 @@ def report_marks(benchmark, questions, lines, score):
             groups[heading, group].append(mark)
     named = {f"{heading}: {group}": groups[heading, group] for heading, group in sorted(groups)}
     print_rows([("all", marks), *named.items()])
-    summary = {"right": sum(shares(marks, "right")) / len(marks), "groups": {}}
+    summary = {"right": count(marks, "right") / len(marks), "groups": {}}
     for name, some in named.items():
-        summary["groups"][name] = sum(shares(some, "right")) / len(some)
+        summary["groups"][name] = count(some, "right") / len(some)
     if "raw" in marks[0]:
-        print(f"raw rule, letters not mapped: {sum(shares(marks, 'raw')) / len(marks):.1%}")
+        print(f"raw rule, letters not mapped: {count(marks, 'raw') / len(marks):.1%}")
     if benchmark != "exact":
         return summary
     asked = [(q, mark, lines[q.id]) for q, mark in zip(questions, marks, strict=True)]

@@ -310,15 +310,15 @@ def watch(clip, question, model_name, **fields):
     return frames.frames, f"{os.path.basename(clip)}: {question}"
 
 
-DIGITS = (os.path.join("assets", "demo", "digits.wav"), "What is said?")
+DEMO_QUESTION = (os.path.join("assets", "demo", "digits.wav"), "What is said?")
 
 
 def draw_all():
     """Everything that assets/ has but the picture of the web page."""
     write_svg(architecture(), "assets/architecture.svg")
     write_svg(stages(), "assets/stages.svg")
-    write_svg(draw_answer(*watch(*DIGITS, "tiny")), "assets/answer.svg")
-    save_figure(draw_heatmap(*watch(*DIGITS, "tiny", steps=16)), "assets/heatmap.png", 100)
+    write_svg(draw_answer(*watch(*DEMO_QUESTION, "tiny")), "assets/answer.svg")
+    save_figure(draw_heatmap(*watch(*DEMO_QUESTION, "tiny", steps=16)), "assets/heatmap.png", 100)
 
 
 def main(argv=None):

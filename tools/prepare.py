@@ -107,7 +107,7 @@ class Report:
         self.lines += 1
         try:
             check_text(entry, where)
-            example = parse_example(entry, self.lines, where, folder)
+            example = parse_example(entry, self.lines, where, folder, None, check=False)
         except UserError as e:
             self.error(where, str(e).removeprefix(where + ": "))
             return

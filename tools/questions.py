@@ -497,7 +497,7 @@ def seconds_of(path):
     try:
         info = soundfile.info(path)
         return round(info.frames / info.samplerate, 4)
-    except (soundfile.LibsndfileError, OSError, TypeError):  # TypeError: .raw, which says no rate
+    except (soundfile.LibsndfileError, OSError, TypeError):  # TypeError: .raw has no header
         return None
 
 

@@ -146,7 +146,7 @@ def write_with_llm(manifest, out, endpoint, kind, workers=8, limit=None):
     """
     folder, pairs = os.path.dirname(os.path.abspath(manifest)), []
     for i, (where, entry) in enumerate(itertools.islice(read_entries(manifest), limit)):
-        pairs.append((entry, parse_example(entry, i, where, folder)))
+        pairs.append((entry, parse_example(entry, i, where, folder, None, check=False)))
     if not any(example.facts for _, example in pairs):
         raise UserError(f"{manifest}: no line has facts to describe its clip by")
     new_folder = os.path.dirname(os.path.abspath(out))
