@@ -172,7 +172,7 @@ def count_to_keep(confidence, options, step):
 # blocks, from left to right
 
 
-def lay_out(prompts, length, fill, eos_id, audio, is_audio, audio_at, device):
+def lay_out(model, prompts, length, fill, audio, is_audio, audio_at):
     """The keyword arguments of DIFFA2.forward: each prompt followed by a response full of `fill`.
 
     ids, valid (B, P + length): text, and where it is no padding.  audio (B, A, D), is_audio (B, A).
@@ -181,11 +181,12 @@ def lay_out(prompts, length, fill, eos_id, audio, is_audio, audio_at, device):
     Prompts are padded on the left, so that all responses begin in column P.
     Without any padding `valid` is None: attention without a mask takes a faster kernel.
     """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))  # a test's stub may have none
     P = max(map(len, prompts))
     ids, valid = [], []
     for prompt in prompts:
         before = P - len(prompt)
-        ids.append([eos_id] * before + list(prompt) + [fill] * length)
+        ids.append([model.config.eos_id] * before + list(prompt) + [fill] * length)
         valid.append([False] * before + [True] * (len(prompt) + length))
     ids, valid = torch.tensor(ids, device=device), torch.tensor(valid, device=device)
     if valid.all() and (audio is None or is_audio.all()):
@@ -275,10 +276,10 @@ def generate(
     options = dataclasses.replace(options, **fields)
     options.check()
     c, block = model.config, options.block
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))  # a test's stub may have none
     B, P, L = len(prompts), max(map(len, prompts)), options.answer_length
-    inputs = lay_out(prompts, L, c.mask_id, c.eos_id, audio, is_audio, audio_at, device)
+    inputs = lay_out(model, prompts, L, c.mask_id, audio, is_audio, audio_at)
     response = inputs["ids"][:, P:]  # a view: what is written here is what the next call reads
+    device = response.device
     confidence = torch.zeros(B, L, device=device)  # of each token when it was kept
     calls = torch.zeros(B, dtype=torch.long)  # on the CPU, as `masked` is
     # LLaDA's semi-autoregressive decoding: a block is filled in any order, and before the next is begun.  A
@@ -328,13 +329,14 @@ def generate_ar(
     Arguments and results as `generate`'s; a row ends with its turn, and end marks follow.
     Raises UserError for a model that looks both ways.
     """
-    c, device = model.config, next(model.parameters()).device
+    c = model.config
     if not c.causal:
         raise UserError("this model looks both ways: it decodes by masked diffusion")
     B, P = len(prompts), max(map(len, prompts))
     n_audio = 0 if audio is None else audio.size(1)
-    inputs = lay_out(prompts, answer_length, c.eos_id, c.eos_id, audio, is_audio, audio_at, device)
+    inputs = lay_out(model, prompts, answer_length, c.eos_id, audio, is_audio, audio_at)
     ids, cache = inputs["ids"], Cache()
+    device = ids.device
     every, zero = torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device)
     calls = zero.clone()
     is_open = torch.ones(B, dtype=torch.bool, device=device)  # the answer has not ended

@@ -320,11 +320,11 @@ def splice_order(n_text, n_audio, audio_at):
     audio_at (B,): the audio goes in front of this text token.  Returns (B, n_text + n_audio); for three
     text tokens, two audio tokens and audio_at 1 that is 0 3 4 1 2.
     """
-    at, device = audio_at[:, None], audio_at.device
-    text, audio = torch.arange(n_text, device=device)[None], torch.arange(n_audio, device=device)[None]
-    # the column that each token goes to: text behind the audio moves on by n_audio columns
-    column = torch.cat([text + n_audio * (text >= at), at + audio], 1)  # (B, T + A)
-    return column.argsort(1)  # the inverse permutation
+    column = torch.arange(n_text + n_audio, device=audio_at.device)[None]  # (1, T + A)
+    at = audio_at[:, None]
+    is_audio = (column >= at) & (column < at + n_audio)  # (B, T + A)
+    # text in front of the audio stays in place; behind it, it stands n_audio columns further on
+    return torch.where(is_audio, n_text + column - at, column - n_audio * (column >= at + n_audio))
 
 
 class DIFFA2(nn.Module):

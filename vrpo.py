@@ -16,6 +16,7 @@ How it differs from the paper and the authors' script, and why:
     independent (diffusion.draw_counts), which cuts the variance further;
   * dropout is off in both models, so the margin starts at exactly 0;
   * scored are the answer, its end of turn and one end mark, not the padding that follows;
+  * logsigmoid instead of the log of a sigmoid, which underflows;
   * one backbone instead of two: for the reference, the parameters that train (1 % of diffa2) are replaced
     by a copy from before the training;
   * memory does not grow with n: the margin is computed first, without gradient.  It gives

@@ -506,6 +506,22 @@ def test_close_after_end():
     assert response.tolist() == [[5, E, E, E], [M, E, 6, 7], [E, E, E, E], [5, 6, E, E]]
 
 
+def test_a_stub_without_parameters_is_decoded(config):
+    """The decoders ask a model for its config and for logits, no more: here always those of token 9."""
+
+    class Stub(torch.nn.Module):
+        def forward(self, ids, valid, where, **rest):
+            return 50.0 * torch.eye(config.vocab)[[9] * len(where[0])]
+
+    stub = Stub()
+    stub.config = config
+    answers, calls = generate(stub, [[7, 8]], answer_length=4, block=4)
+    assert answers.tolist() == [[9] * 4] and calls.tolist() == [1]
+    stub.config = dataclasses.replace(config, causal=True)
+    answers, calls = generate_ar(stub, [[7, 8]], answer_length=4)
+    assert answers.tolist() == [[9] * 4] and calls.tolist() == [4]
+
+
 def test_with_a_factor_steps_are_ignored(small):
     """Appendix B.4.  A threshold goes before both, as on the command line one of the three is given."""
     _, batch = scene(small, (9,), (5,))

@@ -727,8 +727,8 @@ def test_judge_keeps_scores_and_asks_again():
 
 def test_judge_with_a_reference_answer(capsys):
     """Right or wrong instead of 1 to 5, and the judge is shown the reference."""
-    replies = iter(['{"right": true}', '{"score": 4}', '{"right": 1}', '{"right": false}', '{"right": true}'])
-    replies = iter([*replies, '{"right": false}'])
+    right, wrong = '{"right": true}', '{"right": false}'
+    replies = iter([right, '{"score": 4}', '{"right": 1}', wrong, right, wrong])
 
     class Judge:
         model = "a"

@@ -45,7 +45,7 @@ def lay_under(voice, sound, rng, low=-6.0, high=9.0):
 
 
 def louder(decibels):
-    """Which is louder, as a fact; none where listeners would disagree."""
+    """Which is louder, as a fact, of a voice so many decibels above a sound; none below 2."""
     return {"louder": "the voice" if decibels > 0 else "the background"} if abs(decibels) >= 2 else {}
 
 

@@ -45,12 +45,13 @@ def judge(questions, lines, endpoint, times=1, journal=None):
 
     journal: a file of answers, which has every rating at once.
     """
-    prompt, read = (CHECK, read_right) if have_references(questions) else (RATE, read_score)
+    by_reference = have_references(questions)
+    prompt, read = (CHECK, read_right) if by_reference else (RATE, read_score)
     for q in tqdm(questions, desc="judging", unit=" answers"):
         line = lines[q.id]
         if line.get("judged") is None or line.get("judge") != endpoint.model:
             asked = f"User: {q.entry['prompt']}\n\nAssistant: {line['answer']}"
-            if prompt == CHECK:
+            if by_reference:
                 asked += f"\n\nReference: {q.entry['reference']}"
             found = [endpoint.complete(prompt, asked, read) for _ in range(times)]
             found = [x for x in found if x is not None]

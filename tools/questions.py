@@ -264,6 +264,15 @@ PERSON = {  # (age, sex) -> who speaks
     (None, None): "someone",
 }
 OF_A_VOICE = ("words", "sex", "age", "accent", "nationality", "emotion", "intensity", "speed")
+DOMAINS = ("sound", "music", "speech", "mixture")  # as Table A.1 has them
+
+
+def domain_of(facts):
+    """The domain of a clip of which such facts are known."""
+    for kind, domain in (("background", "mixture"), ("sound", "sound"), ("instrument", "music")):
+        if kind in facts:
+            return domain
+    return "speech"
 
 
 def description_of(facts):
@@ -564,16 +573,6 @@ def make_folder(path):
 
 # ---------------------------------------------------------------------------------------------
 # drawing
-
-DOMAINS = ("sound", "music", "speech", "mixture")  # as Table A.1 has them
-
-
-def domain_of(facts):
-    """The domain of a clip of which such facts are known."""
-    for kind, domain in (("background", "mixture"), ("sound", "sound"), ("instrument", "music")):
-        if kind in facts:
-            return domain
-    return "speech"
 
 
 def by_fact(clips, kind):
