@@ -48,6 +48,8 @@ def parse(f, path):
         name = read_string()
         shape = [read("I") for _ in range(read("B"))]
         dtype, n = read("B"), read("I")  # n bytes of data
+        if name in tensors:
+            raise UserError(f"{path}: {name} is there twice")
         is_scalar = not shape  # settings, such as the number of heads
         if is_scalar or not name.startswith("encoder/") or name == "encoder/position_encodings/encodings":
             f.seek(n, os.SEEK_CUR)

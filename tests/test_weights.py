@@ -149,6 +149,9 @@ def test_ctranslate2_other_files(tmp_path, encoder):
     assert "not version 6" in says(read_encoder, written(path, one, version=5))
     assert "type 9" in says(read_encoder, written(path, one, dtypes={"encoder/conv1/weight": 9}))
     assert "16 bytes" in says(read_encoder, written(path, one, dtypes={"encoder/conv1/weight": 4}))
+    written(path, one | {"encoder/conv2/weight": torch.zeros(2, 2)})
+    path.write_bytes(path.read_bytes().replace(b"conv2", b"conv1"))
+    assert "there twice" in says(read_encoder, str(path))
     quantised = {"encoder/conv1/weight": torch.ones(2, 2, dtype=torch.int8)}
     assert "float16" in says(read_encoder, written(path, quantised))
     assert "cannot be read" in says(read_encoder, str(tmp_path / "none.bin"))
