@@ -18,7 +18,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from model import Config
+from runner import SMALL
+
 from runtime.fresh import build
 from tools.prepare import main as prepare
 from tools.tour import train_tokenizer
@@ -65,27 +66,6 @@ def tokenizer():
         for b in words.split()
     ]
     return train_tokenizer(lines, vocab=320)
-
-
-SMALL = Config(
-    n_mels=80,
-    n_frames=100,
-    audio_width=16,
-    audio_heads=2,
-    audio_layers=3,
-    taps=(0, 2, 3),
-    qformer_ffn=24,
-    n_queries=5,
-    n_soft_prompts=4,
-    vocab=320,
-    width=32,
-    layers=2,
-    heads=2,
-    ffn=48,
-    rope_theta=10000.0,
-    context=512,
-    lora_rank=4,
-)
 
 
 @pytest.fixture(scope="session")

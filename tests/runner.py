@@ -10,14 +10,33 @@ import sys
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import torch
-from conftest import SMALL
 
 import model
 import train
 from runtime import checkpoints
+
+# here, for the imports of conftest.py would take each process five seconds
+SMALL = model.Config(
+    n_mels=80,
+    n_frames=100,
+    audio_width=16,
+    audio_heads=2,
+    audio_layers=3,
+    taps=(0, 2, 3),
+    qformer_ffn=24,
+    n_queries=5,
+    n_soft_prompts=4,
+    vocab=320,
+    width=32,
+    layers=2,
+    heads=2,
+    ffn=48,
+    rope_theta=10000.0,
+    context=512,
+    lora_rank=4,
+)
 
 # the stages of `tiny` in their order and kinds, a few steps of a few examples
 SMALL_STAGES = {

@@ -563,9 +563,9 @@ def test_a_long_list_is_cut_a_chunk_at_a_time(tmp_path):
 
 @pytest.mark.parametrize("extension, subtype", [("ogg", "OPUS"), ("flac", "PCM_16"), ("wav", "PCM_16")])
 def test_a_segment_of_a_long_recording_is_sought(tmp_path, extension, subtype):
-    """The last seconds of ten minutes (GigaSpeech's Opus among them): a small part of the file is read."""
+    """The last seconds of three minutes (GigaSpeech's Opus among them): a small part of the file is read."""
     path = str(tmp_path / f"long.{extension}")
-    noise = np.random.default_rng(0).uniform(-0.3, 0.3, 600 * 16000)
+    noise = np.random.default_rng(0).uniform(-0.3, 0.3, 180 * 16000)
     soundfile.write(path, noise, 16000, subtype=subtype)
 
     def bytes_read():
@@ -573,7 +573,7 @@ def test_a_segment_of_a_long_recording_is_sought(tmp_path, extension, subtype):
             return int(f.readline().split()[1])
 
     before = bytes_read()
-    audio, _ = load_audio(path, offset=590.0, duration=2.0)
+    audio, _ = load_audio(path, offset=170.0, duration=2.0)
     assert len(audio) == 32000 and bytes_read() - before < 0.25 * os.path.getsize(path)
 
 
