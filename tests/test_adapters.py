@@ -6,7 +6,15 @@ import torch.nn as nn
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
-from adapters import AcousticAdapter, LoRALinear, QFormerLayer, SemanticAdapter, add_lora, merge_lora
+from adapters import (
+    AcousticAdapter,
+    LoRALinear,
+    QFormerAttention,
+    QFormerLayer,
+    SemanticAdapter,
+    add_lora,
+    merge_lora,
+)
 from model import DIFFA2, PRESETS
 from runtime.tutorials import count
 
@@ -115,6 +123,28 @@ def test_qformer_layer_is_bert_values_and_gradients():
         )
 
 
+def test_dropout_of_the_qformers_attention_weights():
+    """As BERT has it, in training only.  With values of 1 the output counts the frames that stay."""
+    torch.manual_seed(0)
+    attention, n = QFormerAttention(4, 1, dropout=0.25), 20
+    with torch.no_grad():
+        for linear in (attention.query, attention.key, attention.value):
+            linear.weight.zero_()  # all frames are looked at alike
+            linear.bias.fill_(1.0)
+        attention.out.weight.copy_(torch.eye(4))
+        attention.out.bias.zero_()
+    sums = []
+    attention.out.register_forward_hook(lambda module, inputs, y: sums.append(y[:, 0, 0]))
+    x, frames = torch.zeros(4000, 1, 4), torch.zeros(4000, n, 4)
+    attention.eval()(x, frames)
+    assert torch.allclose(sums[0], torch.ones(4000))
+    attention.train()(x, frames)
+    kept = sums[1] * 0.75 * n  # of n frames: what stays is scaled by 1 / 0.75
+    assert torch.allclose(kept, kept.round(), atol=1e-4)
+    assert abs(kept.mean() - 15) < 4 * (n * 0.25 * 0.75 / 4000) ** 0.5
+    assert kept.var().item() == pytest.approx(n * 0.25 * 0.75, rel=0.15)
+
+
 def test_acoustic_adapter_shares_the_qformer_and_mixes_per_query():
     """Against the plain formula: each tap alone through shared layers, a softmax over taps per query."""
     torch.manual_seed(0)
@@ -155,6 +185,11 @@ def test_lora_starts_as_nothing_and_only_where_asked():
     assert names <= set(dict(net.named_parameters()))  # checkpoints of the plain layers still fit
     for n, m in net.items():
         assert torch.equal(m.eval()(x), before[n])
+    lora = net["q_proj"]
+    assert [n for n, p in lora.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
+    # A is drawn as the Linear itself was: evenly from -1 / sqrt(6) to 1 / sqrt(6)
+    wide = LoRALinear(nn.Linear(6, 6), 1000, 1000, 0.0).lora_A
+    assert 0.99 < wide.abs().max() * 6**0.5 <= 1 and abs(wide.var().item() * 18 - 1) < 0.05
 
 
 def test_lora_against_the_merged_matrix_values_and_gradients():
@@ -172,6 +207,9 @@ def test_lora_against_the_merged_matrix_values_and_gradients():
     merge_lora(net)
     assert type(net["q_proj"]) is nn.Linear and "lora" not in "".join(dict(net.named_parameters()))
     torch.testing.assert_close(net["q_proj"](x), expected)
+    biased = LoRALinear(nn.Linear(6, 6), 2, 4, 0.0)  # LLaDA has no biases, another backbone may
+    torch.testing.assert_close(biased.merged()(x), biased(x))
+    assert not torch.equal(biased.merged()(x), x @ biased.weight.T)
 
 
 def test_lora_dropout_is_on_in_training_only():

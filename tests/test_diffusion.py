@@ -144,6 +144,18 @@ def test_every_count_is_equally_likely_in_every_stratum():
                 assert sorted(row[j] for row in table) == list(range(1, length + 1)), (length, n, j)
 
 
+def test_the_counts_of_a_start_are_spread_evenly():
+    """On a circle of L counts n draws lie L / n apart, rounded up or down; more draws than counts repeat."""
+    for length, n in itertools.product(range(1, 41), range(1, 9)):
+        for k in range(1, length + 1):
+            counts = sorted(stratified_counts(length, n, k))
+            if n <= length:
+                gaps = np.diff([*counts, counts[0] + length])
+                assert {length // n, -(-length // n)} >= set(gaps), (length, n, k)
+            else:
+                assert set(np.bincount(counts, minlength=length + 1)[1:]) <= {n // length, -(-n // length)}, (length, n, k)
+
+
 def test_draw_counts_masks_exactly_as_many_as_it_weighs():
     g = torch.Generator().manual_seed(0)
     is_answer = torch.zeros(300, 12, dtype=torch.bool)
@@ -240,6 +252,8 @@ def test_next_token_loss_and_its_gradient():
     torch.testing.assert_close(loss, expected)
     ours, theirs = (torch.autograd.grad(x.sum(), logits, retain_graph=True)[0] for x in (loss, expected))
     torch.testing.assert_close(ours, theirs)
+    with pytest.raises(ValueError):  # no token stands before a row's first
+        next_token_loss(lambda noisy, where: logits[where], ids, torch.ones_like(is_answer))
 
 
 def test_noise_of_an_example_is_its_own():
