@@ -1,5 +1,6 @@
 """Samplers against slow references, Eq. 8 against brute force, rows against themselves alone, bad input."""
 
+import contextlib
 import copy
 import dataclasses
 import io
@@ -7,9 +8,11 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -257,12 +260,18 @@ def test_options_whole_or_by_name(small):
             generate(small, *batch, **wrong)
 
 
-def test_the_autoregressive_baseline_against_a_plain_loop(small, config):
+@pytest.mark.parametrize("end", ["turn", "end mark"])
+def test_the_autoregressive_baseline_against_a_plain_loop(small, config, end):
     """Three prompt lengths x three clip lengths, cached and in a batch; the loop runs whole rows."""
     model = small
     c = model.config = model.backbone.c = dataclasses.replace(config, causal=True)
     rows, batch = scene(model)
     answers, calls = generate_ar(model, *batch, answer_length=10)
+    with torch.no_grad():  # what would have been the third token of the first answer ends it
+        head = model.backbone.ff_out.weight
+        head[c.eot_id if end == "turn" else c.eos_id] = 1.01 * head[answers[0, 2]]
+    answers, calls = generate_ar(model, *batch, answer_length=10)
+    assert calls.min() <= 3
     for i, (prompt, audio, at) in enumerate(rows):
         answer = []
         while len(answer) < 10 and not {c.eot_id, c.eos_id} & set(answer):
@@ -726,6 +735,31 @@ def test_bad_clips(kind, tmp_path, small_folder, capsys):
 def test_impossible_options(extra, says, clip, small_folder, capsys):
     model = [] if "--model" in extra else ["--model", small_folder]
     refused([clip, "What?", *model, *extra], capsys, says)
+
+
+def test_what_just_fits_the_context(small, tokenizer):
+    """One position less is refused; the message says how many are needed."""
+    small.stage, clip = 2, np.zeros(8000, np.float32)
+    small.config = dataclasses.replace(small.config, context=1)
+    with pytest.raises(UserError) as e:
+        ask(small, tokenizer, clip, "What?", answer_length=8, block=8)
+    needed = int(re.search("need ([0-9]+) positions", str(e.value))[1])
+    for context in (needed, needed - 1):
+        small.config = dataclasses.replace(small.config, context=context)
+        fits = (
+            contextlib.nullcontext()
+            if context == needed
+            else pytest.raises(UserError, match=f"need {needed} positions")
+        )
+        with fits:
+            ask(small, tokenizer, clip, "What?", answer_length=8, block=8)
+
+
+def test_the_clips_of_a_batch_share_its_seconds(small, tokenizer):
+    small.stage, began = 2, time.perf_counter()
+    answers = ask(small, tokenizer, [np.zeros(8000, np.float32)] * 4, "What?", answer_length=8, block=8)
+    assert 0 < sum(answer.seconds for answer in answers) <= time.perf_counter() - began
+    assert all(answer.rtf == answer.seconds / 0.5 for answer in answers)
 
 
 def test_bad_questions(clip, small_folder, capsys):
