@@ -1,6 +1,5 @@
 """Samplers against slow references, Eq. 8 against brute force, rows against themselves alone, bad input."""
 
-import contextlib
 import copy
 import dataclasses
 import io
@@ -744,15 +743,21 @@ def test_what_just_fits_the_context(small, tokenizer):
     with pytest.raises(UserError) as e:
         ask(small, tokenizer, clip, "What?", answer_length=8, block=8)
     needed = int(re.search("need ([0-9]+) positions", str(e.value))[1])
-    for context in (needed, needed - 1):
-        small.config = dataclasses.replace(small.config, context=context)
-        fits = (
-            contextlib.nullcontext()
-            if context == needed
-            else pytest.raises(UserError, match=f"need {needed} positions")
-        )
-        with fits:
-            ask(small, tokenizer, clip, "What?", answer_length=8, block=8)
+    small.config = dataclasses.replace(small.config, context=needed - 1)
+    with pytest.raises(UserError, match=f"need {needed} positions"):
+        ask(small, tokenizer, clip, "What?", answer_length=8, block=8)
+    small.config = dataclasses.replace(small.config, context=needed)
+    assert ask(small, tokenizer, clip, "What?", answer_length=8, block=8).calls > 0
+
+
+@pytest.mark.parametrize("mark", ["eot_id", "eos_id"])
+def test_confidence_ends_with_the_turn_or_an_end_mark(small, tokenizer, mark):
+    """Of an answer that is nothing else, one token's: the answer's text and its confidence end together."""
+    small.stage, end = 2, getattr(small.config, mark)
+    loud = torch.nn.functional.one_hot(torch.tensor(end), small.config.vocab) * 1e3
+    small.backbone.ff_out.register_forward_hook(lambda module, inputs, logits: logits + loud)
+    answer = ask(small, tokenizer, np.zeros(8000, np.float32), "What?", answer_length=8, block=8)
+    assert (answer.text, answer.confidence) == ("", [1.0])
 
 
 def test_the_clips_of_a_batch_share_its_seconds(small, tokenizer):
