@@ -989,6 +989,30 @@ def test_no_step_is_taken_on_the_rest_of_a_batch(one, toured, tmp_path):
     assert all(torch.equal(value, found[name]) for name, value in begun.items())
 
 
+def test_preferences_are_compared_without_dropout(one, toured, tmp_path):
+    """Policy and reference are one model at first: with the same masks the margin is 0, the loss log 2."""
+    argv = arguments(toured, tmp_path, 4, "--init", f"{one}/stage3", "--max-steps", "1")
+    assert main(with_dropout(argv)) == 0
+    assert losses(tmp_path / "stage4") == [pytest.approx(math.log(2), abs=1e-6)]
+
+
+@pytest.mark.parametrize("n, bad, batch", [(5, (), 9), (7, (5, 6), 7)])
+def test_the_gradient_is_the_mean_over_what_was_used(one, toured, tmp_path, n, bad, batch):
+    """As of a whole batch of five.  AdamW's first moment, a tenth of it, says that it is clipped to 1."""
+    norms = []
+    for kind, n_lines, broken, size in (("whole", 5, (), 5), ("part", n, bad, batch)):
+        folder = tmp_path / kind
+        folder.mkdir()
+        given = ("--data", manifest_with(toured, folder, n_lines, broken), "--batch", str(size))
+        given += ("--skip-limit", "1", "--max-steps", "2", "--stop-after", "1")
+        assert main(arguments(toured, folder, 1, "--init", f"{one}/stage0", *given)) == 0
+        norms += [e["norm"] for e in read_lines(folder / "stage1/log.jsonl") if "norm" in e]
+        (path,) = list_states(folder / "stage1")
+        moments = [p["exp_avg"].norm() for p in read_state(path)["optimizers"][0]["state"].values()]
+        assert norms[-1] > 1 and math.isclose(torch.stack(moments).norm(), 0.1, rel_tol=1e-4)
+    assert math.isclose(*norms, rel_tol=1e-4)
+
+
 def test_ten_bad_steps_in_a_row_stop_the_run(one, toured, tmp_path, capsys):
     model, tokenizer = load(f"{one}/stage0", "cpu")
     model.backbone.ln_f.weight.data[0] = float("nan")
@@ -1091,6 +1115,24 @@ def test_ctc_is_torchs_on_similarities_to_words(config, tokenizer):
         and audio.grad[:, : config.n_queries].abs().sum() == 0
     )
     assert audio.grad[1, config.n_queries + 6 :].abs().sum() == 0 and audio.grad[2].abs().sum() == 0
+
+
+def test_the_table_weighs_ctc(one, toured):
+    """The gradient with a weight of 0.5 is the one without, and half of CTC's."""
+    model, tokenizer = load(f"{one}/stage1", "cpu", torch.float32)
+    trained = freeze_all_but(model, SMALL_STAGES[1].trains)
+    examples, gradients = read_manifest(f"{toured}/stage1.jsonl", 1)[:4], []
+    for weight in (0.0, 0.5):
+        row = dataclasses.replace(SMALL_STAGES[1], ctc=weight, augment=False)
+        context = train.LossContext(model, 1, 0, row, contextlib.nullcontext, tuple(trained.values()))
+        micro = builder_for(tokenizer, model.config, row, 0)(examples, 0)
+        train.sft(context, micro)
+        gradients.append(trained["semantic.fc1.weight"].grad.clone())
+        model.zero_grad()
+    loss = train.ctc_loss(model, micro["batch"], *audio_tokens(model, micro["batch"], 1), 1).sum()
+    (by_ctc,) = torch.autograd.grad(loss, trained["semantic.fc1.weight"])
+    assert by_ctc.norm() > 0
+    torch.testing.assert_close(gradients[1], gradients[0] + 0.5 * by_ctc, rtol=1e-3, atol=1e-5)
 
 
 def test_stage_0_reads_imitated_audio(toured, config, tokenizer):
