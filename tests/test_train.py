@@ -527,6 +527,9 @@ def test_signals_save_and_leave(one, toured, tmp_path, number, processes):
     (path,) = list_states(f"{out}/stage1")
     state = read_state(path)
     assert state["step"] >= 3 and len(losses(f"{out}/stage1")) == state["step"]
+    assert (
+        len({tuple(numbers.tolist()) for numbers in state["random"]}) == processes
+    )  # dropout's, each its own
     assert main([*argv[:-4], "--max-steps", str(state["step"] + 1), "--resume"]) == 0
 
 
