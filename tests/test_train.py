@@ -527,9 +527,8 @@ def test_signals_save_and_leave(one, toured, tmp_path, number, processes):
     (path,) = list_states(f"{out}/stage1")
     state = read_state(path)
     assert state["step"] >= 3 and len(losses(f"{out}/stage1")) == state["step"]
-    assert (
-        len({tuple(numbers.tolist()) for numbers in state["random"]}) == processes
-    )  # dropout's, each its own
+    own = {tuple(numbers.tolist()) for numbers in state["random"]}
+    assert len(own) == processes  # each draws its own dropout
     assert main([*argv[:-4], "--max-steps", str(state["step"] + 1), "--resume"]) == 0
 
 
@@ -1025,6 +1024,14 @@ def test_ten_bad_steps_in_a_row_stop_the_run(one, toured, tmp_path, capsys):
     assert main(arguments(toured, tmp_path, 1, "--init", str(tmp_path / "nan"))) == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert "not finite 10 steps in a row" in err and "stage1.jsonl:" in err
+
+
+def test_twelve_bad_steps_that_are_not_in_a_row(one, toured, tmp_path):
+    """Of two examples one cannot be read: every other step is bad, and the run goes on."""
+    given = ("--data", manifest_with(toured, tmp_path, 2, (1,)), "--batch", "1", "--skip-limit", "1")
+    argv = arguments(toured, tmp_path, 1, "--init", f"{one}/stage0", *given, "--max-steps", "24")
+    assert main(argv) == 0
+    assert sum(e["bad"] for e in read_lines(tmp_path / "stage1/log.jsonl") if "bad" in e) == 12
 
 
 # ---------------------------------------------------------------------------------------------
