@@ -1170,6 +1170,19 @@ def test_stage_0_reads_imitated_audio(toured, config, tokenizer):
     assert is_audio[2, :n].all() and torch.equal(alone["batch"]["imitated"]["ids"][0], ids[2, :n])
 
 
+def test_the_facts_beside_a_transcript_are_hidden_now_and_then(config, tokenizer):
+    """Stage 1 has no acoustic tokens: a quarter of the transcripts do without, and no other question."""
+    rain = set(tokenizer.encode(" rain", add_special_tokens=False).ids)
+    builder = builder_for(tokenizer, config, SMALL_STAGES[0], 0)
+    for answer, share in (("dog", 0.25), ("Rain.", 0.0)):
+        example = Example(0, None, "Hm?", answer, facts={"words": "dog", "sound": "rain"})
+        shown = [
+            rain & set(builder.item(example, n)["imitated"]["ids"].flatten().tolist()) for n in range(400)
+        ]
+        hidden = [not tokens for tokens in shown]
+        assert abs(np.mean(hidden) - share) <= 4 * (share * (1 - share) / 400) ** 0.5
+
+
 def test_training_by_eq_1_memorises_an_answer(toured, config, tokenizer):
     """800 steps on four questions: the loss falls to a tenth, and decoding gives the four answers."""
     from decode import generate
