@@ -561,6 +561,14 @@ def test_a_long_list_is_cut_a_chunk_at_a_time(tmp_path):
         Manifest(str(path))
 
 
+@pytest.mark.parametrize("rate", [8000, 16000, 48000])
+def test_a_segment_begins_at_its_second_at_any_rate(tmp_path, rate):
+    path = str(tmp_path / "steps.wav")
+    soundfile.write(path, np.repeat([0.1, 0.2, 0.3, 0.4], rate // 2), rate)  # half a second each
+    audio, _ = load_audio(path, offset=1.0, duration=0.5)
+    assert len(audio) == 8000 and np.abs(audio[500:-500] - 0.3).max() < 1e-3
+
+
 @pytest.mark.parametrize("extension, subtype", [("ogg", "OPUS"), ("flac", "PCM_16"), ("wav", "PCM_16")])
 def test_a_segment_of_a_long_recording_is_sought(tmp_path, extension, subtype):
     """The last seconds of three minutes (GigaSpeech's Opus among them): a small part of the file is read."""
