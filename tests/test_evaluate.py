@@ -195,12 +195,21 @@ def test_word_errors_by_hand():
         word_errors(["[noise]"], ["a"])
 
 
+def test_a_word_of_the_right_choice_is_no_wrong_word():
+    """MMAU's rule, by hand: what a wrong choice shares with the right one may be said."""
+    choices = ("dog bark", "cat bark")
+    assert mmau_raw("A dog's bark", "dog bark", choices) and not mmau_raw("cat bark", "dog bark", choices)
+    assert not mmau_raw("dog bark, cat bark", "dog bark", choices)
+    assert not mmau_raw("dog", "dog bark", choices)
+
+
 def test_voicebench_rules():
     q = Question("7", "", "", "C", entry={"prompt": "?"})
     assert (
         score_voicebench("openbookqa", q, "The answer is C")["right"]
         and not score_voicebench("openbookqa", q, "B")["right"]
     )
+    assert score_voicebench("mmsu", Question("7", "", "", " c. the text"), "C")["right"]
     drawn = {score_voicebench("openbookqa", Question(str(i), "", "", "C"), "hm")["right"] for i in range(40)}
     assert drawn == {True, False} and score_voicebench("openbookqa", q, "hm") == score_voicebench(
         "openbookqa", q, "hm"

@@ -201,8 +201,9 @@ def test_an_imitated_clip_holds_its_facts(tokenizer, config):
     Equal pieces are parted by a blank; there is nothing else; what is drawn depends on the generator alone.
     """
     config = dataclasses.replace(config, n_frames=500)  # room for all of it
-    facts = {"words": "seven seven two rain", "sex": "speaker", "sound": "dog", "speaker": "jackson"}
+    facts = {"words": "seven qqq rain", "sex": "speaker", "sound": "dog", "speaker": "jackson"}
     pieces = tokenizer.encode(facts["words"], add_special_tokens=False).ids
+    assert any(a == b for a, b in itertools.pairwise(pieces))
     known = [i for v in ("speaker", "dog") for i in tokenizer.encode(" " + v, add_special_tokens=False).ids]
     firsts = set()
 
@@ -228,3 +229,22 @@ def test_an_imitated_clip_holds_its_facts(tokenizer, config):
         asked = make(seed, is_transcript=False)["ids"]  # a question about a fact can always be answered
         assert set(asked[: config.n_queries].flatten().tolist()) <= set(known)
     assert firsts == {config.n_queries, config.n_soft_prompts}
+
+
+def test_imitated_audio_is_mixed_loud_and_noisy_in_many_ways(tokenizer, config):
+    """Loudness from 0.4 to 1.4, noise up to 0.8, up to half of a second fact; words are not mixed."""
+    facts, shares, loudness, noise, most = {"words": "two", "sex": "rain", "sound": "dog"}, [], [], [], set()
+    for seed in range(200):
+        made = imitate_audio(facts, tokenizer, config, torch.Generator().manual_seed(seed))
+        loudness += made["weights"].sum(1).tolist()
+        noise.append(made["noise"].std().item())
+        share = made["weights"][:, 0] / made["weights"].sum(1)
+        shares += share[: config.n_queries].tolist()
+        assert torch.equal(share[config.n_queries :], torch.ones(len(share) - config.n_queries))
+        first = made["ids"][: config.n_queries, 0].tolist()
+        most.add(max(set(first), key=first.count))  # of five queries, three say the same
+    for drawn, low, high in ((loudness, 0.4, 1.4), (shares, 0.5, 1.0), (noise, 0.0, 0.8)):
+        edge = 0.05 * (high - low)
+        assert low - edge < min(drawn) < low + edge and high - edge < max(drawn) < high + edge
+        assert abs(sum(drawn) / len(drawn) - (low + high) / 2) < edge
+    assert len(most) == 2  # neither fact always comes first
