@@ -1056,6 +1056,17 @@ def test_held_out_loss_is_fixed_and_shared_out(one, toured, tmp_path):
         assert math.isclose(a["held_out"], np.mean(list(a["held_out_t"].values())), rel_tol=1e-6)
 
 
+def test_the_held_out_loss_leaves_training_as_it_was(one, toured, tmp_path):
+    """Dropout is off in it and on again after it; none of training's random numbers are used up."""
+    curves = []
+    for every in ("1", "100"):
+        given = ("--held-out", f"{toured}/test.jsonl", "--held-out-every", every, "--max-steps", "4")
+        argv = arguments(toured, tmp_path / every, 2, "--init", f"{one}/stage1", *given)
+        assert main(with_dropout(argv)) == 0
+        curves.append(losses(tmp_path / every / "stage2"))
+    assert len(curves[0]) == 4 and curves[0] == curves[1]
+
+
 def test_tensorboard_is_optional(one, toured, tmp_path, capsys):
     import importlib.util
 
@@ -1095,19 +1106,21 @@ def test_a_micro_batch_with_nothing_hidden_is_no_error(one, toured, monkeypatch)
     )
 
 
-def test_ctc_is_torchs_on_similarities_to_words(config, tokenizer):
+@pytest.mark.parametrize("stage", [1, 2])
+def test_ctc_is_torchs_on_similarities_to_words(config, tokenizer, stage):
     """Values against torch's CTC on one row at a time, without padding.
 
     No transcript, no loss; gradient to the tokens alone.
     """
     model, generator = build(config, seed=0), torch.Generator().manual_seed(0)
-    audio = torch.randn(3, config.n_queries + 9, config.width, generator=generator, requires_grad=True)
+    n_first = config.n_soft_prompts if stage == 1 else config.n_queries  # these carry no words
+    audio = torch.randn(3, n_first + 9, config.width, generator=generator, requires_grad=True)
     lengths, pieces = (9, 6, 9), [[20, 21, 21], [30], []]
-    is_audio = torch.arange(config.n_queries + 9)[None] < torch.tensor(lengths)[:, None] + config.n_queries
+    is_audio = torch.arange(n_first + 9)[None] < torch.tensor(lengths)[:, None] + n_first
     batch = {"transcript": torch.tensor([20, 21, 21, 30]), "transcript_length": torch.tensor([3, 1, 0])}
-    losses = train.ctc_loss(model, batch, audio, is_audio, 2)
+    losses = train.ctc_loss(model, batch, audio, is_audio, stage)
     for row in (0, 1):
-        tokens = audio[row, config.n_queries : config.n_queries + lengths[row]]
+        tokens = audio[row, n_first : n_first + lengths[row]]
         log_p = (tokens @ model.backbone.wte.weight.T / config.width**0.5).log_softmax(-1)
         one = torch.nn.functional.ctc_loss(
             log_p[:, None],
@@ -1120,11 +1133,8 @@ def test_ctc_is_torchs_on_similarities_to_words(config, tokenizer):
         assert torch.allclose(losses[row], one / len(pieces[row]), rtol=1e-4)
     assert losses[2] == 0
     losses.sum().backward()
-    assert (
-        audio.grad[:2, config.n_queries :].abs().sum() > 0
-        and audio.grad[:, : config.n_queries].abs().sum() == 0
-    )
-    assert audio.grad[1, config.n_queries + 6 :].abs().sum() == 0 and audio.grad[2].abs().sum() == 0
+    assert audio.grad[:2, n_first:].abs().sum() > 0 and audio.grad[:, :n_first].abs().sum() == 0
+    assert audio.grad[1, n_first + 6 :].abs().sum() == 0 and audio.grad[2].abs().sum() == 0
 
 
 def test_the_table_weighs_ctc(one, toured):
