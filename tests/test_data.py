@@ -276,6 +276,27 @@ def test_collate_pads_with_validity_of_its_own(config):
     assert batch["audio_at"].tolist() == [1, 2]
 
 
+def test_what_an_example_costs(tmp_path):
+    """By hand.  A clip of unknown length, or beyond the window, counts as a whole window."""
+    c = PRESETS["tiny"]
+    example = Example(0, "a.wav", "1234", "567", duration=2.0, rejected="89")
+    assert size_of(example) == (4 + 2 * 3 + 2 * 2, 2.0)
+    assert cost_of((14, 2.0), c) == (55 + 3, 16 + 25)
+    assert cost_of((14, -1.0), c) == cost_of((14, 1e6), c) == cost_of((14, 10.0), c) == (58, 16 + 125)
+    # one line of the authors' is a short answer in stage 2, a long transcript in stage 1, a pair in stage 4
+    entry = {
+        "audio_id": 1,
+        "audio_filepath": "a.wav",
+        "input": "Hm?",
+        "target": "a",
+        "transcription": "b" * 9,
+    }
+    path = tmp_path / "m.jsonl"
+    for more, n in (({}, 3 + 2 * 9), ({"rejected": "c" * 50}, 3 + 2 + 2 * 50)):
+        path.write_text(json.dumps(entry | more) + "\n")
+        assert Manifest(str(path)).size(0) == (n, -1.0)
+
+
 def test_buckets_keep_to_the_budget():
     """Also where the longest text and the longest audio are of two examples: both are padded."""
     g = torch.Generator().manual_seed(0)

@@ -925,6 +925,21 @@ def test_a_limit_of_0_lets_no_bad_clip_pass(one, toured, tmp_path, capsys):
     assert "1 of 8 examples cannot be used" in capsys.readouterr().err
 
 
+def test_a_single_bad_clip_of_few_stops_no_run(one, toured, tmp_path):
+    given = ("--data", manifest_with(toured, tmp_path, 8, bad=(3,)), "--skip-limit", "0.01")
+    assert main(arguments(toured, tmp_path, 1, "--init", f"{one}/stage0", *given, "--max-steps", "4")) == 0
+
+
+def test_loader_processes_read_every_clip_once(one, toured, tmp_path):
+    """Two of them, and micro-batches of one example: the losses are those of a run that reads by itself."""
+    curves = []
+    for workers in ("0", "2"):
+        given = ("--workers", workers, "--tokens", "1", "--max-steps", "4")
+        assert main(arguments(toured, tmp_path / workers, 2, "--init", f"{one}/stage1", *given)) == 0
+        curves.append(losses(tmp_path / workers / "stage2"))
+    assert len(curves[0]) == 4 and curves[0] == curves[1]
+
+
 def test_a_disk_without_locks_is_said_and_used(one, toured, tmp_path, capsys, monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOTSUP, "not supported here")
