@@ -282,6 +282,14 @@ def test_muon_takes_the_matrices_of_the_blocks(config):
     assert torch.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.95, name
     # 0.2 is what AdamW's updates are taken to have
     assert 0.1 * row.lr < step.pow(2).mean().sqrt() < 0.3 * row.lr
+    # the second step follows the mean of both gradients, in which the second has the larger part (Nesterov)
+    one, two = p.grad.clone(), torch.randn(p.shape, generator=torch.Generator().manual_seed(2))
+    before, p.grad = p.detach().clone(), two
+    muon.step()
+    step = before * (1 - row.lr * row.weight_decay) - p.detach()
+    ahead = 0.05 * two + 0.95 * (0.95 * 0.05 * one + 0.05 * two)
+    u, _, v = torch.linalg.svd(ahead, full_matrices=False)
+    assert torch.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.95
     assert len(make_optimizers(trained, dataclasses.replace(row, muon=False))) == 1
 
 
@@ -459,6 +467,19 @@ def test_sounds_are_played_faster_than_voices():
             and most - 0.03 < speeds.max() < most + 1e-3
             and (speeds == 1).mean() > 0.4
         )
+
+
+def test_augmented_levels_and_noise():
+    """Of a constant clip: 8 dB up or down; noise, in about half of all cases, 80 to 40 dB below the peak."""
+    levels, noises = [], []
+    for seed in range(400):
+        made = augment(np.full(16000, 0.5, np.float32), torch.Generator().manual_seed(seed), {"words": "one"})
+        rest = made[6000:-1000]  # behind the silence in front
+        levels.append(20 * np.log10(rest.mean() / 0.5))
+        noises.append(20 * np.log10(max(rest.std() / rest.mean(), 1e-7)))
+    assert -8.1 < min(levels) < -7.5 and 7.5 < max(levels) < 8.1
+    heard = [noise for noise in noises if noise > -100]
+    assert -81 < min(heard) < -78 and -42 < max(heard) < -39 and 160 < len(heard) < 240
 
 
 # ---------------------------------------------------------------------------------------------
