@@ -38,7 +38,7 @@ from runtime.errors import UserError, first_line
 from runtime.files import ROOT, fingerprint, open_pickle, open_safetensors, read_json, save_sorted, write_file
 from runtime.hub import RELEASES, fetch
 from runtime.int8 import Int8Linear, quantise
-from runtime.names import released_name, whisper_file, whisper_name
+from runtime.names import once, released_name, whisper_file, whisper_name
 from runtime.processes import pick_device
 
 ASSETS = {"tiny": os.path.join(ROOT, "assets", "tiny")}  # presets whose weights come with the code
@@ -209,16 +209,6 @@ def trained_part(model):
 
 # ---------------------------------------------------------------------------------------------
 # filling a model
-
-
-def once(named, path):
-    """Pairs of (name, tensor) as a dict.  UserError where two have one name: one of them would be lost."""
-    weights = {}
-    for name, value in named:
-        if name in weights:
-            raise UserError(f"{path}: {name} is there twice")
-        weights[name] = value
-    return weights
 
 
 def load_strictly(model, weights, path, device, dtype, expected):

@@ -7,11 +7,11 @@ import struct
 import torch
 
 from runtime.errors import UserError
-from runtime.names import whisper_name
+from runtime.names import once, whisper_name
 
 
 def read_variables(path):
-    """The encoder's tensors in the model.bin of a Whisper, by CTranslate2's names.  Raises UserError."""
+    """The encoder's tensors in the model.bin of a Whisper: [(CTranslate2's name, tensor)].  UserError."""
     try:
         with open(path, "rb") as f:
             return parse(f, path)
@@ -43,13 +43,11 @@ def parse(f, path):
     if kind != "WhisperSpec":
         raise UserError(f"{path}: holds a {kind[:40]!r}, not a WhisperSpec")
     read("I")  # revision
-    tensors = {}
+    named = []
     for _ in range(read("I")):
         name = read_string()
         shape = [read("I") for _ in range(read("B"))]
         dtype, n = read("B"), read("I")  # n bytes of data
-        if name in tensors:
-            raise UserError(f"{path}: {name} is there twice")
         is_scalar = not shape  # settings, such as the number of heads
         if is_scalar or not name.startswith("encoder/") or name == "encoder/position_encodings/encodings":
             f.seek(n, os.SEEK_CUR)
@@ -62,18 +60,18 @@ def parse(f, path):
         if n == 0 or n != math.prod(shape) * dtypes[dtype].itemsize:
             raise UserError(f"{path}: {name} has {n} bytes for the shape {tuple(shape)}")
         data = bytearray(read(f"{n}s"))  # a tensor wants memory that may be written to
-        tensors[name] = torch.frombuffer(data, dtype=dtypes[dtype]).view(shape)
+        named.append((name, torch.frombuffer(data, dtype=dtypes[dtype]).view(shape)))
     for _ in range(2 * read("I")):
         read_string()
     n_more = len(f.read())
     if n_more:
         raise UserError(f"{path}: {n_more} bytes follow the last alias")
-    return tensors
+    return named
 
 
 def read_encoder(path):
     """The encoder in the model.bin of a Whisper -> {our name: tensor}.  Raises UserError."""
-    weights = {whisper_name(name): value for name, value in read_variables(path).items()}
+    weights = once(((whisper_name(name), value) for name, value in read_variables(path)), path)
     for name in [key for key in weights if key and ".attn.qkv." in key]:
         stacked = weights.pop(name)  # (3 * width, width), or a bias (3 * width,)
         if len(stacked) % 3:

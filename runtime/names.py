@@ -5,6 +5,17 @@ import re
 
 from runtime.errors import UserError
 
+
+def once(named, path):
+    """Pairs of (name, tensor) as a dict.  UserError where two have one name: one of them would be lost."""
+    weights = {}
+    for name, value in named:
+        if name in weights:
+            raise UserError(f"{path}: {name} is there twice")
+        weights[name] = value
+    return weights
+
+
 # ---------------------------------------------------------------------------------------------
 # Whisper's encoder: three projects publish the same tensors under three sets of names
 

@@ -1034,21 +1034,20 @@ def test_preferences_are_compared_without_dropout(one, toured, tmp_path):
     assert losses(tmp_path / "stage4") == [pytest.approx(math.log(2), abs=1e-6)]
 
 
-@pytest.mark.parametrize("n, bad, batch", [(5, (), 9), (7, (5, 6), 7)])
-def test_the_gradient_is_the_mean_over_what_was_used(one, toured, tmp_path, n, bad, batch):
+def test_the_gradient_is_the_mean_over_what_was_used(one, toured, tmp_path):
     """As of a whole batch of five.  AdamW's first moment, a tenth of it, says that it is clipped to 1."""
     norms = []
-    for kind, n_lines, broken, size in (("whole", 5, (), 5), ("part", n, bad, batch)):
-        folder = tmp_path / kind
+    for n, bad, batch in ((5, (), 5), (5, (), 9), (7, (5, 6), 7)):
+        folder = tmp_path / f"{n} {batch}"
         folder.mkdir()
-        given = ("--data", manifest_with(toured, folder, n_lines, broken), "--batch", str(size))
+        given = ("--data", manifest_with(toured, folder, n, bad), "--batch", str(batch))
         given += ("--skip-limit", "1", "--max-steps", "2", "--stop-after", "1")
         assert main(arguments(toured, folder, 1, "--init", f"{one}/stage0", *given)) == 0
         norms += [e["norm"] for e in read_lines(folder / "stage1/log.jsonl") if "norm" in e]
         (path,) = list_states(folder / "stage1")
         moments = [p["exp_avg"].norm() for p in read_state(path)["optimizers"][0]["state"].values()]
         assert norms[-1] > 1 and math.isclose(torch.stack(moments).norm(), 0.1, rel_tol=1e-4)
-    assert math.isclose(*norms, rel_tol=1e-4)
+    assert len(norms) == 3 and np.allclose(norms, norms[0], rtol=1e-4, atol=0)
 
 
 def test_ten_bad_steps_in_a_row_stop_the_run(one, toured, tmp_path, capsys):
