@@ -14,7 +14,7 @@ from conftest import read_lines
 from data import build_prompt, prompt_text, read_manifest
 from runtime.variations import imitate_audio
 from tools import imitated
-from tools.corpora import Clip, read_corpus
+from tools.corpora import DIGITS, Clip, read_corpus
 from tools.prepare import main
 from tools.questions import askable
 from tools.tour import TOUR, sentences_of
@@ -172,6 +172,24 @@ def test_stage_0_is_text_alone(toured, tmp_path, corpora):
     read = [e for e in read_manifest(f"{out}/stage0.jsonl", 0) if e.dataset == "books"]
     assert {e.answer for e in read} == {"it rained", "the dog who'd been out came home"}
     assert all(e.facts == {"words": e.answer} for e in read)
+
+
+def test_sentences_to_copy(tmp_path, capsys):
+    """Every sentence of the books once, strings of their words beside; a folder without books is refused."""
+    (tmp_path / "a.txt").write_text("It rained. The dog came home!\nIt rained.\n")
+    out = str(tmp_path / "m.jsonl")
+    assert main(["sentences", str(tmp_path), "--out", out]) == 0
+    lines = read_lines(out)
+    read = [line["facts"]["words"] for line in lines if line["dataset"] == "books"]
+    assert sorted(read) == ["it rained", "the dog came home"]
+    strings = [e for e in read_manifest(out, 0) if e.dataset == "strings_in_text"]
+    assert len(strings) == 10_000 == len(lines) - 2
+    assert {word for e in strings for word in e.answer.split()} == {*DIGITS, *" ".join(read).split()}
+    assert all(e.answer == e.facts["words"] and e.audio is None for e in read_manifest(out, 0))
+    assert lines != sorted(lines, key=lambda line: line["dataset"])  # shuffled
+    (tmp_path / "b").mkdir()
+    assert main(["sentences", str(tmp_path / "b"), "--out", out]) == 2
+    assert "holds no .txt" in capsys.readouterr().err and read_lines(out) == lines
 
 
 def test_strings_in_text(toured):

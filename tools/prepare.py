@@ -43,7 +43,7 @@ from tools.questions import (
 )
 from tools.speech import choose_engine, speak_questions, speak_sentences
 from tools.spoken_questions import TEXTS
-from tools.tour import tour
+from tools.tour import sentences_to_copy, tour
 from tools.toy import demo, toy
 from tools.writer import Endpoint, write_with_llm
 from weights import load_tokenizer
@@ -241,6 +241,11 @@ def build_parser():
         help="composed strings; all else in proportion (default 3000)",
     )
 
+    p = commands.add_parser("sentences", help="sentences of books, in text: more of stage 0 than tour writes")
+    p.add_argument("text", help="folder of books, a paragraph a line")
+    p.add_argument("--out", required=True)
+    p.add_argument("--seed", type=int, default=0)
+
     p = commands.add_parser("toy", help="a synthetic corpus and all manifests from it (needs espeak-ng)")
     p.add_argument("--out", default="toy", help="clips go to OUT/audio, manifests to OUT (default toy)")
     p.add_argument(
@@ -383,6 +388,8 @@ def run(args):
     """Runs the command.  Returns the process' status."""
     if args.command == "tour":
         tour(args.audio, args.out, args.seed, args.strings, args.text, args.speech)
+    elif args.command == "sentences":
+        print(f"{args.out}: {sentences_to_copy(args.text, args.out, args.seed)} lines")
     elif args.command == "toy":
         run_toy(args)
     elif args.command == "speak":

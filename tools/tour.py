@@ -83,6 +83,17 @@ def sentences_of(folder, most=15):
     return list(seen)
 
 
+def books_of(folder):
+    """`sentences_of` a folder of books; raises UserError where it holds none."""
+    if not glob.glob(os.path.join(glob.escape(folder), "*.txt")):
+        raise UserError(f"{folder}: holds no .txt")
+    return sentences_of(folder)
+
+
+def words_of(sentences):
+    return {word for sentence in sentences for word in sentence.split()}
+
+
 def compose_clips(part, n, rng, folder, progress):
     """Made of a split's clips: strings of digits and of words, speech over sounds -> {kind: clips}."""
     digits = [c for c in part if c.dataset == "fsdd"]
@@ -123,6 +134,20 @@ def string_in_text(words, rng):
     return spoken_line("strings_in_text", rng.choice(TASKS["asr"].questions), string, string)
 
 
+def sentences_to_copy(text, out, seed=0, n_strings=10_000):
+    """Writes more for stage 0 to copy: every sentence of a folder of books, and strings of their words.
+
+    Returns the number of lines.  Copying takes far more steps than all else that a small backbone learns.
+    """
+    books = books_of(text)
+    words, rng = sorted(words_of(books)), random.Random(seed)
+    lines = itertools.chain(
+        (spoken_line("books", ASR_QUESTION, sentence, sentence) for sentence in books),
+        (string_in_text(words, rng) for _ in range(n_strings)),
+    )
+    return write_lines(lines, out, rng)
+
+
 def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
     """Writes the manifests of the small model's run, the tokenizer and two benchmarks.
 
@@ -135,9 +160,7 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
     have = [name for name in TOUR if os.path.isdir(os.path.join(audio, name))]
     if not have:
         raise UserError(f"{audio}: holds none of the folders {', '.join(TOUR)}")
-    if text and not glob.glob(os.path.join(glob.escape(text), "*.txt")):
-        raise UserError(f"{text}: holds no .txt")
-    books = sentences_of(text) if text else []
+    books = books_of(text) if text else []
     make_folder(out)
     clips = [clip for name in have for clip in read_corpus(name, os.path.join(audio, name))]
     if speech:
@@ -205,7 +228,7 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
         for line in itertools.chain(transcripts(r), about_clips(1, r), by_choice(0.6, r)):
             if line:
                 yield without_audio(line)
-        words = sorted({word for sentence in books for word in sentence.split()} | labels.get("word", set()))
+        words = sorted(words_of(books) | labels.get("word", set()))
         for sentence in r.sample(books, min(len(books), int(8_000 * scale))):
             question = r.choice((ASR_QUESTION, r.choice(TASKS["asr"].questions)))
             yield spoken_line("books", question, sentence, sentence)
