@@ -74,6 +74,8 @@ TEST_LINES = 300
 
 def sentences_of(folder, most=15):
     """Sentences of 2 to `most` words of all *.txt in a folder (a paragraph a line), in order, none twice."""
+    if not glob.glob(os.path.join(glob.escape(folder), "*.txt")):
+        raise UserError(f"{folder}: holds no .txt")
     seen = {}
     for paragraph in read_paragraphs(folder):
         for sentence in re.split(r"(?<=[.!?;:])\W+", paragraph):
@@ -81,13 +83,6 @@ def sentences_of(folder, most=15):
             if 2 <= len(words) <= most and re.fullmatch(r"[\x20-\x7e’‘“”—]+", sentence.strip()):
                 seen[" ".join(words)] = None
     return list(seen)
-
-
-def books_of(folder):
-    """`sentences_of` a folder of books; raises UserError where it holds none."""
-    if not glob.glob(os.path.join(glob.escape(folder), "*.txt")):
-        raise UserError(f"{folder}: holds no .txt")
-    return sentences_of(folder)
 
 
 def words_of(sentences):
@@ -121,9 +116,9 @@ def without_audio(line):
     return {k: v for k, v in line.items() if k not in ("audios", "duration", "offset")}
 
 
-def spoken_line(source, question, words, answer):
-    """A line of stage 0 about no clip that exists: someone says `words`."""
-    messages = [{"role": "user", "content": "<audio>" + question}, {"role": "assistant", "content": answer}]
+def spoken_line(source, question, words):
+    """A line of stage 0 about no clip that exists: someone says `words`, the answer."""
+    messages = [{"role": "user", "content": "<audio>" + question}, {"role": "assistant", "content": words}]
     return {"messages": messages, "dataset": source, "task": "asr", "facts": {"words": words}}
 
 
@@ -131,19 +126,19 @@ def string_in_text(words, rng):
     """Words that nothing connects, to be written in order: they cannot be guessed, only copied."""
     drawn_from = DIGITS if rng.random() < 0.5 or not words else words
     string = " ".join(rng.choice(drawn_from) for _ in range(rng.randint(1, 8)))
-    return spoken_line("strings_in_text", rng.choice(TASKS["asr"].questions), string, string)
+    return spoken_line("strings_in_text", rng.choice(TASKS["asr"].questions), string)
 
 
-def sentences_to_copy(text, out, seed=0, n_strings=10_000):
+def sentences_to_copy(text, out, seed=0):
     """Writes more for stage 0 to copy: every sentence of a folder of books, and strings of their words.
 
     Returns the number of lines.  Copying takes far more steps than all else that a small backbone learns.
     """
-    books = books_of(text)
+    books = sentences_of(text)
     words, rng = sorted(words_of(books)), random.Random(seed)
     lines = itertools.chain(
-        (spoken_line("books", ASR_QUESTION, sentence, sentence) for sentence in books),
-        (string_in_text(words, rng) for _ in range(n_strings)),
+        (spoken_line("books", ASR_QUESTION, sentence) for sentence in books),
+        (string_in_text(words, rng) for _ in range(10_000)),
     )
     return write_lines(lines, out, rng)
 
@@ -160,7 +155,7 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
     have = [name for name in TOUR if os.path.isdir(os.path.join(audio, name))]
     if not have:
         raise UserError(f"{audio}: holds none of the folders {', '.join(TOUR)}")
-    books = books_of(text) if text else []
+    books = sentences_of(text) if text else []
     make_folder(out)
     clips = [clip for name in have for clip in read_corpus(name, os.path.join(audio, name))]
     if speech:
@@ -231,7 +226,7 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
         words = sorted(words_of(books) | labels.get("word", set()))
         for sentence in r.sample(books, min(len(books), int(8_000 * scale))):
             question = r.choice((ASR_QUESTION, r.choice(TASKS["asr"].questions)))
-            yield spoken_line("books", question, sentence, sentence)
+            yield spoken_line("books", question, sentence)
         for _ in range(int(10_000 * scale)):
             yield string_in_text(words, r)
 
