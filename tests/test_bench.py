@@ -69,6 +69,15 @@ def test_random_tensor_has_the_asked_spread():
     assert x.shape == (70, 50) and abs(x.std().item() - 0.02) < 0.002
 
 
+def test_the_rehearsal_keeps_off_other_files(tmp_path, capsys):
+    """Real weights have the names of those that it writes and removes."""
+    (tmp_path / "large-v3.pt").write_bytes(b"mine")
+    assert bench.main(["fullsize", str(tmp_path)]) == 2
+    assert "is not empty" in capsys.readouterr().err and (tmp_path / "large-v3.pt").read_bytes() == b"mine"
+    for argv in (["decode", "--repeats", "0"], ["int8", "--device", "cuda:99"], ["train", "--stage", "9"]):
+        assert bench.main(argv) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
 LEAN = """
 import json, sys, torch
 sys.path.insert(0, {root!r})

@@ -287,6 +287,7 @@ def captions(field, name, rows, clips, test):
 
 def wavcaps(d):
     sound(f"{d}/audio/FreeSound/180913.flac")
+    put(f"{d}/json_files/blacklist/blacklist_exclude_all_ac.json", json.dumps({"FreeSound": ["1"]}))
     put(
         f"{d}/json_files/FreeSound/fsd_final.json",
         json.dumps(
@@ -505,6 +506,31 @@ def test_tables_that_do_not_fit(tmp_path, capsys):
         err = capsys.readouterr().err.splitlines()
         assert says in err[-1] and err[-1].startswith("prepare: ")
     assert os.listdir(tmp_path) == ["c"]
+
+
+def test_a_name_of_another_split_is_no_clip_of_this_one(tmp_path, capsys):
+    """MELD's tables name the same files; where a split's folder is not there, its clips are missing."""
+    sound(f"{tmp_path}/c/train_splits/dia0_utt0.wav")
+    head = "Utterance,Speaker,Emotion,Dialogue_ID,Utterance_ID\n"
+    for split, emotion in (("train", "joy"), ("dev", "sadness"), ("test", "anger")):
+        put(f"{tmp_path}/c/{split}_sent_emo.csv", f"{head}Hi,J,{emotion},0,0\n")
+    (clip,) = read_corpus("meld", str(tmp_path / "c"))
+    assert clip.facts["emotion"] == "happy" and not clip.is_test
+    assert "meld: 2 clips that its tables list are not there" in capsys.readouterr().err
+
+
+def test_files_that_no_reader_can_read(tmp_path, capsys):
+    """A quote that never closes, and letters of another encoding, are one line and exit status 2."""
+    for name, path, text in (
+        ("meta_fair_asr", "a.tsv", b'hash_name\ttranscription\tgender\n1\t"' + b"x" * 200_000),
+        ("librispeech", "19/198/19-198.trans.txt", b"19-198-0000 CAF\xc9\n"),
+    ):
+        folder = tmp_path / name
+        sound(f"{folder}/19/198/19-198-0000.flac")
+        (folder / path).write_bytes(text)
+        assert main([name, str(folder), "--out", str(tmp_path / "m.jsonl")]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("prepare: ") and err.count("\n") == 1
 
 
 def test_the_docstrings_new_corpus(tmp_path, monkeypatch):

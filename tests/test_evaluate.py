@@ -39,6 +39,7 @@ from tools.benchmarks import (
 from tools.evaluate import main, read_answers
 from tools.prompts import LETTERS
 from tools.questions import write_lines, write_text
+from tools.writer import Endpoint
 from weights import load, save
 
 MMAU = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "benchmarks", "mmau-test-mini.json")
@@ -146,6 +147,10 @@ def test_raw_rule_agrees_with_the_second_writing(real):
         ("A. or B.", 4, None),
         ("The answer is A or the answer is B", 4, None),
         ("Because", 4, None),
+        ("The answer is a dog.", 4, None),  # an article is no letter
+        ("My choice is a cow, option C", 4, "C"),
+        ("the answer is a", 4, "A"),
+        ("The answer is A because it barks", 4, "A"),
     ],
 )
 def test_letters(answer, n, letter):
@@ -156,6 +161,7 @@ def test_mapping_prefers_the_exact_text():
     assert mapped("D", ("G", "D", "E", "C")) == "D"  # the note, not the fourth choice
     assert mapped("B", ("Rain", "Wind")) == "Wind" and mapped("rain.", ("Rain", "Wind")) == "Rain"
     assert mapped("It is heavy rain.", ("rain", "heavy rain", "wind")) == "heavy rain"
+    assert mapped("The answer is a dog.", ("cat", "dog")) == "dog"
     assert mapped("rain and wind", ("Rain", "Wind")) is None and mapped("", ("Rain", "Wind")) is None
 
 
@@ -417,6 +423,7 @@ def test_unreadable_clips_count_as_wrong(toured, small_folder, tmp_path, capsys)
     argv = ["mmsu", str(tmp_path / "m.jsonl"), "--model", small_folder, "--factor", "1"]
     assert main([*argv, "--out", str(tmp_path / "o")]) == 0
     assert "1 clips could not be read" in capsys.readouterr().out
+    assert main([*argv, "--allow-bad", "0"]) == 2 and "--allow-bad" in capsys.readouterr().err
     assert read_answers(str(tmp_path / "o.answers.jsonl"))[1][rows[2]["id"]]["right"] is False
     for r in rows[3:5]:
         r["audio_path"] = str(tmp_path / "gone.wav")
@@ -443,7 +450,7 @@ def test_compare_and_table(toured, small_folder, tmp_path, capsys):
     assert f"p = {mcnemar(only_a, only_b):.4g} (8 questions)" in capsys.readouterr().out
     assert main(["--table", str(tmp_path / "a")]) == 0
     text = capsys.readouterr().out
-    assert "| DIFFA-2 (paper) | 60.63" in text and "overall" in text
+    assert "| DIFFA-2 (paper) | 60.63" in text and "overall" in text and "factor 1 (a) |" in text
     assert main(["--compare", str(tmp_path / "a"), str(tmp_path / "none")]) == 2
 
 
@@ -534,6 +541,7 @@ def refused(argv, says, capsys):
         (["--block", "0"], "block 0 must be at least 1"),
         (["--answer-length", "0"], "answer length 0"),
         (["--answer-length", "auto"], "invalid int value: 'auto'"),
+        (["--audio-root", "x"], "--audio-root: the paths in a manifest start from"),
         (["--judge", "http://localhost:9"], "--judge rates the answers of voicebench, not of exact"),
     ],
 )
@@ -553,6 +561,28 @@ def test_only_a_file_is_written_over(make, ending, toured, tmp_path, capsys):
         with pytest.raises(UserError, match="no regular file"):
             write()
     assert os.path.samestat(before, os.lstat(path)) and len(os.listdir(tmp_path)) == 1
+
+
+def test_questions_are_never_written_over(toured, tmp_path, capsys):
+    path = tmp_path / "q.jsonl"
+    path.write_bytes(pathlib.Path(toured, "test.jsonl").read_bytes())
+    (tmp_path / "link").symlink_to(path)
+    for out in (path, tmp_path / "link"):
+        refused(["exact", str(path), "--out", str(out)], "over the questions", capsys)
+    assert path.read_bytes() == pathlib.Path(toured, "test.jsonl").read_bytes()
+
+
+def test_another_audio_root_is_another_run(toured, small_folder, tmp_path, capsys):
+    _, rows = question_file(toured, tmp_path, "mmsu")
+    (tmp_path / "m.jsonl").write_text(json.dumps(rows[0] | {"audio_path": "a.wav"}) + "\n")
+    for root in "xy":
+        (tmp_path / root).mkdir()
+        soundfile.write(tmp_path / root / "a.wav", np.zeros(8000), 16000)
+    argv = ["mmsu", str(tmp_path / "m.jsonl"), "--model", small_folder, "--out", str(tmp_path / "o")]
+    assert main([*argv, "--audio-root", f"{tmp_path}/x"]) == 0
+    assert main([*argv, "--audio-root", f"{tmp_path}/y"]) == 2
+    assert "audio_root" in capsys.readouterr().err
+    assert main([*argv, "--audio-root", f"{tmp_path}/x"]) == 0
 
 
 MISSING = object()
@@ -753,10 +783,12 @@ def test_judge_with_a_reference_answer(capsys):
     ]
     ratings = evaluate.judge(questions, {"0": {"answer": "a"}, "1": {"answer": "b"}}, Judge(), times=2)
     assert ratings == [0.5, 0.5]
-    assert evaluate.report_judged(questions, [1, 0, 0, None]) == pytest.approx(1 / 3)
+    assert evaluate.report_judged(questions, [1, 0, 0, None]) == {"judged_right": pytest.approx(1 / 3)}
     assert "judged right: 33.3%, 1 without" in capsys.readouterr().out
-    assert evaluate.report_judged([Question("0", "", "", "", entry={})], [4]) == 0.8
-    assert evaluate.report_judged(questions, [None, None]) is None
+    assert evaluate.report_judged([Question("0", "", "", "", entry={})], [4, 5]) == {"rating": 4.5}
+    assert evaluate.report_judged(questions, [None, None]) == {}
+    with pytest.raises(UserError, match=r"judge\.example/v1: an endpoint begins with http"):
+        evaluate.judge(questions, {"0": {"answer": "a"}}, Endpoint("judge.example/v1", "a"))
 
 
 @pytest.fixture
@@ -796,5 +828,5 @@ def test_what_was_judged_is_kept_when_the_judge_fails(toured, small_folder, tmp_
     assert main([*argv[:-3], out + ".answers.jsonl", *argv[-2:]]) == 0  # the same OUT by its other name
     assert "judged 1-5: mean 3.00, 0 without" in capsys.readouterr().out and len(asked) == 7
     assert [line["judged"] for line in read_answers(out + ".answers.jsonl")[1].values()] == [4, 2]
-    assert main(["--table", out]) == 0 and "| judged 60.00 |" in capsys.readouterr().out
+    assert main(["--table", out]) == 0 and "| rating 3.00 |" in capsys.readouterr().out
     assert len(read_lines(out)) == 2 and not os.path.exists(out + ".answers.jsonl.answers.jsonl")

@@ -66,6 +66,23 @@ def test_wrong_model(tmp_path, manifest, capsys, wrong):
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
+def test_other_formats(tmp_path, small_whisper, capsys):
+    """NeMo's lines are transcripts; of a clip beyond Whisper's window it is said that it is cut."""
+    import numpy as np
+    import soundfile
+
+    soundfile.write(tmp_path / "long.wav", np.random.default_rng(0).uniform(-0.1, 0.1, 31 * 16000), 16000)
+    line = {"audio_filepath": "long.wav", "text": "one two", "duration": 31.0}
+    (tmp_path / "m.jsonl").write_text(json.dumps(line) + "\n")
+    assert peer.main([str(tmp_path / "m.jsonl"), "--whisper", small_whisper]) == 0
+    out, err = capsys.readouterr()
+    assert "1 clips" in out and "the first 30 s are used" in err
+    text = {"messages": [{"role": "user", "content": "Say."}, {"role": "assistant", "content": "one"}]}
+    (tmp_path / "m.jsonl").write_text(json.dumps(text | {"task": "asr"}) + "\n")
+    assert peer.main([str(tmp_path / "m.jsonl"), "--whisper", small_whisper]) == 2
+    assert "no audio" in capsys.readouterr().err
+
+
 def test_no_transcripts(tmp_path, small_whisper, capsys):
     path = tmp_path / "none.jsonl"
     asked = [{"role": "user", "content": "<audio>What?"}, {"role": "assistant", "content": "Rain."}]

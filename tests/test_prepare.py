@@ -10,6 +10,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import soundfile
 
 from data import load_audio, read_manifest
 from tools.compose import compose, mix
@@ -365,6 +366,28 @@ def test_composing_keeps_every_clip(tmp_path, corpora):
     assert np.abs(audio).max() <= 1
 
 
+def test_a_cut_voice_loses_its_words(tmp_path):
+    """Of a recording that the mixture cuts, the words are not all there; its speaker is the same."""
+    for name, seconds in (("short", 1), ("long", 3), ("sound", 1)):
+        samples = np.random.default_rng(0).uniform(-0.1, 0.1, seconds * 16000)
+        soundfile.write(tmp_path / f"{name}.wav", samples, 16000)
+    sound = Clip(str(tmp_path / "sound.wav"), "x", {"sound": "rain"})
+    for name, has_words in (("short", True), ("long", False)):
+        voice = Clip(str(tmp_path / f"{name}.wav"), "x", {"words": "one two", "sex": "female"})
+        made = mix(voice, sound, random.Random(0), str(tmp_path / "mixed.flac"), seconds=2.0)
+        assert ("words" in made.facts) == has_words and made.facts["sex"] == "female"
+
+
+def test_paths_through_symbolic_links(corpora, tmp_path):
+    """data -> big/disk/data: the system follows ".." from where the folder really lies."""
+    (tmp_path / "big/disk/data").mkdir(parents=True)
+    (tmp_path / "data").symlink_to(tmp_path / "big/disk/data")
+    (tmp_path / "corpus").symlink_to(os.path.join(corpora, "fsdd"))
+    out = str(tmp_path / "data" / "m.jsonl")
+    assert main(["fsdd", str(tmp_path / "corpus"), "--out", out]) == 0
+    assert all(os.path.isfile(e.audio) for e in read_manifest(out, check=False))
+
+
 def test_mixing_keeps_the_ratio(tmp_path, corpora):
     """At a fixed ratio the sound under the speech has the power it should, as measured without the voice."""
     speech, noise = read_corpus("fsdd", corpora + "/fsdd")[0], read_corpus("esc10", corpora + "/esc10")[0]
@@ -409,6 +432,7 @@ def test_a_corpus_as_choices_and_as_pairs(corpora, tmp_path):
     assert main(["ravdess", ravdess, "--out", out, "--kind", "choices", "--tasks", "emotion"]) == 0
     emotions = {c.facts["emotion"] for c in read_corpus("ravdess", ravdess)}
     examples = read_manifest(out, 3)
+    assert len(examples) == len(read_corpus("ravdess", ravdess))  # every clip is asked what --tasks says
     assert examples and {e.task for e in examples} == {"emotion_choice"}
     assert main(["check", out]) == 0  # the answer is one of the options
     assert {choice.lower() for e in examples for choice in choices_in(e.question).values()} <= emotions
@@ -459,6 +483,7 @@ def test_check_finds_what_is_wrong(tmp_path, corpora, capsys):
         ([one(a, rejected_response="One.")], [], "rejected"),
         ([{"audios": [a]}], [], "messages"),
         ([one(a, **acted)], [one(b, **acted)], "speaks in a test"),
+        ([asking(a, "Which?\nA. He left.\nB. She left.", "B. He left.")], [], "option B"),
     ]
     for train, test, says in cases:
         for name, lines in (("train", train), ("test", test)):
@@ -471,9 +496,15 @@ def test_check_finds_what_is_wrong(tmp_path, corpora, capsys):
     assert "cut short" in capsys.readouterr().err
     right = ("A.", "B", "A. One.", "Two.", "two", "B. Two. A. One.", "A.")
     good = [asking(a, options, answer) for answer in right]
+    good.append(asking(a, "Which?\nA. He left.\nB. She left.", "B. She left."))
     (tmp_path / "good.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in good))
     assert main(["check", str(tmp_path / "good.jsonl")]) == 0
     assert "duplicate lines: 1" in capsys.readouterr().out
+    # held-out clips, whose speakers are trained on, in any order among the manifests
+    for name, clip in (("held_out", a), ("train", b)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(one(clip, **acted)) + "\n")
+    for order in (("held_out", "train"), ("train", "held_out")):
+        assert main(["check", *(f"{tmp_path}/{name}.jsonl" for name in order)]) == 0
     assert main(["check", str(tmp_path / "none.jsonl")]) == 2
 
 

@@ -17,7 +17,7 @@ from tools import imitated
 from tools.corpora import DIGITS, Clip, read_corpus
 from tools.prepare import main
 from tools.questions import askable
-from tools.tour import TOUR, sentences_of
+from tools.tour import TOUR, sentences_of, tour
 from weights import load_tokenizer
 
 
@@ -68,6 +68,15 @@ def test_tour_is_the_same_for_a_seed(toured, corpora, tmp_path):
         if name.endswith(".jsonl"):  # the clips lie elsewhere, all else is equal
             first, second = without_folders(first), without_folders(second)
         assert first == second, name
+
+
+def test_a_stopped_tour_leaves_no_manifest_of_other_clips(toured, corpora, tmp_path, monkeypatch):
+    out = str(tmp_path / "again")
+    shutil.copytree(toured, out)
+    monkeypatch.setattr("tools.tour.compose_clips", lambda *args: exec("raise KeyboardInterrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        tour(corpora, out, 1, 20)
+    assert not [name for name in os.listdir(out) if name.endswith((".jsonl", "mmau.json"))]
 
 
 def test_tokenizer_speaks_the_prompt(toured, tokenizer):
@@ -144,6 +153,7 @@ def test_benchmark_speaks_the_benchmarks_formats(toured):
         )
         assert os.path.exists(os.path.join(toured, q["audio_path"]))
     for q in mmau:
+        assert (q["task"] == "mixture") == (q["sub-category"] in ("background", "louder"))
         assert (
             q["answer"] in q["choices"]
             and q["task"] in ("sound", "music", "speech", "mixture")
@@ -160,6 +170,7 @@ def test_benchmark_speaks_the_benchmarks_formats(toured):
 def test_stage_0_is_text_alone(toured, tmp_path, corpora):
     """The other stages' questions without clips, facts instead; sentences of the books as transcripts."""
     examples = read_manifest(f"{toured}/stage0.jsonl", 0)
+    assert "speaker" not in {e.task for e in examples}  # who speaks is not to be read in imitated audio
     assert all(e.audio is None for e in examples) and {e.task for e in examples} >= {"asr", "digit", "sex"}
     books = tmp_path / "books"
     books.mkdir()

@@ -95,12 +95,14 @@ def test_bad_speech(tmp_path, capsys, corpora):
     for argv, says in (
         (["--tts-command", "no-such-engine {text} {out}"], "cannot be run"),
         (["--tts-command", f"{sys.executable} -c pass {{text}} {{out}}"], "failed"),
+        (["--tts-command", "touch {out}"], "the file is empty"),
         (["--tts-command", ENGINE], "--speakers"),
     ):
         assert main(["speak", "trivia_qa", source, "--out", out, *argv]) == 2
         assert says in capsys.readouterr().err.splitlines()[-1]
     assert main(["speak", "alpaca", str(tmp_path / "odd.json"), "--out", out]) == 2
     assert "not one of alpaca's files" in capsys.readouterr().err and not os.path.exists(out)
+    assert not os.path.exists(out) and os.listdir(tmp_path / "q_clips") == []
 
 
 # ---------------------------------------------------------------------------------------------
@@ -172,6 +174,25 @@ def test_grounded_answers(stub, tmp_path, corpora):
     argv = ["answers", facts_manifest(tmp_path, 4, corpora), "--out", out, "--llm", url]
     assert main([*argv, "--model", "writer", "--timeout", "1"]) == 0
     assert [e.answer for e in read_manifest(out)] == ["It is so."] * 4
+
+
+def test_the_other_formats_are_written_as_messages(stub, tmp_path, corpora):
+    """NeMo's and the authors' lines, whose transcript is a fact; a line without facts is not asked about."""
+    url, log = stub
+    nemo = {"audio_filepath": f"{corpora}/fsdd/recordings/1_jackson_3.wav", "text": "one", "offset": 0.01}
+    plain = {"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A"}]}
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (nemo, plain)))
+    for command, stage in (("answers", 2), ("preferences", 4)):
+        out = str(tmp_path / "sub" / f"{command}.jsonl")
+        argv = [command, str(tmp_path / "m.jsonl"), "--out", out, "--llm", url, "--model", "w"]
+        assert main([*argv, "--timeout", "1"]) == 0
+        (e,) = read_manifest(out, stage)
+        assert (e.facts, e.offset) == ({"words": "one"}, 0.01)
+        assert e.answer == ("It is so." if stage == 2 else "one") and bool(e.rejected) == (stage == 4)
+    # a kill within a letter: the journal is read all the same
+    with open(out + ".replies.jsonl", "ab") as f:
+        f.write('{"key": "é'.encode()[:-1])
+    assert main([*argv, "--timeout", "1"]) == 0
 
 
 def test_endpoint_down_or_refusing(tmp_path, corpora, capsys, monkeypatch):

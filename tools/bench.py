@@ -17,6 +17,7 @@ bench_decode.py.
 import sys
 
 from runtime.errors import Parser, exit_status, number
+from runtime.processes import pick_device
 from tools.bench_data import data_bench
 from tools.bench_decode import decode_bench
 from tools.bench_int8 import int8_bench
@@ -28,6 +29,7 @@ from tools.measure import SIZES
 
 def main(argv=None):
     parser = Parser(prog="python -m tools.bench", description=__doc__)
+    positive = number(int, 1)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     p = commands.add_parser("fullsize", help="diffa2 with random weights: shapes, memory, speed")
     p.add_argument("folder")
@@ -35,38 +37,40 @@ def main(argv=None):
     p.add_argument("--keep", action="store_true", help="leave the weights on the disk")
     p.add_argument("--int8", action="store_true", help="as in decode.py")
     p = commands.add_parser("int8", help="a matrix in int8 beside bf16")
-    p.add_argument("--size", type=number(int, 1), default=4096, help="inputs and outputs")
-    p.add_argument("--repeats", type=number(int, 1), default=40)
+    p.add_argument("--size", type=positive, default=4096, help="inputs and outputs")
+    p.add_argument("--repeats", type=positive, default=40)
     p.add_argument("--device")
     p = commands.add_parser("train", help="training steps of every stage beside naive ones")
     p.add_argument("--size", default="wide", choices=sorted(SIZES))
     p.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3, 4], choices=(1, 2, 3, 4))
-    p.add_argument("--batch", type=int, default=4)
-    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--batch", type=positive, default=4)
+    p.add_argument("--repeats", type=positive, default=3)
     p.add_argument("--recompute", action="store_true", help="activation checkpointing in ours")
     p.add_argument("--device")
-    p.add_argument("--stage", type=int, help="this one alone, and one line of JSON")
+    p.add_argument("--stage", type=int, choices=(1, 2, 3, 4), help="this one alone, and one line of JSON")
     p.add_argument("--naive", action="store_true", help="with --stage: the naive step")
     p = commands.add_parser("data", help="the data path of a long run")
-    p.add_argument("--lines", type=int, default=1_000_000, help="of the synthetic manifest")
-    p.add_argument("--clips", type=int, default=64, help="of 12 s")
+    p.add_argument("--lines", type=positive, default=1_000_000, help="of the synthetic manifest")
+    p.add_argument("--clips", type=positive, default=64, help="of 12 s")
     p.add_argument("--open", metavar="MANIFEST", help="open this one alone, and one line of JSON")
     p = commands.add_parser("page", help="the web page beside `ask`")
     p.add_argument("--model", default="tiny")
     p.add_argument("--port", type=int, default=7860)
-    p.add_argument("--repeats", type=int, default=10)
+    p.add_argument("--repeats", type=positive, default=10)
     p = commands.add_parser("decode", help="decoding beside a naive reference")
     p.add_argument("--size", default="mid", choices=sorted(SIZES))
     types = ("float32", "bfloat16", "float16")
     p.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=types)
-    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--repeats", type=positive, default=3)
     p.add_argument("--model", default="tiny", help="the small model, for the number of tokens kept")
     p.add_argument("--data", help="manifest of real recordings")
-    p.add_argument("--limit", type=int, default=100, help="recordings")
+    p.add_argument("--limit", type=positive, default=100, help="recordings")
     p.add_argument("--device")
 
     def start():
         args = parser.parse_args(argv)
+        if getattr(args, "device", None):
+            pick_device(args.device)
         if args.command == "decode":
             decode_bench(args)
         elif args.command == "fullsize":

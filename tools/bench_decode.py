@@ -11,9 +11,10 @@ import torch
 
 import decode
 from adapters import merge_lora
-from data import load_audio, read_manifest, window_seconds
+from data import load_audio, window_seconds
 from decode import ask, count_by_schedule, generate, generate_ar
 from model import DIFFA2
+from tools.benchmarks import with_audio
 from tools.measure import (
     SIZES,
     Laps,
@@ -241,7 +242,7 @@ def decode_bench(args):
     if args.data:
         model, tokenizer = load(args.model, args.device)
         merge_lora(model)
-        examples = read_manifest(args.data)
+        examples = list(with_audio(args.data))
         examples = random.Random(0).sample(examples, min(args.limit, len(examples)))
         for block in replay:
             found = kept_tokens(model, tokenizer, examples, block)

@@ -1,4 +1,4 @@
-"""Training, measured: a step of each stage beside a naive one, and the variance of VRPO's estimators.
+"""Training, measured: a step of each stage beside a naive one.
 
 A step is timed whole (forward, backward, optimizer) on random data of fixed shapes, each kind in a process
 of its own so that peaks of memory are its own too.  The naive step is what one writes first: the whole

@@ -2,7 +2,8 @@
 
 Prompts are those of the published scripts of MMSU, MMAU (test-mini, as revised in v05.15.25) and MMAR; of
 VoiceBench, whose questions are spoken, the prompt is this project's own.  Decoding settings: Table B.4.
-MMSU's rule reads a letter in the first place or the last but one, and nothing else.  MMAU's own rule compares
+MMSU's rule reads a letter in the first place or the last but one, and nothing else; an answer without one,
+which MMSU's script leaves out of the count, is wrong here.  MMAU's own rule compares
 words and scores a bare letter wrong, so that score is reported as "raw" beside the one where the letter is
 mapped to its choice.
 """
@@ -190,7 +191,8 @@ def letter_of(answer, n):
     if m := re.match(rf"\(?([A-{last}])(?:[.):]|$)", text):
         others = re.findall(rf"(?:^|[\s(])([A-{last}])(?:[.):,]|\s|$)", text[m.end() :])
         return m[1] if not set(others) - {m[1]} else None
-    named = rf"(?:answer|option|choice)(?:\s+is)?:?\s*\(?([A-{last}])\b"
+    # not the word in "the answer is a dog", "the answer i heard"
+    named = rf"(?:answer|option|choice)(?:\s+is)?:?\s*\(?(?!(?-i:[ai])\s+\w)([A-{last}])\b"
     found = re.findall(named, text, re.IGNORECASE) or re.findall(rf"\(([A-{last}])\)", text)
     found = {x.upper() for x in found}
     if not found and re.fullmatch(rf"[a-{last.lower()}][.)]?", text):

@@ -65,13 +65,17 @@ def compose(clips, rng, path):
 
 
 def mix(speech, sound, rng, path, low=-6.0, high=9.0, seconds=8.0):
-    """Speech low..high dB above a sound; writes a FLAC at `path`."""
-    voice = load_audio(speech.path, limit=seconds)[0]
+    """Speech low..high dB above a sound; writes a FLAC at `path`.
+
+    The words of a recording that is longer than `seconds` are no fact of what is left of it.
+    """
+    voice, notes = load_audio(speech.path, limit=seconds)
     under = load_audio(sound.path, limit=seconds)[0]
     mixed, start, ratio = lay_under(voice, under, rng, low, high)
     mixed[start : start + len(voice)] += voice
     write_clip(level(mixed, rng), path)
-    facts = speech.facts | {"background": sound.facts["sound"]} | louder(ratio)
+    said = {kind: fact for kind, fact in speech.facts.items() if kind != "words"} if notes else speech.facts
+    facts = said | {"background": sound.facts["sound"]} | louder(ratio)
     return Clip(path, "mixtures", facts)
 
 

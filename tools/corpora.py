@@ -11,6 +11,7 @@ facts that these tell, and which clips are for testing.  A new corpus is a row; 
     )
 """
 
+import csv
 import glob
 import os
 import re
@@ -128,7 +129,10 @@ def read_names(name, corpus, folder):
             found.append((path, match))
     if not found:
         raise UserError(f"{folder}: no file here is named like {name}'s: {corpus.pattern}")
-    side = corpus.side(folder)
+    try:
+        side = corpus.side(folder)
+    except (OSError, KeyError, ValueError, IndexError, csv.Error) as e:
+        raise UserError(f"{folder}: {name}'s lists beside the clips cannot be read ({e})") from None
     last = {os.path.dirname(path): path for path, _ in found}
     clips = []
     for path, match in found:
@@ -147,9 +151,10 @@ def read_table(name, corpus, folder):
         by_stem[stem] = path
         by_name[last_of(path)].append(path)
     clips, missing = [], 0
+    split_of = {table: relative_path(table, folder).split("_")[0].split("/")[0] for table in tables}
     for table in tables:
-        relative = relative_path(table, folder)
-        split = relative.split("_")[0].split("/")[0]
+        relative, split = relative_path(table, folder), split_of[table]
+        others = set(split_of.values()) - {split}
         read_rows = corpus.rows or rows_of
         try:
             for row in read_rows(table):
@@ -157,8 +162,12 @@ def read_table(name, corpus, folder):
                 path = by_stem.get(stem)
                 same_name = by_name.get(stem.rsplit("/", 1)[-1], ())
                 if path is None and same_name:
-                    # one name in several splits: the one in the folder that is named like the table
+                    # one name in several splits: the one in the folder that is named like the table, and
+                    # none that lies in another table's
                     path = min(same_name, key=lambda p: split not in os.path.relpath(p, folder))
+                    where = os.path.relpath(path, folder)
+                    if split not in where and any(other in where for other in others):
+                        path = None
                 if path is None:
                     missing += 1
                     continue
@@ -171,7 +180,7 @@ def read_table(name, corpus, folder):
                 )
         except OSError as e:
             raise UserError(f"{e.filename}: cannot be read ({e.strerror})") from None
-        except (KeyError, ValueError, TypeError, AttributeError, IndexError) as e:
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError, csv.Error) as e:
             raise UserError(
                 f"{table}: not one of {name}'s tables as published ({type(e).__name__}: {e})"
             ) from None
@@ -564,7 +573,7 @@ CORPORA |= {  # tested on miniature trees in their published layout only
         caption_of("caption_1"),
         lambda row, table: "development" not in table,
     ),
-    "wavcaps": Table("CC BY 4.0 (academic)", "**/*.json", wavcaps_stem, caption_of("caption")),
+    "wavcaps": Table("CC BY 4.0 (academic)", "**/*_final.json", wavcaps_stem, caption_of("caption")),
     "tacos": Table(
         "CC BY 4.0",
         "annotations_strong.csv",

@@ -227,6 +227,8 @@ def build_page(model, tokenizer):
             audio = read_clip(clip)
             if not question.strip():
                 raise UserError("the question is empty")
+            if seed is None:
+                raise UserError("the seed is missing")
             plans = plans_of(*settings)
             frames, rows = [], {}
             yield "", "", "", gr.Slider(visible=False), frames

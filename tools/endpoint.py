@@ -26,6 +26,8 @@ def post_json(base, path, body, read, timeout=60.0):
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("OPENAI_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
+    if not base.startswith(("http://", "https://")):
+        raise UserError(f"{base}: an endpoint begins with http:// or https://")
     url, data = base.rstrip("/") + path, json.dumps(body).encode()
     down = None
     for n in range(TRIES):

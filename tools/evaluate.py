@@ -96,6 +96,7 @@ def answer_settings(args):
         "limit": args.limit,
         **({"threshold": args.threshold} if args.threshold is not None else {}),
         **({"int8": True} if args.int8 else {}),
+        **({"audio_root": args.audio_root} if args.audio_root else {}),
     }
 
 
@@ -200,7 +201,7 @@ def answer_all(group, model, tokenizer, questions, known, journal, settings, bat
             nothing = {"answer": "", "calls": 0, "seconds": 0.0, "audio_seconds": 0.0}
             keep([{"id": q.id} | nothing | {"bad": str(e)}])
             n_bad = sum("bad" in line for line in mine.values())
-            if n_bad > max(1, allow_bad * len(questions)):
+            if n_bad > (max(1, allow_bad * len(questions)) if allow_bad else 0):
                 share = f"{n_bad} clips cannot be read, more than {allow_bad:.0%}"
                 raise UserError(f"{share}; the last: {e} (--allow-bad takes another share)") from None
 
@@ -391,7 +392,8 @@ def row_of(path):
             cells = " · ".join(scores_of(settings["benchmark"], json.load(f)))
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise UserError(f"{beside}: not a summary that tools.evaluate wrote") from None
-    return settings["benchmark"], f"| {settings['model']}, {how_of(settings)} | {cells} |"
+    name = os.path.basename(path).removesuffix(".answers.jsonl")
+    return settings["benchmark"], f"| {settings['model']}, {how_of(settings)} ({name}) | {cells} |"
 
 
 def scores_of(benchmark, summary):
@@ -408,8 +410,10 @@ def scores_of(benchmark, summary):
             and heading == "task"
         ):
             cells.append(f"{group} {100 * share:.2f}")
-    if "judged" in summary:
-        cells.append(f"judged {100 * summary['judged']:.2f}")
+    if "judged_right" in summary:
+        cells.append(f"judged right {100 * summary['judged_right']:.2f}")
+    if "rating" in summary:
+        cells.append(f"rating {summary['rating']:.2f}")
     if benchmark != "voicebench" or "right" in summary:  # some of its sets have no right and wrong
         cells.append(f"overall {100 * summary['right']:.2f} (n = {summary['n']})")
     return cells
@@ -443,7 +447,14 @@ class LmmsEval:
     rank, world_size = 0, 1  # one process
 
     def __init__(
-        self, pretrained="tiny", device=None, batch_size=1, answer_length=32, block=32, factor=1.0, **kwargs
+        self,
+        pretrained="tiny",
+        device=None,
+        batch_size=1,
+        max_batch_size=None,  # the harness passes it; batch_size decides
+        answer_length=32,
+        block=32,
+        factor=1.0,
     ):
         super().__init__()
         self.model, self.tokenizer = load(pretrained, device)
@@ -489,6 +500,8 @@ def read_questions(args):
     """The questions that args name; raises UserError where there are none, or two of one id."""
     if not os.path.exists(args.file):
         raise UserError(f"{args.file}: no such file")
+    if args.audio_root and args.benchmark in ("asr", "exact") and os.path.isfile(args.file):
+        raise UserError("--audio-root: the paths in a manifest start from the manifest's own folder")
     root = args.audio_root or ""
     if not root and os.path.isfile(args.file):
         root = os.path.dirname(os.path.abspath(args.file))
@@ -553,6 +566,8 @@ def run(args):
         raise UserError(f"--judge rates the answers of voicebench, not of {args.benchmark}")
     for ending in ("", ".answers.jsonl", ".summary.json") if args.out else ():
         check_out(args.out + ending)
+        if os.path.exists(args.out + ending) and os.path.samefile(args.out + ending, args.file):
+            raise UserError(f"--out {args.out}: would be written over the questions")
     score = functools.partial(score_voicebench, subset) if is_voicebench else bench.score
     check_voicebench(args, is_voicebench and subset in OFFICIAL)
     # one process may have far more to do than another: it reads the long clips
@@ -579,15 +594,13 @@ def run(args):
             everything[q.id] |= mark
     if args.out:
         write_answers(args, settings, questions, everything)
-    judged = None
+    judged = {}
     if args.judge:
         endpoint = Endpoint(args.judge, args.judge_model)
         ratings = judge(questions, everything, endpoint, TIMES, args.out and answers_of(args.out))
         judged = report_judged(questions, ratings)
     trained = {"objective": "ar" if model.config.causal else "diffusion", "after_stage": model.stage}
-    summary = report(settings, questions, everything, score, args.benchmark == "asr") | trained
-    if judged is not None:
-        summary["judged"] = judged
+    summary = report(settings, questions, everything, score, args.benchmark == "asr") | trained | judged
     if args.out:
         write_results(args, questions, everything, summary)
         if args.voicebench:

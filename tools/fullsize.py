@@ -7,6 +7,7 @@ is shapes, memory and speed.
 """
 
 import functools
+import glob
 import json
 import os
 import platform
@@ -30,6 +31,7 @@ from runtime.tutorials import count
 from tools.measure import Laps, Peak
 from weights import load
 
+MARK = "random_weights"  # an empty file in a folder that the rehearsal has filled
 LLADA_BYTES, SHARDS = 16_031_162_368, 6  # model.safetensors.index.json of GSAI-ML/LLaDA-8B-Instruct
 TABLE_B3 = {  # parameters
     "encoder": 636_968_960,
@@ -63,6 +65,7 @@ def full_tokenizer(config):
 def write_fullsize(folder, config):
     """LLaDA's shards, Whisper's .pt and DIFFA-2's pytorch_model.bin, random; each renamed when whole."""
     os.makedirs(f"{folder}/llada", exist_ok=True)
+    open(f"{folder}/{MARK}", "w").close()
     free = shutil.disk_usage(folder).free
     if free < 20e9:
         raise UserError(f"{folder}: {free / 1e9:.0f} GB free; the rehearsal writes 18 GB")
@@ -149,26 +152,32 @@ def check_counts(model):
     print("parameters        " + ", ".join(f"{part} {n:,}" for part, n in ours.items()) + ": Table B.3")
 
 
+def check_folder(folder):
+    """Raises UserError unless the folder is new, empty, or one that the rehearsal has filled."""
+    if not os.path.exists(folder) or os.path.exists(f"{folder}/{MARK}"):
+        return
+    if not os.path.isdir(folder) or os.listdir(folder):
+        raise UserError(f"{folder}: is not empty; the rehearsal fills, and then empties, its own folder")
+
+
 def fullsize(folder, device, keep, int8=False):
     """Writes, loads, counts and asks; removes the weights unless `keep`.
 
     int8: the matrices are rounded while they are read, LoRA merged, and nothing is counted.
+    Raises UserError for a folder with anything else in it: real weights have the same names.
     """
     config = PRESETS["diffa2"]
+    check_folder(folder)
     if not os.path.exists(f"{folder}/pytorch_model.bin"):
         start = time.perf_counter()
         write_fullsize(folder, config)
         print(f"wrote random weights in {time.perf_counter() - start:.0f} s")
-    files = []
-    for part, _, names in os.walk(folder):
-        files += [
-            os.path.join(part, name) for name in names if name.endswith((".safetensors", ".pt", ".bin"))
-        ]
+    sources = (f"{folder}/llada", f"{folder}/large-v3.pt", f"{folder}/pytorch_model.bin")
+    files = [*glob.glob(f"{glob.escape(folder)}/llada/*.safetensors"), *sources[1:]]
     on_disk = sum(map(os.path.getsize, files))
     threads = f"{torch.get_num_threads()} CPU threads"
     where = f"{platform.system()}, {threads}, device {device or 'cpu'}, torch {torch.__version__}"
     print(f"{where}, {on_disk / 1e9:.2f} GB of weights on disk")
-    sources = (f"{folder}/llada", f"{folder}/large-v3.pt", f"{folder}/pytorch_model.bin")
     model, tokenizer = timed("load", lambda: load("diffa2", device or "cpu", None, 4, *sources, int8))
     if not int8:
         check_counts(model)

@@ -46,6 +46,8 @@ def main(argv=None):
     def start():
         args = parser.parse_args(argv)
         model, tokenizer = load(args.model, "cpu", torch.float32)
+        if model.config.causal:
+            raise UserError(f"{args.model}: is autoregressive; facts are read by diffusion models only")
         merge_lora(model)
         groups = defaultdict(list)
         for example in read_manifest(args.manifest, check=False):

@@ -63,14 +63,14 @@ def judge(questions, lines, endpoint, times=1, journal=None):
 
 
 def report_judged(questions, ratings):
-    """Prints the mean rating.  Returns it as VoiceBench counts it, from 0 to 1: 5 and right are 1."""
+    """Prints the mean; returns what goes into the summary: "judged_right" (a share) or "rating" (1 to 5)."""
     given = [x for x in ratings if x is not None]
     if not given:
         print("the judge gave no usable reply")
-        return None
+        return {}
     mean, silent = sum(given) / len(given), f"{len(ratings) - len(given)} without a usable reply"
     if have_references(questions):
         print(f"judged right: {mean:.1%}, {silent}")
-        return mean
+        return {"judged_right": mean}
     print(f"judged 1-5: mean {mean:.2f}, {silent}")
-    return mean / 5
+    return {"rating": mean}

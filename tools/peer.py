@@ -15,9 +15,10 @@ import torch
 import whisper
 from tqdm import tqdm
 
-from data import load_audio, read_manifest
-from runtime.errors import Parser, UserError, exit_status, first_line
-from tools.benchmarks import TRANSCRIPTS, normalise, word_errors
+from data import load_audio
+from runtime.errors import Parser, UserError, exit_status, first_line, number
+from runtime.manifests import ASR_QUESTION
+from tools.benchmarks import TRANSCRIPTS, normalise, with_audio, word_errors
 from tools.corpora import DIGITS
 
 
@@ -28,7 +29,9 @@ def spelled(text):
 
 def transcribe(model, path, offset=0.0, duration=None):
     """A clip's transcript, and how often the decoder was called: once a token."""
-    samples, _ = load_audio(path, offset, duration)
+    samples, notes = load_audio(path, offset, duration, whisper.audio.CHUNK_LENGTH)
+    for note in notes:  # of a clip longer than Whisper's window
+        print(f"peer: {note}", file=sys.stderr)
     mel = whisper.log_mel_spectrogram(whisper.pad_or_trim(samples), model.dims.n_mels)
     options = whisper.DecodingOptions(language="en", without_timestamps=True, fp16=False)
     result = whisper.decode(model, mel.to(model.device), options)
@@ -40,13 +43,14 @@ def main(argv=None):
     parser = Parser(prog="peer", description=__doc__)
     parser.add_argument("manifest")
     parser.add_argument("--whisper", default="tiny.en", metavar="NAME|FILE.pt")
-    parser.add_argument("--limit", type=int, default=100, help="clips a corpus (default 100)")
+    parser.add_argument("--limit", type=number(int, 1), default=100, help="clips a corpus (default 100)")
 
     def start():
         args = parser.parse_args(argv)
         groups = defaultdict(list)
-        for example in read_manifest(args.manifest, check=False):
-            if example.task == TRANSCRIPTS and len(groups[example.dataset]) < args.limit:
+        for example in with_audio(args.manifest):
+            is_transcript = example.task == TRANSCRIPTS or example.question == ASR_QUESTION
+            if is_transcript and len(groups[example.dataset]) < args.limit:
                 groups[example.dataset].append(example)
         if not groups:
             raise UserError(f"{args.manifest}: has no transcripts")

@@ -269,7 +269,8 @@ DOMAINS = ("sound", "music", "speech", "mixture")  # as Table A.1 has them
 
 def domain_of(facts):
     """The domain of a clip of which such facts are known."""
-    for kind, domain in (("background", "mixture"), ("sound", "sound"), ("instrument", "music")):
+    kinds = {"background": "mixture", "louder": "mixture", "sound": "sound", "instrument": "music"}
+    for kind, domain in (kinds | {"genre": "music"}).items():
         if kind in facts:
             return domain
     return "speech"
@@ -377,10 +378,10 @@ def question_lines(clips, rng, out, tasks=None):
             yield line
 
 
-def preference_line(clip, rng, out, pools):
+def preference_line(clip, rng, out, pools, tasks=None):
     """A stage-4 line: the right answer, and the same with one fact put for one easily confused with it."""
-    tasks = [name for name in TASKS if name in pools or name in ("asr", "any")]
-    drawn = draw_question(clip, rng, tasks, sentences=0.4)
+    can = [name for name in tasks or TASKS if name in pools or name in ("asr", "any")]
+    drawn = draw_question(clip, rng, can, sentences=0.4)
     if drawn is None:
         return None
     task, question, fact, word = drawn
@@ -463,9 +464,10 @@ def multiple_choice(task, fact, pool, n, rng):
     return rng.choice(TASKS[task].questions), [capital(choice) for choice in choices], right
 
 
-def choice_line(clip, rng, out, pools):
+def choice_line(clip, rng, out, pools, tasks=None):
     """A manifest line that asks by multiple choice, in our wording or a benchmark's, if there is one."""
-    allowed = [(task, fact) for task, fact in askable(clip, CHOICE_TASKS) if len(pools[task]) > 1]
+    can = [task for task in CHOICE_TASKS if len(pools[task]) > 1 and (tasks is None or task in tasks)]
+    allowed = askable(clip, can)
     if not allowed:
         return None
     task, fact = rng.choice(allowed)
@@ -510,12 +512,18 @@ def seconds_of(path):
         return None
 
 
+def path_from(folder, path):
+    """A clip's path from the folder of a manifest, right also where either lies behind a symbolic link."""
+    where, name = os.path.split(os.path.abspath(path))
+    return os.path.relpath(os.path.join(os.path.realpath(where), name), os.path.realpath(folder))
+
+
 def line_of(clip, task, question, answer, out):
     """A manifest line (a dict) in ms-swift's form, which read_manifest describes; paths relative to `out`."""
     messages = [{"role": "user", "content": "<audio>" + question}, {"role": "assistant", "content": answer}]
     line = {
         "messages": messages,
-        "audios": [os.path.relpath(clip.path, os.path.dirname(os.path.abspath(out)))],
+        "audios": [path_from(os.path.dirname(os.path.abspath(out)), clip.path)],
         "duration": clip.duration or seconds_of(clip.path),
         "dataset": clip.dataset,
         "task": task,

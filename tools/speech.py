@@ -5,6 +5,8 @@ itself; a command template runs whatever can be run; a speech endpoint is asked 
 already there are not spoken again, so a stopped run goes on where it was.
 """
 
+import contextlib
+import csv
 import hashlib
 import io
 import itertools
@@ -154,13 +156,14 @@ def say_once(engine, path, text, voice, speed):
     """Has `path` spoken unless it is there: 16 kHz, in the format of its suffix, renamed when it is whole."""
     if os.path.exists(path):
         return
-    suffix = os.path.splitext(path)[1]
-    spoken, whole = path + ".part.wav", path + ".part" + suffix
-    engine.say(text, spoken, voice, speed)
-    if suffix != ".wav":
-        audio, _ = load_audio(spoken)
+    spoken, whole = path + ".spoken.wav", path + ".part" + os.path.splitext(path)[1]
+    try:
+        engine.say(text, spoken, voice, speed)
+        audio, _ = load_audio(spoken)  # an engine may end well and have written nothing that can be read
         write_clip(audio, whole)
-        os.remove(spoken)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(spoken)
     os.replace(whole, path)
 
 
@@ -186,7 +189,7 @@ def speak_questions(corpus, source, out, engine, empathetic=False, limit=None, s
         pairs = [to_pair(row) for row in rows_of(source)]
     except OSError as e:
         raise UserError(f"{source}: cannot be read ({e.strerror})") from None
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
+    except (KeyError, TypeError, AttributeError, ValueError, csv.Error) as e:
         raise UserError(
             f"{source}: not one of {corpus}'s files as published ({type(e).__name__}: {e})"
         ) from None
@@ -237,9 +240,10 @@ def spoken_jobs(sentences, voices, rng):
     for n, sentence in enumerate(sentences):
         yield sentence, voices[n % len(voices)], None
         if n % 3 == 2 and asked < len(questions) * len(voices):
-            question, answer = questions[asked % len(questions)]
+            turn, at = divmod(asked, len(questions))
+            question, answer = questions[at]
             # a voice further at every round, or a question would meet the same voice again
-            yield question, voices[(asked + asked // len(questions)) % len(voices)], answer
+            yield question, voices[(at + turn) % len(voices)], answer
             asked += 1
 
 

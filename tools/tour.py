@@ -9,6 +9,7 @@ are known of each clip, and sentences of the books to be written out from their 
 A clip for testing is in no other manifest, string or mixture.  The same seed writes the same bytes.
 """
 
+import contextlib
 import glob
 import itertools
 import json
@@ -39,6 +40,7 @@ from tools.questions import (
     line_of,
     make_folder,
     multiple_choice,
+    path_from,
     preference_line,
     question_line,
     question_lines,
@@ -70,6 +72,8 @@ TEST_TASKS = {  # corpus -> what its test clips are asked
     "neural": ("asr", "sex"),
 }
 TEST_LINES = 300
+OF_STAGES = tuple(f"stage{n}.jsonl" for n in range(5))
+MANIFESTS = (*OF_STAGES, "held_out.jsonl", "test.jsonl", "mmsu.jsonl", "mmau.json")
 
 
 def sentences_of(folder, most=15):
@@ -168,6 +172,9 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
         os.path.join(out, "clips"),
         os.path.join(out, "manifest"),
     )  # paths are relative to the manifests
+    for name in MANIFESTS:  # of an earlier run, whose clips are written over from here on
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(out, name))
     parts, made = {}, {}
     with tqdm(total=int(n_strings * 2.5), desc="composing", unit=" clips") as progress:
         for split in ("train", "test"):
@@ -221,7 +228,7 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
 
     def text_alone(r):
         for line in itertools.chain(transcripts(r), about_clips(1, r), by_choice(0.6, r)):
-            if line:
+            if line and line["task"] != "speaker":  # imitated audio does not say who speaks
                 yield without_audio(line)
         words = sorted(words_of(books) | labels.get("word", set()))
         for sentence in r.sample(books, min(len(books), int(8_000 * scale))):
@@ -248,7 +255,7 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
     asked = [*parts["test"], *made["test"]["digits"], *made["test"]["mixtures"]]
     found = benchmark(asked, labels, max(40, int(720 * scale)), rng, out)
     print(f"{out}/mmsu.jsonl: {found[0]} questions; {out}/mmau.json: {found[1]} questions")
-    paths = [f"{out}/stage{stage}.jsonl" for stage in sorted(stages)]
+    paths = [f"{out}/{name}" for name in OF_STAGES]
     tokenizer = train_tokenizer(entry for path in paths for _, entry in read_entries(path))
     tokenizer.save(f"{out}/tokenizer.json")
     print(f"{out}/tokenizer.json: {tokenizer.get_vocab_size()} entries")
@@ -290,7 +297,7 @@ def benchmark(clips, pools, n, rng, out):
         task = tasks[i % len(tasks)]
         clip, fact = rng.choice(by_task[task])
         question, choices, right = multiple_choice(task, fact, pools[task], 4, rng)
-        path = os.path.relpath(clip.path, out)
+        path = path_from(out, clip.path)
         domain = domain_of({task})
         if domain != "speech" or len(choices) != 4:  # MMSU always has four
             mmau.append(

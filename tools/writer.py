@@ -6,6 +6,7 @@ Every reply goes to OUT.replies.jsonl at once: a stopped run goes on where it wa
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -19,7 +20,7 @@ from data import parse_example
 from runtime.errors import UserError
 from runtime.manifests import read_entries
 from tools.endpoint import post_json
-from tools.questions import make_folder, write_lines
+from tools.questions import make_folder, path_from, write_lines
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,9 @@ def read_journal(path):
     """The replies that an earlier run has had: key -> reply."""
     replies = {}
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8", errors="replace") as f:  # half a letter, where a run was killed
             for line in f:
-                with contextlib.suppress(ValueError, KeyError):  # half a line, where a run was killed
+                with contextlib.suppress(ValueError, KeyError):  # half a line
                     found = json.loads(line)
                     replies[found["key"]] = found["reply"]
     return replies
@@ -139,38 +140,52 @@ def complete_all(endpoint, prompts, path, workers):
     return replies
 
 
+def rewritten(example, folder, **new):
+    """An Example, of whatever format, with `new` fields -> a line in ms-swift's, its path from `folder`."""
+    e = dataclasses.replace(example, **new)
+    question, audios = e.question, []
+    if e.audio:
+        question, audios = "<audio>" + e.question, [path_from(folder, e.audio)]
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": e.answer}]
+    line = {"messages": messages, "audios": audios, "facts": e.facts}
+    known = {k: getattr(e, k) for k in ("duration", "dataset", "task", "offset")}
+    line |= {kind: value for kind, value in known.items() if value}
+    return line | ({"rejected_response": e.rejected} if e.rejected is not None else {})
+
+
 def write_with_llm(manifest, out, endpoint, kind, workers=8, limit=None):
     """Has a language model write answers ("answers") or worse ones ("preferences") for a manifest's lines.
 
+    Lines without facts, of whose clip it would know nothing, are left out.
     Returns lines written, lines found unusable, lines without a usable reply.
     """
-    folder, pairs = os.path.dirname(os.path.abspath(manifest)), []
+    folder, examples = os.path.dirname(os.path.abspath(manifest)), []
     for i, (where, entry) in enumerate(itertools.islice(read_entries(manifest), limit)):
-        pairs.append((entry, parse_example(entry, i, where, folder, None, check=False)))
-    if not any(example.facts for _, example in pairs):
+        example = parse_example(entry, i, where, folder, None, check=False)
+        if example.facts:
+            examples.append(example)
+    if not examples:
         raise UserError(f"{manifest}: no line has facts to describe its clip by")
     new_folder = os.path.dirname(os.path.abspath(out))
     make_folder(new_folder)
     keys, prompts = [], {}
-    for _, example in pairs:
+    for example in examples:
         system, user, read = prompt_for(example, kind)
         key = hashlib.sha256("\0".join((endpoint.model, system, user)).encode()).hexdigest()
         keys.append(key)
         prompts[key] = (system, user, read)
     replies = complete_all(endpoint, prompts, out + ".replies.jsonl", workers)
     lines, unusable, silent = [], 0, 0
-    for key, (entry, example) in zip(keys, pairs, strict=True):
+    for key, example in zip(keys, examples, strict=True):
         reply = replies.get(key)
-        audios = [os.path.relpath(example.audio, new_folder)] if example.audio else []
         if reply is None:
             silent += 1
         elif kind == "answers":
-            messages = [entry["messages"][0], {"role": "assistant", "content": reply["answer"]}]
-            lines.append(entry | {"messages": messages, "audios": audios})
+            lines.append(rewritten(example, new_folder, answer=reply["answer"]))
         else:
             worse = reply["bad_answer"].strip()
             if not reply["usable"] or not worse or worse == example.answer.strip():
                 unusable += 1
             else:
-                lines.append(entry | {"audios": audios, "rejected_response": worse})
+                lines.append(rewritten(example, new_folder, rejected=worse))
     return write_lines(lines, out), unusable, silent
