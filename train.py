@@ -265,7 +265,7 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
         if f"{part}." not in settings.trains:
             this_run[part] = fingerprint(getattr(model, part))
     checkpoints.check_same_run(state, this_run, args.out)
-    summary = plan.summary(args.stage, settings, steps, examples)
+    summary = plan.summary(args.stage, settings, steps, examples, args.dropout)
     group.print(summary)
     if state is not None and state.get("summary", summary) != summary:  # wanted, or forgotten options
         group.print(f"the run began with another plan: {state['summary']}")

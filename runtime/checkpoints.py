@@ -8,12 +8,11 @@ they are data all the same.
 import glob
 import os
 import re
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from runtime.errors import UserError, first_line
+from runtime.errors import UserError, first_line, tell
 from runtime.files import write_file
 
 KEEP = 2  # the last ones: should a disk lose the newest, the one before goes on from a little earlier
@@ -35,7 +34,8 @@ def write_state(state, out, step):
         write_file(os.path.join(out, f"state-{step:07}.pt"), write)
     except UserError as e:
         raise UserError(f"{e}; older checkpoints are kept") from None
-    for old in list_states(out)[:-KEEP]:
+    # and what a process that was killed while it wrote has left half
+    for old in list_states(out)[:-KEEP] + glob.glob(os.path.join(glob.escape(out), ".state-*.tmp")):
         os.remove(old)
 
 
@@ -75,7 +75,7 @@ class StateWriter:
             try:
                 self.last.result()
             except UserError as e:  # there may be room again
-                print(f"{e}; trying again", file=sys.stderr)
+                tell(f"{e}; trying again")
                 write_state(*self.copy)
             self.last = self.copy = None
 
@@ -140,7 +140,7 @@ def state_to_go_on_from(out, group, resume, restart):
             try:
                 found[path] = read_state(path)
             except UserError as e:  # a disk may have lost it, and not the one before
-                print(e, file=sys.stderr)
+                tell(e)
                 damaged.append(path)
                 continue
             for newer in damaged:  # the run takes another way now: they must not count as its last ones

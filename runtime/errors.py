@@ -6,6 +6,7 @@ not look like one of theirs.
 """
 
 import argparse
+import contextlib
 import errno
 import os
 import sys
@@ -13,6 +14,12 @@ import sys
 
 class UserError(Exception):
     """Something the user can put right: shown as one line, exit status 2."""
+
+
+def tell(text):
+    """A line on stderr.  Where nobody reads it any more (a closed terminal) nothing else is lost."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def first_line(error):
@@ -61,14 +68,19 @@ def exit_status(program, run):
     except UnicodeEncodeError as e:  # a name or a question that came as bytes
         why = f"not UTF-8: {e.object!r}"
     except OSError as e:
-        if e.errno not in (errno.EPIPE, errno.EIO, errno.ENOSPC):
+        if e.errno not in (errno.EPIPE, errno.EIO, errno.ENOSPC, errno.EDQUOT):
             raise
+        with contextlib.suppress(OSError):  # what was printed before a file failed
+            sys.stdout.flush()
         # nothing may be left for Python to flush at its end, which would fail once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if e.errno in (errno.EPIPE, errno.EIO):  # `| head` has seen enough; a closed terminal
+        if e.errno == errno.EPIPE:  # `| head` has seen enough
             return 0
-        why = "the output cannot be written: no space left"
-    print(f"{program}: {why}", file=sys.stderr)
+        what = "the output cannot be written"
+        if e.errno == errno.EIO:  # a damaged disk, or a terminal that was closed
+            what = "a file cannot be read, or the output not be written"
+        why = f"{what}: {e.strerror.lower()}"
+    tell(f"{program}: {why}")
     return 2
 
 

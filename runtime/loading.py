@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from data import BatchBuilder, parse_example, window_seconds
-from runtime.errors import CANNOT_BE_USED, UserError, unusable
+from runtime.errors import CANNOT_BE_USED, UserError, tell, unusable
 from runtime.files import write_file
 from runtime.manifests import decode_entry, open_manifest, scan, starts_a_list, where_in
 from runtime.processes import ignore_signals
@@ -181,14 +181,16 @@ def record_skipped(group, out, skipped, seen, limit, n):
     seen: ids, kept by rank 0; each counts once, for a broken clip is met again in every epoch.  Raises
     UserError when they are more than the share `limit` of n examples, and more than one unless limit is 0.
     """
-    everything = itertools.chain.from_iterable(group.gather(skipped))
+    everything = {entry["id"]: entry for entry in itertools.chain.from_iterable(group.gather(skipped))}
 
     def write():
-        with open(os.path.join(out, "skipped.jsonl"), "a", encoding="utf-8") as f:
-            for entry in everything:
-                if entry["id"] not in seen:
-                    seen.add(entry["id"])
-                    f.write(json.dumps(entry) + "\n")
+        new = [entry for id, entry in everything.items() if id not in seen]
+        seen.update(everything)
+        try:
+            with open(os.path.join(out, "skipped.jsonl"), "a", encoding="utf-8") as f:
+                f.writelines(json.dumps(entry) + "\n" for entry in new)
+        except OSError as e:  # a full disk: the ids are in the checkpoints as well
+            tell(f"{out}/skipped.jsonl: cannot be written ({e.strerror})")
         return len(seen)
 
     n_unusable = group.first_only(write)

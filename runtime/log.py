@@ -4,11 +4,11 @@ import contextlib
 import json
 import math
 import os
-import sys
 import time
 
 from tqdm import tqdm
 
+from runtime.errors import tell
 from runtime.files import write_file
 
 
@@ -55,12 +55,13 @@ class Log:
             self.file.write(json.dumps(entry) + "\n")
             try:
                 self.file.flush()  # to be watched while the run goes on
-            except OSError as e:  # no reason to stop
-                self.bar.write(f"log.jsonl cannot be written ({e.strerror})", file=sys.stderr)
+            except OSError as e:  # a full disk is no reason to stop
+                tell(f"log.jsonl cannot be written ({e.strerror})")
         if self.board:
             for name, value in entry.items():
                 if isinstance(value, (int, float)) and name != "step":
-                    self.board.add_scalar(name, value, entry["step"])
+                    with contextlib.suppress(OSError):  # as above, and told there
+                        self.board.add_scalar(name, value, entry["step"])
 
     def write_step(self, **entry):
         """The line of a step; the bar shows the same, the loss as a running mean of some 50 steps.
@@ -77,8 +78,10 @@ class Log:
             before = loss if self.smoothed is None else self.smoothed
             self.smoothed = before + (loss - before) / min(entry["step"], 50)
         shown = {"loss": self.smoothed, "norm": norm, "lr": entry["lr"], "hours": entry["hours"]}
-        self.bar.set_postfix(shown, skipped=entry["skipped"], refresh=False)
-        self.bar.update()
+        # the terminal may be closed, or `| tee` have died of the same Ctrl-C: the step is to be saved first
+        with contextlib.suppress(OSError):
+            self.bar.set_postfix(shown, skipped=entry["skipped"], refresh=False)
+            self.bar.update()
 
     def __enter__(self):
         return self

@@ -17,11 +17,12 @@ def parts(settings):
     return ", ".join(settings.trains).replace(".", "")
 
 
-def summary(stage, settings, steps, examples):
-    """What a run begins with on the screen."""
+def summary(stage, settings, steps, examples, dropout=True):
+    """What a run begins with on the screen: all that decides what it learns."""
     what = f"stage {stage}: trains {parts(settings)} on {epoch_length(examples.shares)} examples"
     rate = f"learning rate {settings.lr:g} after {settings.warmup} steps"
-    return f"{what}, {steps} steps of {settings.batch}, {rate}, weight decay {settings.weight_decay:g}"
+    rest = f"weight decay {settings.weight_decay:g}" + ", augmented" * settings.augment
+    return f"{what}, {steps} steps of {settings.batch}, {rate}, {rest}" + ", no dropout" * (not dropout)
 
 
 def describe(args, model, settings, steps, examples, processes):

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from runtime.errors import UserError, first_line
+from runtime.errors import UserError, first_line, tell
 
 
 def pick_device(name=None):
@@ -148,9 +148,9 @@ def exit_process(code):
     """
     if "WORLD_SIZE" not in os.environ:
         sys.exit(code)
-    # os._exit drops what Python has buffered
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):  # os._exit drops what Python has buffered
+        with contextlib.suppress(OSError):  # closed
+            stream.flush()
     os._exit(code or 0)
 
 
@@ -158,6 +158,7 @@ def exit_process(code):
 # signals and locks
 
 
+PARENT = os.getppid()  # now: reading 8 billion parameters takes minutes, and torchrun may be gone by then
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -170,7 +171,7 @@ class StopSignal:
     """
 
     def __enter__(self):
-        self.caught, self.parent = False, os.getppid()
+        self.caught = False
         # a closed terminal sends SIGHUP, unless nohup has switched it off; torchrun hands it on all the same.
         # A shell switches SIGINT off for what it starts in the background: whoever sends it there means it
         off = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -185,7 +186,7 @@ class StopSignal:
 
     @property
     def received(self):
-        is_orphan = "WORLD_SIZE" in os.environ and os.getppid() != self.parent
+        is_orphan = "WORLD_SIZE" in os.environ and os.getppid() != PARENT
         return self.caught or is_orphan
 
     def __exit__(self, *error):
@@ -226,7 +227,7 @@ def locked(out, wait):
             raise UserError(f"{out}: {holder} is training here; --wait waits until it is gone") from None
         except OSError as e:
             why = f"this disk has no locks ({e.strerror})"
-            print(f"{out}: {why}: let no other run write here", file=sys.stderr)
+            tell(f"{out}: {why}: let no other run write here")
         if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
             break
         os.close(handle)  # it was removed while we waited: a lock that nobody else will find

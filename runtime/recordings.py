@@ -44,7 +44,8 @@ def load_audio(path, offset=0.0, duration=None, limit=None):
             wanted = available if limit is None else min(available, math.ceil(limit * rate))
             f.seek(start)
             audio = f.read(wanted, dtype="float32", always_2d=True)  # (samples, channels)
-    except (soundfile.LibsndfileError, OSError, TypeError) as e:  # TypeError: .raw has no header
+    # TypeError: .raw has no header; MemoryError: a damaged one claims to be years long
+    except (soundfile.LibsndfileError, OSError, TypeError, MemoryError) as e:
         raise UserError(f"{path}: cannot be read as audio ({getattr(e, 'error_string', e)})") from None
     if len(audio) < wanted:
         raise UserError(f"{path}: the file is cut short ({len(audio)} of {wanted} samples)")

@@ -143,6 +143,18 @@ def test_the_word_data_before_the_samples_is_no_header(tmp_path, n_bytes):
         load_audio(str(path))
 
 
+def test_a_damaged_mp3_that_claims_to_be_years_long(tmp_path):
+    """The number of frames in LAME's header decides how much memory libsndfile's reader is given."""
+    path = tmp_path / "a.mp3"
+    soundfile.write(path, tone(8000), 16000)
+    data = bytearray(path.read_bytes())
+    at = data.find(b"Xing")
+    data[at + 8 : at + 12] = b"\xff\xff\xff\x7f"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="cannot be read as audio"):
+        load_audio(str(path))
+
+
 def test_mel_is_whispers_clip_by_clip():
     c = PRESETS["tiny"]
     rng = np.random.default_rng(0)

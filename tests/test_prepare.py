@@ -508,6 +508,15 @@ def test_check_finds_what_is_wrong(tmp_path, corpora, capsys):
     assert main(["check", str(tmp_path / "none.jsonl")]) == 2
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="reads /proc")
+def test_a_disk_that_cannot_be_read_is_no_success():
+    """Linux answers whoever reads its first page as it does for a bad sector: EIO."""
+    command = [sys.executable, "-m", "tools.prepare", "check", "/proc/self/mem"]
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 2 and "input/output error" in done.stderr.splitlines()[-1]
+
+
 def test_synthetic_sounds_differ_by_kind_and_by_draw():
     rng = random.Random(0)
     for kind in TOY_SOUNDS + TOY_INSTRUMENTS:

@@ -330,7 +330,10 @@ def test_the_command_line_overrides_the_row(one, toured, tmp_path, capsys):
     steps = math.ceil(0.2 * math.ceil(n / 5))
     said = capsys.readouterr().out
     assert f"on {n} examples, {steps} steps of 5" in said
-    assert f"learning rate 0.002 after {max(1, min(2, steps // 10))} steps, weight decay 0.5" in said
+    assert (
+        f"learning rate 0.002 after {max(1, min(2, steps // 10))} steps, weight decay 0.5, no dropout\n"
+        in said
+    )
     assert len(losses(f"{tmp_path}/stage2")) == steps
 
 
@@ -553,6 +556,37 @@ def test_signals_save_and_leave(one, toured, tmp_path, number, processes):
     assert main([*argv[:-4], "--max-steps", str(state["step"] + 1), "--resume"]) == 0
 
 
+def test_nobody_reads_what_a_run_prints(one, toured, tmp_path):
+    """Ctrl-C ends `| tee` too: what writes to it fails, and the run still goes on to its checkpoint."""
+    argv = arguments(toured, tmp_path, 1, "--init", f"{one}/stage0", "--max-steps", "100000")
+    process = start([argv], tmp_path)
+    log = tmp_path / "stage1" / "log.jsonl"
+
+    def n_steps():
+        return log.read_text().count("\n") if log.exists() else 0
+
+    wait_for(lambda: n_steps() >= 3, process)
+    process.stdout.close()
+    process.stderr.close()
+    before = log.stat().st_mtime
+    # the progress bar is drawn once a second: now it has failed more than once
+    wait_for(lambda: log.stat().st_mtime > before + 2.5, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    (path,) = list_states(tmp_path / "stage1")
+    assert read_state(path)["step"] == n_steps()
+
+
+def test_a_parent_that_died_before_the_loop_began(monkeypatch):
+    """torchrun may die while its workers still read their weights: they must not train on alone."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with StopSignal() as signals:
+        assert not signals.received
+    monkeypatch.setattr("runtime.processes.PARENT", os.getppid() + 1)  # what it was at the program's start
+    with StopSignal() as signals:
+        assert signals.received
+
+
 def test_signals_that_were_switched_off():
     """SIGHUP by nohup: the run goes on.  SIGINT by a shell, for background jobs: it stops the run."""
     before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGHUP, signal.SIGINT)}
@@ -700,8 +734,10 @@ def test_another_run_is_not_gone_on_with(one, toured, tmp_path, capsys, stage, m
     other[other.index("--out") + 1] = f"{tmp_path}/stage1"
     assert main([*other, *(word.format(toured=toured) for word in more)]) == 2
     assert says in capsys.readouterr().err
-    assert main([*argv, "--resume", "--lr", "0.002"]) == 0  # another rate is allowed, and told of
-    assert "began with another plan: " in capsys.readouterr().out
+    # another rate is allowed, and told of, as is a forgotten option
+    for more in (("--no-augment", "--stop-after", "1"), ("--lr", "0.002")):
+        assert main([*argv, "--resume", *more]) == 0
+        assert "began with another plan: " in capsys.readouterr().out
 
 
 def test_restart_removes_the_old_run_when_the_new_one_can_begin(one, toured, tmp_path):
@@ -892,6 +928,13 @@ def test_a_full_disk_keeps_the_older_checkpoint(tmp_path):
     assert os.listdir(out) == ["state-0000001.pt"] and read_state(list_states(out)[0])["step"] == 1
 
 
+def test_what_a_kill_left_half_written_goes(tmp_path):
+    for name in (".state-0000003.pt.tmp", ".lock"):
+        (tmp_path / name).write_bytes(b"half")
+    write_state({"step": 5}, str(tmp_path), 5)
+    assert sorted(os.listdir(tmp_path)) == [".lock", "state-0000005.pt"]
+
+
 def test_the_last_two_are_kept(tmp_path):
     for step in (5, 10, 15, 100):
         write_state(WHOLE | {"step": step}, str(tmp_path), step)
@@ -930,6 +973,17 @@ def test_unreadable_clips_are_skipped_counted_and_listed(one, toured, tmp_path):
         entries = [json.loads(line) for line in f]
     # two epochs and more: 40 examples in 6 steps, 38 of them usable
     assert sum(e["n"] for e in entries[:6]) == 38 and entries[-1]["skipped"] == 2
+
+
+def test_a_full_disk_and_an_unreadable_clip(one, toured, tmp_path, capsys):
+    """skipped.jsonl cannot be written: told, and no reason to lose the run."""
+    data, out = manifest_with(toured, tmp_path, 40, bad=(3,)), tmp_path / "stage1"
+    out.mkdir()
+    (out / "skipped.jsonl").symlink_to("/dev/full")
+    argv = arguments(toured, tmp_path, 1, "--init", f"{one}/stage0", "--epochs", "2")
+    assert main([*argv, "--data", data]) == 0
+    assert "skipped.jsonl: cannot be written (No space left" in capsys.readouterr().err
+    assert (out / "model.safetensors").exists()
 
 
 def test_too_many_bad_clips_stop_the_run(one, toured, tmp_path, capsys):
