@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import zlib
-from http.server import ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -158,10 +158,28 @@ def toured(tmp_path_factory, corpora):
     return out
 
 
+def chat(text):
+    """What a language model's server says, as bytes."""
+    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+
+
 @contextlib.contextmanager
-def served(handler):
-    """A server on this machine that `handler` answers for -> its URL."""
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+def served(answer):
+    """A local server -> its URL.  answer(path, key, body) -> status, bytes, perhaps a false length."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            status, data, *length = answer(self.path, self.headers.get("Authorization"), body)
+            self.send_response(status)
+            self.send_header("Content-Length", str(*length or [len(data)]))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{httpd.server_port}/v1"
     httpd.shutdown()

@@ -10,12 +10,11 @@ import re
 import shutil
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler
 
 import numpy as np
 import pytest
 import soundfile
-from conftest import read_lines, served
+from conftest import chat, read_lines, served
 
 from data import read_manifest
 from runtime.errors import UserError
@@ -796,21 +795,12 @@ def judge_server():
     """A judge's URL, and what it replies next: a score, or the status of a refusal."""
     replies, asked = [], []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            reply = replies.pop(0)
-            message = {"content": json.dumps({"score": reply})}
-            data = json.dumps({"choices": [{"message": message}]}).encode()
-            self.send_response(200 if reply <= 5 else reply)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+    def answer(path, key, body):
+        asked.append(body)
+        reply = replies.pop(0)
+        return 200 if reply <= 5 else reply, chat(json.dumps({"score": reply}))
 
-        def log_message(self, *args):
-            pass
-
-    with served(Handler) as url:
+    with served(answer) as url:
         yield url, replies, asked
 
 

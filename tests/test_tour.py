@@ -137,8 +137,7 @@ def test_toy_needs_no_data(tmp_path, capsys):
 
 
 def test_benchmark_speaks_the_benchmarks_formats(toured):
-    with open(f"{toured}/mmsu.jsonl") as f:
-        mmsu = [json.loads(line) for line in f]
+    mmsu = read_lines(f"{toured}/mmsu.jsonl")
     with open(f"{toured}/mmau.json") as f:
         mmau = json.load(f)
     assert mmsu and mmau and len(mmsu) + len(mmau) >= 40

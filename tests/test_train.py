@@ -102,12 +102,16 @@ def run(jobs, tmp_path, processes=1):
 
 
 def losses(folder):
-    with open(f"{folder}/log.jsonl") as f:
-        return [e["loss"] for e in map(json.loads, f) if "loss" in e]
+    return [e["loss"] for e in read_lines(f"{folder}/log.jsonl") if "loss" in e]
 
 
 def weights(folder):
     return load(str(folder), "cpu", torch.float32)[0].state_dict()
+
+
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -506,8 +510,7 @@ def test_ten_and_ten_steps_are_twenty(one, toured, tmp_path, stage, processes):
     assert main(make(halves)) == 2  # an unfinished run is not overwritten unasked
     assert main(make(halves, "--resume")) == 0
     assert losses(f"{whole}/stage{stage}") == losses(f"{halves}/stage{stage}")
-    a, b = weights(f"{whole}/stage{stage}"), weights(f"{halves}/stage{stage}")
-    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert same_weights(f"{whole}/stage{stage}", f"{halves}/stage{stage}")
     assert main(make(halves, "--resume")) == 0  # finished already: nothing happens
     assert losses(f"{halves}/stage{stage}") == losses(f"{whole}/stage{stage}")
 
@@ -522,8 +525,7 @@ def test_ten_and_ten_steps_are_twenty_with_two_processes(one, toured, tmp_path):
     run([with_dropout(argv) for argv in jobs], tmp_path, processes=2)
     for stage in (1, 3, 4):
         assert losses(tmp_path / f"whole/stage{stage}") == losses(tmp_path / f"halves/stage{stage}")
-        a, b = weights(tmp_path / f"whole/stage{stage}"), weights(tmp_path / f"halves/stage{stage}")
-        assert all(torch.equal(a[n], b[n]) for n in a)
+        assert same_weights(tmp_path / f"whole/stage{stage}", tmp_path / f"halves/stage{stage}")
 
 
 def test_two_processes_go_on_as_one(one, toured, tmp_path):
@@ -703,8 +705,7 @@ def test_a_damaged_checkpoint_leaves_the_one_before(one, toured, tmp_path, capsy
     assert main([*argv, "--resume"]) == 0
     out, err = capsys.readouterr()
     assert f"{last}: not a checkpoint" in err and "began with another plan" not in out
-    undisturbed, found = weights(f"{one}/stage1"), weights(tmp_path / "stage1")
-    assert all(torch.equal(value, found[name]) for name, value in undisturbed.items())
+    assert same_weights(f"{one}/stage1", tmp_path / "stage1")
     assert os.path.exists(f"{last}.bad")  # it is not the newest any more
 
 
@@ -787,11 +788,6 @@ def workers_of(torchrun):
     """Process ids of the workers that torchrun has now."""
     with open(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children") as f:
         return [int(pid) for pid in f.read().split()]
-
-
-def same_weights(a, b):
-    a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_torchrun_restarts_what_was_killed(one, toured, tmp_path):
@@ -947,8 +943,7 @@ def test_the_last_two_are_kept(tmp_path):
 
 def manifest_with(toured, tmp_path, n, bad):
     """The first n lines of stage 1, some of them pointing to files that cannot be read."""
-    with open(f"{toured}/stage1.jsonl") as f:
-        lines = [json.loads(line) for line in f][:n]
+    lines = read_lines(f"{toured}/stage1.jsonl")[:n]
     (tmp_path / "broken.wav").write_bytes(b"RIFF nothing")
     for i, line in enumerate(lines):
         line["audios"] = [os.path.abspath(os.path.join(toured, line["audios"][0]))]
@@ -964,13 +959,11 @@ def test_unreadable_clips_are_skipped_counted_and_listed(one, toured, tmp_path):
     options = ("--data", data, "--skip-limit", "0.1", "--max-steps", "14")
     argv = arguments(toured, tmp_path, 1, "--init", f"{one}/stage0", *options)
     assert main(argv) == 0
-    with open(tmp_path / "stage1/skipped.jsonl") as f:
-        skipped = [json.loads(line) for line in f]
+    skipped = read_lines(tmp_path / "stage1/skipped.jsonl")
     assert sorted(s["id"] for s in skipped) == [3, 8] and all(
         s["why"] and s["where"] == f"{data}:{s['id'] + 1}" for s in skipped
     )
-    with open(tmp_path / "stage1/log.jsonl") as f:
-        entries = [json.loads(line) for line in f]
+    entries = read_lines(tmp_path / "stage1/log.jsonl")
     # two epochs and more: 40 examples in 6 steps, 38 of them usable
     assert sum(e["n"] for e in entries[:6]) == 38 and entries[-1]["skipped"] == 2
 
@@ -1027,8 +1020,7 @@ def test_a_disk_without_locks_is_said_and_used(one, toured, tmp_path, capsys, mo
 
 def test_held_out_examples_are_read_as_the_stage_reads_its_own(one, toured, tmp_path):
     """The authors' files have the transcript and the answer to a question in one entry."""
-    with open(f"{toured}/stage1.jsonl") as f:
-        line = json.loads(f.readline())
+    line = read_lines(f"{toured}/stage1.jsonl")[0]
     clip = os.path.abspath(os.path.join(toured, line["audios"][0]))
     entry = {"audio_id": 1, "audio_filepath": clip, "transcription": line["messages"][1]["content"]}
     held = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
@@ -1048,8 +1040,7 @@ def test_not_finite_on_one_rank_stops_all(one, toured, tmp_path):
 
     Only the rank that has it sees NaN, all skip, none hangs.
     """
-    with open(f"{toured}/stage1.jsonl") as f:
-        lines = [json.loads(line) for line in f][:8]
+    lines = read_lines(f"{toured}/stage1.jsonl")[:8]
 
     # samples that are finite in the file and overflow in the mel: the clip passes every check of the reader
     signs = np.sign(np.random.default_rng(0).standard_normal(8000)).astype(np.float32)
@@ -1063,8 +1054,7 @@ def test_not_finite_on_one_rank_stops_all(one, toured, tmp_path):
     options = ("--data", str(tmp_path / "m.jsonl"), "--max-steps", "4")
     argv = arguments(toured, tmp_path, 1, "--init", f"{one}/stage0", *options)
     run([argv], tmp_path, processes=2)  # 8 examples, batch 7: one of two steps of an epoch has it
-    with open(tmp_path / "stage1/log.jsonl") as f:
-        entries = [json.loads(line) for line in f]
+    entries = read_lines(tmp_path / "stage1/log.jsonl")
     assert len(entries) == 4 and {e["bad"] for e in entries} == {0, 1}
     assert all(v.isfinite().all() for v in weights(tmp_path / "stage1").values())
 
@@ -1136,8 +1126,7 @@ def test_held_out_loss_is_fixed_and_shared_out(one, toured, tmp_path):
     assert main(argv) == 0
     curves = []
     for folder in (tmp_path / "stage2", two):
-        with open(folder / "log.jsonl") as f:
-            curves.append([e for e in map(json.loads, f) if "held_out" in e])
+        curves.append([e for e in read_lines(folder / "log.jsonl") if "held_out" in e])
     assert [e["step"] for e in curves[0]] == [2, 4]
     for a, b in zip(*curves, strict=True):
         assert math.isclose(a["held_out"], b["held_out"], rel_tol=1e-5)

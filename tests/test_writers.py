@@ -1,15 +1,18 @@
 """Speech from text by real engines, and answers from a language model behind a real, misbehaving server."""
 
+import hashlib
 import json
 import os
 import pathlib
 import shutil
-import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 
 import pytest
 import soundfile
+from conftest import chat, served
 
 from data import read_manifest
 from tools import endpoint
@@ -17,8 +20,7 @@ from tools.prepare import main
 from tools.spoken_questions import INSTRUCTIONS, TEXTS
 from tools.writer import strict_object
 
-STUB = os.path.join(os.path.dirname(__file__), "stub_llm.py")
-
+TROUBLE = ("garbage", "429", "500", "hang", "half", "fields")  # of a server that misbehaves
 FILES = {  # a few entries of each text corpus in its published form
     "alpaca": (
         "a.json",
@@ -111,14 +113,39 @@ def test_bad_speech(tmp_path, capsys, corpora):
 
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
-    """The stub's URL and the file of what it was asked; retries without long pauses."""
-    log = tmp_path / "asked.jsonl"
-    process = subprocess.Popen([sys.executable, STUB, str(log)], stdout=subprocess.PIPE, text=True)
+    """A language model's URL and the file of what it was asked; retries without long pauses.
+
+    Every question is answered rightly at its fourth asking at the latest; before that it gets garbage, 429,
+    500, a hang or half a line, in turns.
+    """
+    log, asked, lock = tmp_path / "asked.jsonl", Counter(), threading.Lock()
+
+    def answer(path, key, body):
+        system, user = (message["content"] for message in body["messages"])
+        with lock, open(log, "a") as f:
+            asked[user] += 1
+            n = asked[user]
+            f.write(json.dumps({"user": user, "system": system, "model": body["model"], "key": key}) + "\n")
+        start = int(hashlib.sha256(user.encode()).hexdigest(), 16)
+        trouble = TROUBLE[(start + n) % len(TROUBLE)] if n <= start % 4 else None
+        worse = f"A wrong one ({len(user)})."
+        good = {"bad_answer": worse, "explanation": "one fact", "usable": "unusable" not in user}
+        if '"answer"' in system:
+            good = {"answer": "It is so."}
+        if trouble == "garbage":
+            return 200, chat("Sure! Here is your answer: bad")
+        if trouble == "hang":
+            time.sleep(3)
+        if trouble == "half":
+            return 200, b'{"choices": [{"mess', 500
+        if trouble in ("429", "500"):
+            return int(trouble), b""
+        return 200, chat(json.dumps(good | {"more": 1} if trouble == "fields" else good))
+
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123")
     monkeypatch.setattr(endpoint, "PAUSE", 0.02)
-    yield f"http://127.0.0.1:{process.stdout.readline().strip()}/v1", log
-    process.kill()
-    process.wait()
+    with served(answer) as url:
+        yield url, log
 
 
 def facts_manifest(folder, n, corpora):

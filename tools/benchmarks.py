@@ -128,9 +128,10 @@ def with_audio(path, stage=None):
         yield e
 
 
-def name_of(example):
-    """An example's id: file and line, the same however the path to the file is written."""
-    return os.path.basename(example.where)
+def question_of(e, prompt, group):
+    """An Example as a Question; its id is file and line, the same however the path to the file is written."""
+    where = {"offset": e.offset, "duration": e.duration}
+    return Question(os.path.basename(e.where), e.audio, prompt, e.answer, groups=(group,), **where)
 
 
 def read_asr(path, root):
@@ -148,9 +149,7 @@ def read_asr(path, root):
             yield Question(key, os.path.join(root, wav), ASR_QUESTION, texts[key])
         return
     for e in with_audio(path, 1):
-        groups = (("corpus", e.dataset or "-"),)
-        where = {"offset": e.offset, "duration": e.duration}
-        yield Question(name_of(e), e.audio, ASR_QUESTION, e.answer, groups=groups, **where)
+        yield question_of(e, ASR_QUESTION, ("corpus", e.dataset or "-"))
 
 
 TRANSCRIPTS = "asr"  # the task whose answers also have a word error rate, for each corpus
@@ -159,8 +158,7 @@ TRANSCRIPTS = "asr"  # the task whose answers also have a word error rate, for e
 def read_exact(path, root):
     for e in with_audio(path):
         task = f"{TRANSCRIPTS} {e.dataset or '-'}" if e.task == TRANSCRIPTS else e.task or "all"
-        where = {"offset": e.offset, "duration": e.duration}
-        yield Question(name_of(e), e.audio, e.question, e.answer, groups=(("task", task),), **where)
+        yield question_of(e, e.question, ("task", task))
 
 
 def is_transcript(q):

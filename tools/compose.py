@@ -28,25 +28,8 @@ def write_clip(audio, path):
     soundfile.write(path, audio.clip(-1, 1), SAMPLE_RATE)
 
 
-def loop(sound, n, voice, decibels):
-    """A sound repeated or cut to n samples, so loud that `voice` is so many decibels above it."""
-
-    def rms(x):
-        return float(np.sqrt(np.mean(x**2)) + 1e-5)
-
-    return np.tile(sound, -(-n // len(sound)))[:n] * (rms(voice) / rms(sound) * 10 ** (-decibels / 20))
-
-
-def lay_under(voice, sound, rng, low=-6.0, high=9.0):
-    """The sound behind a voice that is low..high dB louder -> samples (n,), where the voice starts, dB."""
-    n = max(len(voice) + int(rng.uniform(0.2, 1.5) * SAMPLE_RATE), min(len(sound), int(3.5 * SAMPLE_RATE)))
-    start, decibels = rng.randint(0, n - len(voice)), rng.uniform(low, high)
-    return loop(sound, n, voice, decibels), start, decibels
-
-
-def louder(decibels):
-    """Which is louder, as a fact, of a voice so many decibels above a sound; none below 2."""
-    return {"louder": "the voice" if decibels > 0 else "the background"} if abs(decibels) >= 2 else {}
+def rms(audio):
+    return float(np.sqrt(np.mean(audio**2)) + 1e-5)
 
 
 def compose(clips, rng, path):
@@ -71,11 +54,16 @@ def mix(speech, sound, rng, path, low=-6.0, high=9.0, seconds=8.0):
     """
     voice, notes = load_audio(speech.path, limit=seconds)
     under = load_audio(sound.path, limit=seconds)[0]
-    mixed, start, ratio = lay_under(voice, under, rng, low, high)
+    n = max(len(voice) + int(rng.uniform(0.2, 1.5) * SAMPLE_RATE), min(len(under), int(3.5 * SAMPLE_RATE)))
+    start, ratio = rng.randint(0, n - len(voice)), rng.uniform(low, high)
+    # the sound repeated or cut to n samples, so loud that the voice is `ratio` dB above it
+    mixed = np.tile(under, -(-n // len(under)))[:n] * (rms(voice) / rms(under) * 10 ** (-ratio / 20))
     mixed[start : start + len(voice)] += voice
     write_clip(level(mixed, rng), path)
     said = {kind: fact for kind, fact in speech.facts.items() if kind != "words"} if notes else speech.facts
-    facts = said | {"background": sound.facts["sound"]} | louder(ratio)
+    facts = said | {"background": sound.facts["sound"]}
+    if abs(ratio) >= 2:
+        facts["louder"] = "the voice" if ratio > 0 else "the background"
     return Clip(path, "mixtures", facts)
 
 

@@ -48,9 +48,8 @@ from tools.benchmarks import (
     wilson,
     word_errors,
 )
-from tools.checks import check_text
 from tools.judge import TIMES, judge, report_judged
-from tools.questions import append_lines, seconds_of, write_lines, write_text
+from tools.questions import append_lines, check_text, seconds_of, write_lines, write_text
 from tools.writer import Endpoint
 from weights import load
 
@@ -175,14 +174,8 @@ def answer_all(group, model, tokenizer, questions, known, journal, settings, bat
         write_text("\n".join(whole) + "\n", journal)  # without the half line that a kill may have left
     todo = [q for q in questions if q.id not in mine]
     todo.sort(key=lambda q: (q.duration or seconds_of(q.audio) or 0.0, len(q.prompt)))
-    options = Options(
-        answer_length=settings["answer_length"],
-        block=settings["block"],
-        steps=settings["steps"],
-        factor=settings["factor"],
-        threshold=settings.get("threshold"),
-        cache=settings["cache"],
-    )
+    how = ("answer_length", "block", "steps", "factor", "threshold", "cache")
+    options = Options(**{name: settings.get(name) for name in how})
     right, scored = 0, 0
 
     def keep(lines):
@@ -556,8 +549,6 @@ def write_results(args, questions, lines, summary):
 
 def run(args):
     bench, subset = BENCHMARKS[args.benchmark], subset_of(args.file)
-    if not os.path.exists(args.file):
-        raise UserError(f"{args.file}: no such file")
     args.out = args.out and args.out.removesuffix(".answers.jsonl")
     settings = answer_settings(args)
     questions = read_questions(args)

@@ -26,11 +26,11 @@ from model import PRESETS
 from runtime.errors import Parser, UserError, exit_status, number
 from runtime.files import check_out
 from runtime.manifests import ASR_QUESTION, read_entries
-from tools.checks import check_text
 from tools.corpora import CORPORA, read_corpus
 from tools.questions import (
     DOMAINS,
     TASKS,
+    check_text,
     choice_line,
     choices_in,
     domain_of,

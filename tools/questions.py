@@ -1,6 +1,6 @@
 """Clips -> questions about them: the lines of manifests.
 
-A question is a row of TASKS: the fact it asks about, wordings, full answers.  Everything else is
+A question is a row of TASKS, named after the fact it asks about: wordings, full answers.  Everything else is
 shared: which questions a clip allows, multiple choice, preference pairs, writing.
 All that is drawn is drawn from an `rng` that the caller gives: the same seed writes the same bytes.
 """
@@ -30,24 +30,22 @@ from tools.prompts import LETTERS, capital, format_choices, mmau_prompt, mmsu_pr
 
 @dataclass(frozen=True)
 class Task:
-    kind: str  # the fact it asks about
     questions: tuple
     long: tuple = ()  # full-sentence answers; the short one is the fact itself
     labels: bool = True  # the answers form a set that multiple choice can draw from
 
 
-def task_of(kind, questions, long="", labels=True):
+def task_of(questions, long="", labels=True):
     """A Task of texts that hold several questions or full answers, each of which ends in "?" or "."."""
 
     def apart(text):
         return tuple(re.findall(r"[^?. ][^?.]*[?.]", text))
 
-    return Task(kind, apart(questions), apart(long), labels)
+    return Task(apart(questions), apart(long), labels)
 
 
 TASKS = {
     "asr": task_of(
-        "words",
         f"{ASR_QUESTION} Write down what is said. What is being said in this recording? "
         "Turn the speech into text. Give the exact words of the speaker. Which words can be heard? "
         "Write out the spoken words. What does the speaker say? What is said? "
@@ -61,132 +59,103 @@ TASKS = {
         labels=False,
     ),
     "digit": task_of(
-        "digit",
         "Which digit is spoken? What digit is spoken? What number is said? Which number do you hear? "
         "What digit do you hear? Name the digit. Which digit is it? What number does the speaker say?",
         "The speaker says {}. The digit is {}.",
     ),
     "word": task_of(
-        "word",
         "Which word is spoken? What word is said? What word do you hear? Which word does the speaker say? "
         "What is the spoken word? Name the word. What single word is this?",
         "The speaker says {}. The word is {}.",
     ),
     "sound": task_of(
-        "sound",
         "What sound is this? Which sound do you hear? What makes this sound? Name the sound. "
         "What can be heard in the recording? What is the source of the sound? Identify the sound. "
         "Which environmental sound is it? What is making the noise? What kind of sound is this?",
         "This is the sound of {}. I hear {}.",
     ),
     "instrument": task_of(
-        "instrument",
         "Which instrument or object is it? What instrument or object do you hear? "
         "What object makes this sound? What is being played or struck? Name the instrument or object. "
         "Which instrument do you hear? What makes this sound? What is the source of the sound?",
         "This is the sound of {}. I hear {}.",
     ),
     "emotion": task_of(
-        "emotion",
         "What emotion? How does the speaker feel? Which emotion does the voice express? "
         "What is the speaker's emotion? How does the voice sound? What mood is the speaker in? "
         "Describe the speaker's emotion. What feeling do you hear? In what emotional state is the speaker?",
         "The speaker sounds {}. The voice is {}.",
     ),
     "intensity": task_of(
-        "intensity",
         "How strong is the emotion? Is the emotion normal or strong? What is the emotional intensity? "
         "How intense is the feeling?",
         "The emotion is {}.",
     ),
     "sex": task_of(
-        "sex",
         "Is the speaker male or female? Is this a man or a woman? What is the speaker's sex? "
         "Who speaks, a man or a woman? Is the voice male or female? What is the gender of the speaker?",
         "The speaker is {}. The voice is {}.",
     ),
     "age": task_of(
-        "age",
         "Is the speaker a child or an adult? Do you hear a child or an adult? "
         "Who speaks, a child or an adult? Is this the voice of a child or of an adult? Child or adult? "
         "How old does the speaker sound?",
         "The speaker is {}.",
     ),
-    "speaker": task_of(
-        "speaker",
-        "Who is speaking? Which speaker is it? Name the speaker.",
-        "The speaker is {}.",
-    ),
+    "speaker": task_of("Who is speaking? Which speaker is it? Name the speaker.", "The speaker is {}."),
     "accent": task_of(
-        "accent",
         "What accent does the speaker have? Which accent do you hear? Where is the speaker's accent from?",
         "The accent is {}.",
     ),
     "nationality": task_of(
-        "nationality",
         "Which nationality is the speaker likely to have? Where does the speaker come from?",
         "The speaker comes from {}.",
     ),
     "genre": task_of(
-        "genre",
-        "What genre of music is this? Which genre is the music? Name the musical genre.",
-        "The music is {}.",
+        "What genre of music is this? Which genre is the music? Name the musical genre.", "The music is {}."
     ),
     "caption": task_of(
-        "caption",
         "Describe the recording. Describe the audio in a sentence. What is going on in this clip? "
         "Summarise what can be heard.",
         labels=False,
     ),
     "description": task_of(
-        "description",
         "Describe the recording. Describe everything you hear. Describe the audio in a sentence. "
         "Say in one sentence who or what can be heard, and how. Summarise what can be heard. "
         "Give a full description of the recording.",
         labels=False,
     ),
     "background": task_of(
-        "background",
         "What sound is in the background? What do you hear behind the speech? "
         "What is the background noise? Which sound is under the voice? "
         "Beside the voice, what can be heard?",
         "In the background there is {}.",
     ),
     "louder": task_of(
-        "louder",
         "Which is louder, the voice or the background? Is the voice or the background louder? "
-        "What is louder, speech or background?",
+        "What is louder, speech or background?"
     ),
     "speed": task_of(
-        "speed",
         "Does the speaker talk slowly or fast? How fast is the speech? Is the speech slow or fast?",
         "The speech is {}.",
     ),
     "any": task_of(
-        "any",
         "What do you hear? What is in this recording? What is this? What can you hear? "
         "Describe what you hear. What is happening in the audio? Listen and answer: what is it?",
         labels=False,
     ),
     "first": task_of(
-        "first",
         "Which digit comes first? What is the first digit? Name the first digit you hear.",
         "The first digit is {}.",
     ),
     "last": task_of(
-        "last",
         "Which digit comes last? What is the last digit? Name the last digit you hear.",
         "The last digit is {}.",
     ),
     "count": task_of(
-        "count",
-        "How many digits are spoken? How many digits do you hear? Count the digits.",
-        "There are {} digits.",
+        "How many digits are spoken? How many digits do you hear? Count the digits.", "There are {} digits."
     ),
-    "layer": task_of(
-        "layer",
-        "Is this speech or a sound? Do you hear speech or a sound? Speech or sound?",
-    ),
+    "layer": task_of("Is this speech or a sound? Do you hear speech or a sound? Speech or sound?"),
 }
 IN_A_SENTENCE = (" Answer in a full sentence.", " Answer in a sentence.", " Say it in a full sentence.")
 SELDOM = {"layer": 0.3, "speaker": 0.5, "any": 0.7, "description": 0.7}  # how often one is asked, others: 1
@@ -200,9 +169,11 @@ A_OR_AN = {"child": "a child", "adult": "an adult"}  # how a label stands in a s
 
 
 def derived(facts):
-    """A clip's facts and what follows from them: digit, word, first, last, count, layer, any, description."""
+    """A clip's facts and what follows from them: asr, digit, word, first, last, count, layer, any ..."""
     facts = dict(facts)
     words = facts.get("words", "").split()
+    if "words" in facts:
+        facts["asr"] = facts["words"]
     description = description_of(facts)
     if description:
         facts["description"] = description
@@ -327,11 +298,7 @@ def description_of(facts):
 def askable(clip, tasks=None):
     """[(task, fact)] of all questions that a clip allows."""
     facts = derived(clip.facts)
-    found = []
-    for name, row in TASKS.items():
-        if row.kind in facts and (tasks is None or name in tasks):
-            found.append((name, facts[row.kind]))
-    return found
+    return [(task, facts[task]) for task in TASKS if task in facts and (tasks is None or task in tasks)]
 
 
 def draw_question(clip, rng, tasks=None, sentences=0.12):
@@ -532,6 +499,14 @@ def line_of(clip, task, question, answer, out):
     if clip.offset:
         line["offset"] = clip.offset
     return line
+
+
+def check_text(entry, where):
+    r"""Refuses half of a surrogate pair: JSON can spell it, "\ud800", but no file can hold it."""
+    try:
+        json.dumps(entry, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):  # the latter of lists in lists without end
+        raise UserError(f"{where}: holds half a character, or too many lists in lists") from None
 
 
 def append_lines(lines, path):

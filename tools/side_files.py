@@ -69,10 +69,7 @@ def librispeech_side(folder):
     """*.trans.txt and SPEAKERS.TXT -> {utterance: words}, {speaker: sex}."""
     words, sexes = {}, {}
     for path in find(folder, "*.trans.txt"):
-        with open(path, encoding="utf-8") as f:
-            for line in f:
-                utterance, _, text = line.partition(" ")
-                words[utterance] = text.strip().lower()
+        words |= {utterance: text.lower() for utterance, text in read_kaldi(path).items()}
     for path in find(folder, "SPEAKERS.TXT"):
         with open(path, encoding="utf-8") as f:
             for line in f:

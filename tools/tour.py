@@ -168,10 +168,7 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
     if not trained_on:
         raise UserError(f"{audio}: holds clips for testing alone")
     held_out = {c.path for c in rng.sample(trained_on, max(1, len(trained_on) // 60))}
-    folder, here = (
-        os.path.join(out, "clips"),
-        os.path.join(out, "manifest"),
-    )  # paths are relative to the manifests
+    folder, here = f"{out}/clips", f"{out}/manifest"  # paths are relative to the manifests
     for name in MANIFESTS:  # of an earlier run, whose clips are written over from here on
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(out, name))
@@ -194,10 +191,9 @@ def tour(audio, out, seed=0, n_strings=3000, text=None, speech=None):
         drawn for it.  A child's clip that is drawn for something else may still be asked.
         """
         for kind, n in BALANCE.items():
-            tasks = [t for t, row in TASKS.items() if row.kind == kind]
             asked = [c for c in train if kind != "sex" or c.facts.get("age") != "child"]
             for clip in draw_balanced(asked, kind, int(n * share * scale), r):
-                yield clip, tasks
+                yield clip, [kind]
 
     def questions(pairs, r):
         for clip, tasks in pairs:
