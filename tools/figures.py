@@ -1,6 +1,6 @@
 """Pictures by command.
 
-    python -m tools.figures all                                        # what assets/ has, all anew
+    python -m tools.figures all                                        # the first four below
     python -m tools.figures architecture                               # assets/architecture.svg
     python -m tools.figures stages                                     # assets/stages.svg, from train.STAGES
     python -m tools.figures answer assets/demo/digits.wav "What is said?"   # assets/answer.svg, animated
@@ -314,7 +314,7 @@ DEMO_QUESTION = (os.path.join("assets", "demo", "digits.wav"), "What is said?")
 
 
 def draw_all():
-    """Everything that assets/ has but the picture of the web page."""
+    """The pictures in assets/ that need nothing but this project: all but accuracy.png and page.png."""
     write_svg(architecture(), "assets/architecture.svg")
     write_svg(stages(), "assets/stages.svg")
     write_svg(draw_answer(*watch(*DEMO_QUESTION, "tiny")), "assets/answer.svg")
@@ -324,7 +324,7 @@ def draw_all():
 def main(argv=None):
     parser = Parser(prog="figures", description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    kinds.add_parser("all", help="what assets/ has, all anew; run where assets/ is")
+    kinds.add_parser("all", help="architecture, stages, answer and heatmap in assets/; run where assets/ is")
     kind = kinds.add_parser("curves", help="logged losses of training runs")
     kind.add_argument("folders", nargs="+", metavar="FOLDER", help="of a run, with its log.jsonl")
     kind.add_argument("--out", default="curves.png")

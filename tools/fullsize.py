@@ -1,9 +1,9 @@
 """The dress rehearsal: diffa2 at full size with random weights.
 
 Files with the names, shapes and formats of LLaDA-8B-Instruct (6 shards, 16.03 GB), Whisper-large-v3's
-encoder and DIFFA-2's pytorch_model.bin, loaded by the ordinary path; parameter counts held against the
-paper's Table B.3; one clip answered.  Random weights mean nothing: the answer is noise.  What it proves
-is shapes, memory and speed.
+encoder and DIFFA-2's pytorch_model.bin, loaded by the ordinary path; parameter counts held against those
+that the paper's Table B.3 rounds; one clip answered.  Random weights mean nothing: the answer is noise.
+What it proves is shapes, memory and speed.
 """
 
 import functools
@@ -33,7 +33,7 @@ from weights import load
 
 MARK = "random_weights"  # an empty file in a folder that the rehearsal has filled
 LLADA_BYTES, SHARDS = 16_031_162_368, 6  # model.safetensors.index.json of GSAI-ML/LLaDA-8B-Instruct
-TABLE_B3 = {  # parameters
+TABLE_B3 = {  # parameters; its backbone has 8.03 billion there, which seems to count LoRA too
     "encoder": 636_968_960,
     "semantic": 36_392_448,
     "acoustic": 47_892_992,

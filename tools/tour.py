@@ -333,9 +333,10 @@ def benchmark(clips, pools, n, rng, out):
 def train_tokenizer(lines, vocab=2000):
     """Byte-level BPE on the prompts, answers and sentences of `lines`, with LLaDA's special tokens.
 
-    Labels count fifty times, with a space and without, in capitals and not, so that a label is one token:
-    tokens decoded together are drawn independently.  What every prompt says in the same words is one
-    token too, a small model has no positions to waste; so is a choice's letter with its dot.
+    Labels count 15 times in each of three spellings (in front of a sentence, within it, in small letters), so
+    that a label is one token: tokens decoded together are drawn independently.  What every prompt says in the
+    same words is one token too, for a small model has no positions to waste; so is a choice's letter with
+    its dot.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
