@@ -141,12 +141,14 @@ def address(small_folder, tmp_path_factory):
         yield url
 
 
-def inputs(clip, question="What is said?", sampler="steps", steps=8, length=16, block=8, compare=False):
+def inputs(
+    clip, question="What is said?", sampler="steps", steps=8, length=16, block=8, compare=False, seed=0
+):
     """What the page sends when Ask is pressed."""
     from gradio_client import handle_file
 
     clip = handle_file(clip) if isinstance(clip, str) else clip
-    return clip, question, 0, sampler, 1.0, steps, 0.9, length, block, "none", 0.0, compare
+    return clip, question, seed, sampler, 1.0, steps, 0.9, length, block, "none", 0.0, compare
 
 
 def new_client(address):
@@ -186,6 +188,7 @@ def test_a_client_gets_the_answer_call_by_call(address, small_folder, tmp_path):
         ("question", "the question is empty"),
         ("block", "answer length 16 is not a multiple of block 5"),
         ("number", "a number under Advanced is missing"),
+        ("seed", "the seed is missing"),
     ],
 )
 def test_bad_input_is_a_message(address, tmp_path, what, message):
@@ -206,6 +209,8 @@ def test_bad_input_is_a_message(address, tmp_path, what, message):
         job["block"] = 5
     elif what == "number":
         job["steps"] = None
+    elif what == "seed":
+        job["seed"] = None
     with pytest.raises(Exception, match=re.escape(message)) as raised:
         new_client(address).predict(*inputs(**job), api_name="/ask")
     assert "Traceback" not in str(raised.value) and str(tmp_path) not in str(raised.value)

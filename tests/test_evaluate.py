@@ -724,6 +724,8 @@ def test_lmms_eval_adapter(small_folder):
         {"audio": {"array": rng.uniform(-0.3, 0.3, n), "sampling_rate": rate}}
         for n, rate in ((16000, 16000), (4000, 8000), (24000, 16000))
     ]
+    with pytest.raises(TypeError, match="anwser_length"):  # nothing misspelt is passed over
+        evaluate.LmmsEval(pretrained=small_folder, anwser_length=16)
     lm = evaluate.LmmsEval(pretrained=small_folder, batch_size=2, answer_length=16, block=16)
     lm.task_dict = {"t": {"test": docs}}
     requests = [

@@ -12,13 +12,14 @@ import torch
 from conftest import read_lines
 
 from data import build_prompt, prompt_text, read_manifest
+from runtime.fresh import build
 from runtime.variations import imitate_audio
 from tools import imitated
 from tools.corpora import DIGITS, Clip, read_corpus
 from tools.prepare import main
 from tools.questions import askable
 from tools.tour import TOUR, sentences_of, tour
-from weights import load_tokenizer
+from weights import load_tokenizer, save
 
 
 def test_tour_never_trains_on_the_test_split(toured, corpora):
@@ -206,6 +207,14 @@ def test_strings_in_text(toured):
     """A string of words is its own answer."""
     strings = [e for e in read_manifest(f"{toured}/stage0.jsonl", 0) if e.dataset == "strings_in_text"]
     assert strings and all(e.answer == e.facts["words"] and 1 <= len(e.answer.split()) <= 8 for e in strings)
+
+
+def test_an_autoregressive_model_reads_no_facts(toured, config, tokenizer, tmp_path, capsys):
+    model = build(dataclasses.replace(config, causal=True), seed=0)
+    model.stage = 0
+    save(model, tokenizer, str(tmp_path / "ar"), dtype=torch.float32)
+    assert imitated.main([f"{toured}/test.jsonl", "--model", str(tmp_path / "ar")]) == 2
+    assert "is autoregressive" in capsys.readouterr().err
 
 
 def test_questions_are_answered_from_facts(toured, tmp_path, capsys):
