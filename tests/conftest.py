@@ -170,9 +170,9 @@ def served(answer):
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            status, data, *length = answer(self.path, self.headers.get("Authorization"), body)
+            status, data, *false = answer(self.path, self.headers.get("Authorization"), body)
             self.send_response(status)
-            self.send_header("Content-Length", str(*length or [len(data)]))
+            self.send_header("Content-Length", str(false[0] if false else len(data)))
             with contextlib.suppress(OSError):  # who asked may have given up waiting
                 self.end_headers()
                 self.wfile.write(data)

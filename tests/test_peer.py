@@ -4,7 +4,9 @@ import dataclasses
 import json
 import os
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 import whisper
 
@@ -68,9 +70,6 @@ def test_wrong_model(tmp_path, manifest, capsys, wrong):
 
 def test_other_formats(tmp_path, small_whisper, capsys):
     """NeMo's lines are transcripts; of a clip beyond Whisper's window it is said that it is cut."""
-    import numpy as np
-    import soundfile
-
     soundfile.write(tmp_path / "long.wav", np.random.default_rng(0).uniform(-0.1, 0.1, 31 * 16000), 16000)
     line = {"audio_filepath": "long.wav", "text": "one two", "duration": 31.0}
     (tmp_path / "m.jsonl").write_text(json.dumps(line) + "\n")

@@ -74,7 +74,11 @@ def test_tour_is_the_same_for_a_seed(toured, corpora, tmp_path):
 def test_a_stopped_tour_leaves_no_manifest_of_other_clips(toured, corpora, tmp_path, monkeypatch):
     out = str(tmp_path / "again")
     shutil.copytree(toured, out)
-    monkeypatch.setattr("tools.tour.compose_clips", lambda *args: exec("raise KeyboardInterrupt"))
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tools.tour.compose_clips", stop)
     with pytest.raises(KeyboardInterrupt):
         tour(corpora, out, 1, 20)
     assert not [name for name in os.listdir(out) if name.endswith((".jsonl", "mmau.json"))]

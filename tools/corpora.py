@@ -141,6 +141,14 @@ def read_names(name, corpus, folder):
     return clips
 
 
+def in_split(paths, split, others, folder):
+    """Of clips of one name that in the folder which is named like the split, none in another split's."""
+    where = {path: relative_path(path, folder) for path in paths}
+    own = [path for path in paths if split in where[path]]
+    free = [path for path in paths if not any(other in where[path] for other in others)]
+    return next(iter(own + free), None)
+
+
 def read_table(name, corpus, folder):
     tables = sorted(glob.glob(os.path.join(glob.escape(folder), corpus.files), recursive=True))
     if not tables:
@@ -159,15 +167,9 @@ def read_table(name, corpus, folder):
         try:
             for row in read_rows(table):
                 stem = corpus.stem(row)
-                path = by_stem.get(stem)
-                same_name = by_name.get(stem.rsplit("/", 1)[-1], ())
-                if path is None and same_name:
-                    # one name in several splits: the one in the folder that is named like the table, and
-                    # none that lies in another table's
-                    path = min(same_name, key=lambda p: split not in os.path.relpath(p, folder))
-                    where = os.path.relpath(path, folder)
-                    if split not in where and any(other in where for other in others):
-                        path = None
+                path = by_stem.get(stem) or in_split(
+                    by_name.get(stem.rsplit("/", 1)[-1], ()), split, others, folder
+                )
                 if path is None:
                     missing += 1
                     continue

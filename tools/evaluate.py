@@ -194,7 +194,7 @@ def answer_all(group, model, tokenizer, questions, known, journal, settings, bat
             nothing = {"answer": "", "calls": 0, "seconds": 0.0, "audio_seconds": 0.0}
             keep([{"id": q.id} | nothing | {"bad": str(e)}])
             n_bad = sum("bad" in line for line in mine.values())
-            if n_bad > (max(1, allow_bad * len(questions)) if allow_bad else 0):
+            if n_bad > max(allow_bad > 0, allow_bad * len(questions)):  # a single one stops no run
                 share = f"{n_bad} clips cannot be read, more than {allow_bad:.0%}"
                 raise UserError(f"{share}; the last: {e} (--allow-bad takes another share)") from None
 

@@ -71,14 +71,14 @@ def wrong_option(question, answer):
         return None
     if len(set(choices.values())) < len(choices):
         return "two options are the same"
+    texts = {letter: choice.rstrip(".").lower() for letter, choice in choices.items()}
     for part in re.split(r"(?<=\.) (?=[A-H]\. )", answer.strip()):
         match = re.fullmatch(r"([A-H])[.):]?(?:\s+(.+?))?\.?", part)
         if match:
             letter, text = match[1], match[2]
-            listed = choices.get(letter, "").rstrip(".").lower()
-            if letter not in choices or (text and text.lower() != listed):
+            if letter not in texts or (text and text.lower() != texts[letter]):
                 return f"option {letter} is not what the answer says"
-        elif part.rstrip(".").lower() not in {choice.rstrip(".").lower() for choice in choices.values()}:
+        elif part.rstrip(".").lower() not in texts.values():
             return "the answer is none of the options"
     return None
 

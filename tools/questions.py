@@ -490,8 +490,8 @@ def line_of(clip, task, question, answer, out):
     messages = [{"role": "user", "content": "<audio>" + question}, {"role": "assistant", "content": answer}]
     line = {
         "messages": messages,
-        "audios": [path_from(os.path.dirname(os.path.abspath(out)), clip.path)],
-        "duration": clip.duration or seconds_of(clip.path),
+        "audios": [path_from(os.path.dirname(os.path.abspath(out)), clip.path)] if clip.path else [],
+        "duration": clip.duration or (clip.path and seconds_of(clip.path)),
         "dataset": clip.dataset,
         "task": task,
         "facts": clip.facts,

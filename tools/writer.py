@@ -19,8 +19,9 @@ from tqdm import tqdm
 from data import parse_example
 from runtime.errors import UserError
 from runtime.manifests import read_entries
+from tools.corpora import Clip
 from tools.endpoint import post_json
-from tools.questions import make_folder, path_from, write_lines
+from tools.questions import line_of, make_folder, write_lines
 
 
 @dataclass(frozen=True)
@@ -140,16 +141,11 @@ def complete_all(endpoint, prompts, path, workers):
     return replies
 
 
-def rewritten(example, folder, **new):
-    """An Example, of whatever format, with `new` fields -> a line in ms-swift's, its path from `folder`."""
+def rewritten(example, out, **new):
+    """An Example, of whatever format, with `new` fields -> a line of the manifest `out`."""
     e = dataclasses.replace(example, **new)
-    question, audios = e.question, []
-    if e.audio:
-        question, audios = "<audio>" + e.question, [path_from(folder, e.audio)]
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": e.answer}]
-    line = {"messages": messages, "audios": audios, "facts": e.facts}
-    known = {k: getattr(e, k) for k in ("duration", "dataset", "task", "offset")}
-    line |= {kind: value for kind, value in known.items() if value}
+    clip = Clip(e.audio, e.dataset, e.facts, offset=e.offset, duration=e.duration)
+    line = line_of(clip, e.task, e.question, e.answer, out)
     return line | ({"rejected_response": e.rejected} if e.rejected is not None else {})
 
 
@@ -166,8 +162,7 @@ def write_with_llm(manifest, out, endpoint, kind, workers=8, limit=None):
             examples.append(example)
     if not examples:
         raise UserError(f"{manifest}: no line has facts to describe its clip by")
-    new_folder = os.path.dirname(os.path.abspath(out))
-    make_folder(new_folder)
+    make_folder(os.path.dirname(os.path.abspath(out)))
     keys, prompts = [], {}
     for example in examples:
         system, user, read = prompt_for(example, kind)
@@ -181,11 +176,11 @@ def write_with_llm(manifest, out, endpoint, kind, workers=8, limit=None):
         if reply is None:
             silent += 1
         elif kind == "answers":
-            lines.append(rewritten(example, new_folder, answer=reply["answer"]))
+            lines.append(rewritten(example, out, answer=reply["answer"]))
         else:
             worse = reply["bad_answer"].strip()
             if not reply["usable"] or not worse or worse == example.answer.strip():
                 unusable += 1
             else:
-                lines.append(rewritten(example, new_folder, rejected=worse))
+                lines.append(rewritten(example, out, rejected=worse))
     return write_lines(lines, out), unusable, silent
