@@ -290,7 +290,7 @@ class BatchBuilder:
         # what lies behind the window is cut off; `prepare check` counts such transcripts
         audio, _ = load_audio(example.audio, example.offset, example.duration, window_seconds(c))
         if self.is_augmented:
-            audio = augment(audio, generator, example.facts)[: window_samples(c)]
+            audio = augment(audio, generator, example.facts, window_samples(c))
         mel, n_frames = log_mel(audio, c)
         if self.is_augmented:
             mel = mask_mel(mel, generator)

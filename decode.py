@@ -51,6 +51,7 @@ def choose(logits, mask_id, temperature=0.0, rows=None, generator=None):
     probability of that token, [MASK] left out.  temperature > 0 draws the token, 0 takes the likeliest.
     rows (N,), ascending, says which row of the batch a place is in (None: all in one), and `generator` may
     be a list with one for each row of the batch: what a row draws then does not depend on the other rows.
+    Raises UserError for logits that are not numbers: decoding would fill in anything, or nothing for ever.
     """
     logits = logits.to(torch.float32, copy=True)
     logits[:, mask_id] = float("-inf")  # a "predicted" [MASK] would never be filled
@@ -68,6 +69,8 @@ def choose(logits, mask_id, temperature=0.0, rows=None, generator=None):
         token = logits.argmax(1)
     # without the noise: how sure the model is, not how lucky the draw was
     confidence = (logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(1)).exp()
+    if confidence.isnan().any():
+        raise UserError("the network's output is NaN: weights or audio are not finite")
     return token, confidence
 
 
@@ -287,18 +290,12 @@ def generate(
     # a word of a long answer is there.
     for first in range(0, L, block):
         reader = BlockReader(model, inputs, P + first, options)
-        left = None  # (B,): masked tokens before the last call
         for step in itertools.count():
             # (B, block), on the CPU: here each call waits for the device
             masked = (response[:, first : first + block] == c.mask_id).cpu()
             rows = masked.any(1).nonzero()[:, 0]  # (n,): rows that are done cost nothing more
             if not len(rows):
                 break
-            # every call keeps a token of each row, unless their confidences are NaN
-            n_masked = masked.sum(1)
-            if step and (n_masked == left)[rows].any():
-                raise UserError("the network's output is NaN: weights or audio are not finite")
-            left = n_masked
             calls[rows] += 1
             # Eq. 6: predict all masked tokens of the block at once
             row, column = masked.nonzero(as_tuple=True)  # (N,) each: the masked tokens
@@ -327,7 +324,7 @@ def generate_ar(
     """The autoregressive baseline (Table 5; Config.causal): a token a call, left to right, with a K/V cache.
 
     Arguments and results as `generate`'s; a row ends with its turn, and end marks follow.
-    Raises UserError for a model that looks both ways.
+    Raises UserError for a model that looks both ways, and for logits that are not numbers.
     """
     c = model.config
     if not c.causal:

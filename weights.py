@@ -65,6 +65,9 @@ def save(model, tokenizer, folder, dtype=torch.bfloat16):
     if model.base:
         header["base"] = json.dumps(model.base)
     state = model.state_dict()
+    is_merged = model.stage >= 3 and model.config.lora_rank and not any("lora_" in key for key in state)
+    if is_merged and "llada" in (model.base or {}):
+        raise UserError(f"{folder}: LoRA is merged into LLaDA, which is not written: save before merge_lora")
     weights = {k: state[k].detach().to("cpu", dtype).contiguous() for k in saved_part(model)}
     text = tokenizer.to_str(True)
     # the weights last: whoever looks for model.safetensors finds a folder that is complete
@@ -75,9 +78,13 @@ def save(model, tokenizer, folder, dtype=torch.bfloat16):
 def load_tokenizer(folder):
     """The tokenizer that a model was trained with: the same ids mean other words under another one."""
     try:
-        return Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
     except Exception as e:  # the library raises a bare Exception for a missing file and every kind of bad one
         raise UserError(f"{folder}: no tokenizer.json that can be read ({first_line(e)})") from None
+    # such a file may hold how somebody cut and padded batches with it
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def load(name_or_path, device=None, dtype=None, stage=None, llada=None, whisper=None, diffa=None, int8=False):
@@ -278,11 +285,23 @@ def load_llada(model, folder, device, dtype):
     (trust_remote_code), and needs an older transformers.
     """
     # other models' folders have the same file names: say so at once, not by the first shape that differs
-    kind = read_json(folder, "config.json", "model_type")
+    published, c = read_json(folder, "config.json"), model.config
+    kind = published.get("model_type")
     if kind != "llada":
         raise UserError(f"{folder}: holds a model of type {kind!r}; this code runs LLaDA-8B")
-    shard_of = read_json(folder, "model.safetensors.index.json", "weight_map")
-    if not isinstance(shard_of, dict):
+    # no shape tells these: with another value the weights would load, and answer nonsense
+    unseen = {
+        "n_heads": c.heads,
+        "rope_theta": c.rope_theta,
+        "rms_norm_eps": c.norm_eps,
+        "rope_scaling": None,
+    }
+    for field, ours in unseen.items():
+        found = published.get(field, ours)
+        if found != ours:
+            raise UserError(f"{folder}: config.json has {field} {found}, not {ours}")
+    shard_of = read_json(folder, "model.safetensors.index.json").get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
         raise UserError(f"{folder}: model.safetensors.index.json is not an index of shards")
     named = []
     for shard in sorted(set(shard_of.values())):

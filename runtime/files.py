@@ -79,16 +79,19 @@ def open_pickle(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as e:
         raise UserError(f"{path}: holds code or objects, and is not opened ({first_line(e)})") from None
-    except (RuntimeError, OSError, EOFError, ValueError) as e:
+    except Exception as e:  # a damaged pickle may raise anything
         raise UserError(f"{path}: cut short or not a file of weights ({first_line(e)})") from None
 
 
-def read_json(folder, name, key):
-    """What stands under a key of a JSON file that LLaDA's folder must have."""
+def read_json(folder, name):
+    """A JSON file that LLaDA's folder must have: an object."""
     try:
-        return json.loads(Path(folder, name).read_text("utf-8"))[key]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{folder}: no {name} that has {key} ({first_line(e)})") from None
+        content = json.loads(Path(folder, name).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{folder}: no {name} that can be read ({first_line(e)})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{folder}: {name} is not a JSON object")
+    return content
 
 
 def fingerprint(module, with_lora=False):

@@ -74,7 +74,13 @@ def test_the_rehearsal_keeps_off_other_files(tmp_path, capsys):
     (tmp_path / "large-v3.pt").write_bytes(b"mine")
     assert bench.main(["fullsize", str(tmp_path)]) == 2
     assert "is not empty" in capsys.readouterr().err and (tmp_path / "large-v3.pt").read_bytes() == b"mine"
-    for argv in (["decode", "--repeats", "0"], ["int8", "--device", "cuda:99"], ["train", "--stage", "9"]):
+    taken = str(tmp_path / "large-v3.pt" / "x")  # below a file
+    for argv in (
+        ["fullsize", taken],
+        ["decode", "--repeats", "0"],
+        ["int8", "--device", "cuda:99"],
+        ["train", "--stage", "9"],
+    ):
         assert bench.main(argv) == 2 and capsys.readouterr().err.count("\n") == 1
 
 
@@ -234,3 +240,4 @@ def test_int8_table(capsys):
         assert 0 < float(half.rstrip("%")) < float(rounded.rstrip("%")) < 2.5
     assert bench.main(["int8", "--size", "0"]) == 2
     assert "--size" in capsys.readouterr().err
+    assert bench.main(["train", "--naive"]) == 2 and "--stage" in capsys.readouterr().err

@@ -929,6 +929,9 @@ def test_broken_weights_end_in_one_line(small, options):
     broken.backbone.ln_f.weight.data[0] = float("nan")
     with pytest.raises(UserError, match="NaN"):
         generate(broken, [[5, 6, 7]], answer_length=8, block=4, **options)
+    broken.config = broken.backbone.c = dataclasses.replace(broken.config, causal=True)
+    with pytest.raises(UserError, match="NaN"):
+        generate_ar(broken, [[5, 6, 7]], answer_length=8)
 
 
 @pytest.mark.parametrize("length, block", [("48", 48), ("64", 32), ("16", 16)])

@@ -28,6 +28,9 @@ def test_curves_are_drawn_from_the_logs(tmp_path, monkeypatch, capsys):
         assert f.read(4) == b"\x89PNG"
     assert sorted(os.listdir()) == ["a", "b", "curves.png"]
     assert main(["curves", "nowhere"]) == 2 and "no log.jsonl" in capsys.readouterr().err
+    with open("a/log.jsonl", "a") as f:
+        f.write("{{\n")
+    assert main(["curves", "a"]) == 2 and "a line is not JSON" in capsys.readouterr().err
 
 
 def test_smoothing_is_a_running_mean():
@@ -92,5 +95,7 @@ def test_an_answer_is_drawn_call_by_call(tmp_path, small_folder, capsys):
     assert main(["answer", clip, "What <is> this?", "--model", small_folder, "--out", out]) == 0
     assert "c.wav: What <is> this?" in words_of(out) and os.path.getsize(out) < 1_000_000
     assert f"network call {answer.calls} of {answer.calls}" in words_of(out)
+    assert main(["answer", clip, "Hm?", "--model", small_folder, "--out", out, "--steps", "32"]) == 0
+    assert "network call 1 of 32" in words_of(out)
     assert main(["answer", str(tmp_path / "gone.wav"), "Hm?", "--model", small_folder]) == 2
     assert "no such file" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 The real files cannot come with a test; these have the same names, wrappings and formats at small sizes.
 """
 
+import copy
 import dataclasses
 import errno
 import json
@@ -403,6 +404,9 @@ def test_compact_checkpoint(released, tmp_path, tokenizer):
         c, f"{folder}/llada", encoder, f"{folder}/pytorch_model.bin", torch.device("cpu"), torch.float32, 4
     )
     save(model, tokenizer, tmp_path / "compact", dtype=torch.float32)
+    with pytest.raises(UserError, match="save before merge_lora"):  # it would be nowhere
+        save(merge_lora(copy.deepcopy(model)), tokenizer, tmp_path / "merged")
+    assert not os.path.exists(tmp_path / "merged")
     parts = {"llada": f"{folder}/llada", "whisper": encoder}
     again, _ = load(str(tmp_path / "compact"), "cpu", torch.float32, **parts)
     assert again.stage == 4
@@ -490,15 +494,30 @@ def test_broken_shard_sets(files, tokenizer):
     assert f"{key.removeprefix('model.transformer.')} is there twice" in says()
     pathlib.Path(f"{llada}/model.safetensors.index.json").write_text("{}")
     assert "index" in says()
+    pathlib.Path(f"{llada}/model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
+    assert "not an index of shards" in says()
 
 
-def test_other_families(files, tokenizer):
+def test_other_families(files, tokenizer, released):
     """Llama says so in its config; iLLaDA calls itself llada but has other shapes."""
     folder, says, authors, c = files
+    encoder = released(8, 4)[3]
     pathlib.Path(f"{folder}/llada/config.json").write_text('{"model_type": "llama"}')
     assert "'llama'" in says()
     os.remove(f"{folder}/llada/config.json")
     assert "no config.json" in says()
+    pathlib.Path(f"{folder}/llada/config.json").write_text("[]")
+    assert "not a JSON object" in says()
+    # what no shape tells: the same tensors under another base, epsilon, number of heads
+    same = {"model_type": "llada", "n_heads": 2, "rope_theta": 500000.0, "rms_norm_eps": 1e-5}
+    same["rope_scaling"] = None
+    files = (f"{folder}/pytorch_model.bin", torch.device("cpu"), torch.float32, 4)
+    other = {"n_heads": 4, "rope_theta": 1e7, "rms_norm_eps": 1e-2, "rope_scaling": {"factor": 8}}
+    for field, value in other.items():
+        pathlib.Path(f"{folder}/llada/config.json").write_text(json.dumps(same | {field: value}))
+        assert f"has {field} {value}, not {same[field]}" in says()
+    pathlib.Path(f"{folder}/llada/config.json").write_text(json.dumps(same))
+    assemble(c, f"{folder}/llada", encoder, *files)
     state = authors.llada()
     key = "model.transformer.blocks.0.k_proj.weight"
     state[key] = state[key][:8]  # grouped keys

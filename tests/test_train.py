@@ -432,10 +432,8 @@ def test_augment_and_mask_stay_in_bounds():
     clip = rng.uniform(-0.5, 0.5, 158000).astype(np.float32)
     for seed in range(30):
         g = torch.Generator().manual_seed(seed)
-        out = augment(clip, g, {"sound": "rain"})
-        assert (
-            out.dtype == np.float32 and 0 < len(out) <= 158000 * 1.25 + 0.3 * 16000 and np.isfinite(out).all()
-        )
+        out = augment(clip, g, {"sound": "rain"}, 160000)
+        assert out.dtype == np.float32 and 0 < len(out) <= 160000 and np.isfinite(out).all()
         mel = torch.randn(80, 1000, generator=g)
         masked = mask_mel(mel, g)
         # of what is not blanked out a ramp from bass to treble, one and the same at all times
@@ -454,18 +452,30 @@ def test_an_augmented_clip_fits_the_window(tmp_path, tokenizer):
     example = Example(0, str(tmp_path / "a.wav"), "Hm?", "Rain.", facts={"sound": "rain"})
     builder = BatchBuilder(tokenizer, c, encode_question, 0, is_augmented=True)
     seconds = [builder.item(example, epoch)["seconds"] for epoch in range(30)]
-    assert max(seconds) == 10 and min(seconds) < 9.875  # cut to the window; some are played faster
+    assert max(seconds) == 10 and min(seconds) < 9.875  # never beyond the window; some are played faster
+
+
+def test_an_augmented_clip_keeps_its_last_word():
+    """A clip that fills the window is not played slower, or begun later, than the window has room for."""
+    clip = np.zeros(160000, np.float32)
+    clip[-8000:] = 1.0
+    for seed in range(100):
+        made = augment(clip, torch.Generator().manual_seed(seed), {"words": "one"}, 160000)
+        assert len(made) <= 160000 and (made > made.max() / 2).sum() > 7100  # played at most a tenth faster
 
 
 def test_sounds_are_played_faster_than_voices():
     """Speed by the length of what comes out: 0.9 to 1.1 of a voice, 0.75 to 1.25 of a sound."""
     clip = np.ones(16000, np.float32)
-    for facts, least, most in (({"words": "one"}, 0.9, 1.1), ({"sound": "rain"}, 0.75, 1.25)):
+    kinds = [({"words": "one"}, 0.9, 1.1), ({"sound": "rain"}, 0.75, 1.25)]
+    # VocalSound's: the pitch tells the sex
+    kinds.append(({"sound": "cough", "sex": "male", "speaker": "7"}, 0.9, 1.1))
+    for facts, least, most in kinds:
         lengths = []
         for seed in range(200):
             u = torch.rand(6, generator=(g := torch.Generator().manual_seed(seed)))
             lengths.append(
-                len(augment(clip, g.manual_seed(seed), facts))
+                len(augment(clip, g.manual_seed(seed), facts, 160000))
                 - (int(u[3] * 0.6 * 16000) if u[3] < 0.5 else 0)
             )
         speeds = np.array(lengths) / 16000
@@ -480,7 +490,8 @@ def test_augmented_levels_and_noise():
     """Of a constant clip: 8 dB up or down; noise, in about half of all cases, 80 to 40 dB below the peak."""
     levels, noises = [], []
     for seed in range(400):
-        made = augment(np.full(16000, 0.5, np.float32), torch.Generator().manual_seed(seed), {"words": "one"})
+        clip, g = np.full(16000, 0.5, np.float32), torch.Generator().manual_seed(seed)
+        made = augment(clip, g, {"words": "one"}, 160000)
         rest = made[6000:-1000]  # behind the silence in front
         levels.append(20 * np.log10(rest.mean() / 0.5))
         noises.append(20 * np.log10(max(rest.std() / rest.mean(), 1e-7)))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import random
 import struct
 
 import pytest
@@ -207,6 +208,19 @@ def test_three_formats_give_equal_tensors(encoder, tmp_path):
     os.makedirs(tmp_path / "empty")
     assert "model.bin" in says(load_whisper, model, str(tmp_path / "empty"), CPU)
     assert "no such file" in says(load_whisper, model, str(tmp_path / "none.pt"), CPU)
+    # a byte of the pickle changed: the unpickler then raises many kinds of error
+    path = tmp_path / "damaged.pt"
+    whole = (tmp_path / "small.pt").read_bytes()
+    begin = whole.index(b"data.pkl") + 64
+    rng, refused = random.Random(0), 0
+    for _ in range(150):
+        at, other = rng.randrange(begin, begin + 3000), rng.randrange(256)
+        path.write_bytes(whole[:at] + bytes([other]) + whole[at + 1 :])
+        try:
+            load_whisper(model, str(path), CPU)
+        except UserError:
+            refused += 1
+    assert refused > 100
 
 
 # ---------------------------------------------------------------------------------------------

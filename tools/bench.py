@@ -16,7 +16,7 @@ bench_decode.py.
 
 import sys
 
-from runtime.errors import Parser, exit_status, number
+from runtime.errors import Parser, UserError, exit_status, number
 from runtime.processes import pick_device
 from tools.bench_data import data_bench
 from tools.bench_decode import decode_bench
@@ -46,6 +46,7 @@ def main(argv=None):
     p.add_argument("--batch", type=positive, default=4)
     p.add_argument("--repeats", type=positive, default=3)
     p.add_argument("--recompute", action="store_true", help="activation checkpointing in ours")
+    p.add_argument("--precision", choices=("bf16", "fp32"), help="of ours; default as in train.py")
     p.add_argument("--device")
     p.add_argument("--stage", type=int, choices=(1, 2, 3, 4), help="this one alone, and one line of JSON")
     p.add_argument("--naive", action="store_true", help="with --stage: the naive step")
@@ -81,8 +82,10 @@ def main(argv=None):
             data_bench(args)
         elif args.command == "page":
             page_bench(args)
-        elif args.stage is None:
+        elif args.stage is None and not args.naive:
             train_bench(args)
+        elif args.stage is None:
+            raise UserError("--naive goes with --stage")
         else:
             one_training_kind(args)
 

@@ -14,6 +14,7 @@ from adapters import merge_lora
 from data import load_audio, window_seconds
 from decode import ask, count_by_schedule, generate, generate_ar
 from model import DIFFA2
+from runtime.errors import UserError
 from tools.benchmarks import with_audio
 from tools.measure import (
     SIZES,
@@ -241,6 +242,8 @@ def decode_bench(args):
     source = "assumed; --data FILE takes the small model's on real recordings"
     if args.data:
         model, tokenizer = load(args.model, args.device)
+        if model.config.causal:
+            raise UserError(f"{args.model} is autoregressive: it keeps one token a call")
         merge_lora(model)
         examples = list(with_audio(args.data))
         examples = random.Random(0).sample(examples, min(args.limit, len(examples)))

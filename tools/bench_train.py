@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import train
 import vrpo
-from data import generator_for, to_device
+from data import generator_for, to_device, window_seconds
 from diffusion import corrupt, draw_counts, draw_t
 from model import DIFFA2
 from runtime.files import ROOT
@@ -86,6 +86,11 @@ def naive_step(model, other, micro, stage, seed=0):
     return vrpo.vrpo_loss(vrpo.margin(*(scores(model, name) for name in texts), *reference))
 
 
+def precision_of(args):
+    """Ours; the default is train.py's."""
+    return args.precision or ("bf16" if torch.device(args.device or "cpu").type == "cuda" else "fp32")
+
+
 def one_training_kind(args):
     """Times one stage one way and prints a line of JSON; runs in a process of its own."""
     stage, naive, device = args.stage, args.naive, torch.device(args.device or "cpu")
@@ -94,13 +99,14 @@ def one_training_kind(args):
     with torch.device(device):
         model = DIFFA2(config, lora=stage >= 3)
     trained = train.freeze_all_but(model, row.trains)
-    if not naive:
+    is_bf16 = precision_of(args) == "bf16" and not naive
+    if is_bf16:
         train.frozen_to_bf16(model)
     other = copy.deepcopy(model) if naive and stage == 4 else None
     model.train(stage != 4)
     micro = random_questions(config, args.batch, ("chosen", "rejected") if stage == 4 else ("text",))
     micro["batch"] = to_device(micro["batch"], device)
-    autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
+    autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=is_bf16)
     reference = tuple(p.detach().clone() for p in trained.values()) if stage == 4 else ()
     context = train.LossContext(model, stage, 0, row, autocast, tuple(trained.values()), reference)
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-5, fused=True)
@@ -129,7 +135,9 @@ def train_bench(args):
     """Every stage, ours and naive in turn; each in its own process."""
     where = f"{machine(args.device)}, torch {torch.__version__}"
     how = f"{args.repeats} steps each, median (least - most)"
-    print(f"size {args.size}, batch {args.batch}, 30 s clips, {where}; {how}\n")
+    clip = window_seconds(SIZES[args.size])
+    size = f"size {args.size}, batch {args.batch}, {clip:.0f} s clips"
+    print(f"{size}, naive in fp32, ours in {precision_of(args)}, {where}; {how}\n")
     heads = f"{'s/step':>24}{'steps/s':>9}{'audio h/s':>11}{'peak GB':>9}{'speed':>8}{'memory':>8}"
     print(f"{'stage':6}{'':8}{heads}")
     for stage in args.stages:
@@ -148,6 +156,7 @@ def train_bench(args):
             command += ["--batch", str(args.batch), "--repeats", str(args.repeats)]
             command += ["--naive"] * (kind == "naive") + ["--recompute"] * args.recompute
             command += ["--device", args.device] if args.device else []
+            command += ["--precision", args.precision] if args.precision else []
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
                 why = (done.stderr.strip().splitlines() or ["killed: out of memory?"])[-1]
@@ -162,7 +171,7 @@ def train_bench(args):
                     found["naive"]["memory"],
                 )
                 ratios = f"{naive_median / median:7.1f}x{memory / naive_memory:7.2f}x"
-            hours = args.batch * 30 / 3600 / median
+            hours = args.batch * clip / 3600 / median
             seconds = f"{median:10.2f} ({min(times):5.2f} - {max(times):5.2f})"
             speed = f"{1 / median:9.3f}{hours:11.4f}{memory / 1e9:9.2f}{ratios}"
             print(f"{stage:<6}{kind:8}{seconds}{speed}", flush=True)

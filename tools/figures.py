@@ -58,8 +58,11 @@ def curves(folders, path):
         log = os.path.join(folder, "log.jsonl")
         if not os.path.exists(log):
             raise UserError(f"{folder}: no log.jsonl; train.py writes one there")
-        with open(log, encoding="utf-8") as f:
-            runs[folder] = [json.loads(line) for line in f if line.endswith("\n")]  # a kill leaves half a one
+        try:
+            with open(log, encoding="utf-8") as f:  # a kill leaves half a line
+                runs[folder] = [json.loads(line) for line in f if line.endswith("\n")]
+        except ValueError as e:
+            raise UserError(f"{log}: a line is not JSON ({e})") from None
     fig = new_figure(11, 4)
     axes = fig.subplots(1, 2)
     kinds = (("loss", "training loss, smoothed", 0.95), ("held_out", "held-out loss, mean over fixed t", 0.0))
@@ -267,7 +270,8 @@ class Frames:
 
 def draw_answer(frames, question, seconds=1.1):
     """The frames of an answer as an animated SVG: a box a place, one frame a call."""
-    n_places = max(sum(word != "" for word, _ in frame) for frame in frames[-1:]) + 3
+    # the last frame's words, and three of its end marks
+    n_places = min(sum(word != "" for word, _ in frames[-1]) + 3, len(frames[-1]))
     frames = [[(None, 0.0)] * n_places] + [frame[:n_places] for frame in frames]
     width, total = 40 + 74 * min(n_places, 12), seconds * (len(frames) + 1)
     rows = -(-n_places // 12)
@@ -340,7 +344,7 @@ def main(argv=None):
         kind.add_argument("question")
         kind.add_argument("--model", default="tiny")
         how = kind.add_mutually_exclusive_group()
-        how.add_argument("--factor", type=float, default=1.0)
+        how.add_argument("--factor", type=float, help="default 1")
         how.add_argument("--steps", type=int, help="fixed steps instead")
         kind.add_argument("--out", default=out)
 

@@ -64,9 +64,12 @@ def full_tokenizer(config):
 
 def write_fullsize(folder, config):
     """LLaDA's shards, Whisper's .pt and DIFFA-2's pytorch_model.bin, random; each renamed when whole."""
-    os.makedirs(f"{folder}/llada", exist_ok=True)
-    open(f"{folder}/{MARK}", "w").close()
-    free = shutil.disk_usage(folder).free
+    try:
+        os.makedirs(f"{folder}/llada", exist_ok=True)
+        open(f"{folder}/{MARK}", "w").close()
+        free = shutil.disk_usage(folder).free
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be written to ({e.strerror})") from None
     if free < 20e9:
         raise UserError(f"{folder}: {free / 1e9:.0f} GB free; the rehearsal writes 18 GB")
     rng = np.random.default_rng(0)
@@ -166,7 +169,7 @@ def fullsize(folder, device, keep, int8=False):
     int8: the matrices are rounded while they are read, LoRA merged, and nothing is counted.
     Raises UserError for a folder with anything else in it: real weights have the same names.
     """
-    config = PRESETS["diffa2"]
+    config, folder = PRESETS["diffa2"], os.path.abspath(folder)
     check_folder(folder)
     if not os.path.exists(f"{folder}/pytorch_model.bin"):
         start = time.perf_counter()
