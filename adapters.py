@@ -7,7 +7,7 @@
 Together they are 1.1 % of DIFFA-2.  `python adapters.py` prints what the paper's Table B.3 says of
 them beside the counts of the classes below, without allocating any of the weights.
 
-The Q-Former is BLIP-2's, made of BERT's layers (post-norm, GELU, biases everywhere).  It is written
+The Q-Former is in BLIP-2's style, of fresh BERT layers (post-norm, GELU, biases everywhere).  It is written
 out here instead of imported; a test compares it with transformers' BertLayer.
 
 Shapes: B clips, F encoder frames, A audio tokens, Q queries, d the encoder's width, D the backbone's.
@@ -95,7 +95,8 @@ class AcousticAdapter(nn.Module):
 
     Each tapped layer has its own queries.  One Q-Former, shared by all taps, lets them attend to the F frames
     of their layer.  Each token is then a weighted mean over the taps, with learned weights of its own (a
-    softmax).  Queries for each tap and the mean over taps are the authors' code; the paper is silent there.
+    softmax).  Which taps, queries for each, the mean over them and d_ffn are the authors' code; the paper
+    is silent there.
     """
 
     def __init__(self, d, D, n_taps, n_heads, d_ffn=3072, n_queries=64, n_layers=2, dropout=0.1):

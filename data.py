@@ -5,8 +5,8 @@ trained on.  One audio reader serves all of them too (runtime/recordings.py): an
 resampled by soxr to 16 kHz mono.  The log-mel is openai-whisper's, computed clip by clip: on a batch it
 would take its maximum over all clips, and one loud clip would change another.
 
-The batch that leaves `collate` is clean: noise is added in the training step (diffusion.py).  In stage 0 word
-embeddings of what is known of a clip imitate its audio tokens (runtime/variations.py).
+The batch that leaves `collate` is clean: noise is added in the training step (diffusion.py).  In stage 0
+there is no audio: word embeddings of a clip's labels stand in for its tokens (runtime/variations.py).
 
 `python data.py CLIP [QUESTION]` shows what the model is given for a clip.
 """
@@ -120,6 +120,8 @@ def log_mel(audio, config):
 # ---------------------------------------------------------------------------------------------
 # the prompt
 
+# the authors' at inference.  In training they let " Imagine you can hear the audio clips. Focus on the audios
+# and respond directly to the prompts." follow; here a model is trained on the prompt it is asked with
 SYSTEM = "You are a helpful voice assistant."
 BEFORE_AUDIO = "This is the audio:"
 
@@ -197,7 +199,8 @@ def encode_question(example, tokenizer, config, generator=None):
     """The texts of an example in stages 0 to 3, by name: one, whose response has a random length.
 
     Random, because decoding uses one fixed length, usually longer than the answer (Table B.4), and the model
-    must fill the rest with end marks.  It depends on the example and `generator`, never on the batch.
+    must fill the rest with end marks.  It depends on the example and `generator`, never on the batch.  (The
+    authors pad to the longest answer of a micro-batch.)
     """
     # a causal model stops at the first end mark and needs no more of them
     extra = None if config.causal else int(torch.randint(3, (1,), generator=generator))

@@ -13,8 +13,8 @@ How many stay is the whole difference between the samplers:
     --factor F    the largest n with (n + 1)(1 - c_n) < F, c_n the n-th highest confidence (Eq. 8)
     --threshold C all whose confidence exceeds C (Fast-dLLM)
 
-Cheaper calls: --cache prefix keeps keys and values of all before a block while it is filled, --cache dual
-those of later blocks too.  Half the memory: --int8.  A clip beyond the window (30 s; 10 s of the small
+Cheaper calls: --cache prefix reuses the keys and values of all columns before the current block, --cache dual
+also those after it.  Half the memory: --int8.  A clip beyond the window (30 s; 10 s of the small
 model) is answered in pieces (--long).
 
 How it differs from the authors' code, which has two defects here: it keeps the least sure token of a block
@@ -89,7 +89,7 @@ def most_confident(confidence, options, step):
 
 
 def count_by_schedule(masks, steps, step):
-    """LLaDA's remasking (Section 3.6): floor(masks / steps) stay in each step, in the first few one more."""
+    """LLaDA's code: floor(masks / steps) stay in each step, in the first few one more (Section 3.6, B.4)."""
     return masks // steps + (step < masks % steps)
 
 
@@ -107,8 +107,9 @@ def count_by_factor(confidence, factor):
     """Factor-parallel decoding (Eq. 8, Appendix B.4): the largest n with (n + 1)(1 - c_n) < factor.
 
     Factor 1 is the bound of Fast-dLLM's Theorem 1 (Wu et al. 2025): if n tokens each have a probability
-    above 1 - e and (n + 1) e <= 1, then the likeliest tokens one by one are also the likeliest together, so
-    keeping n at once loses nothing against greedy decoding.  A larger factor keeps more than that proves.
+    above 1 - e and (n + 1) e <= 1, then they are also the likeliest together, under any joint distribution
+    with these probabilities, and greedy decoding of that distribution would find them one by one.  The
+    network's next call need not agree with it, though, and a larger factor keeps more than that proves.
     """
     n = torch.arange(1, confidence.size(1) + 1, device=confidence.device)
     passes = (n + 1) * (1 - confidence) < factor  # (B, n)
@@ -321,7 +322,9 @@ def generate(
 def generate_ar(
     model, prompts, audio=None, is_audio=None, audio_at=None, answer_length=32, temperature=0, generator=None
 ):
-    """The autoregressive baseline (Table 5; Config.causal): a token a call, left to right, with a K/V cache.
+    """An autoregressive baseline (Config.causal): a token a call, left to right, with a K/V cache.
+
+    The paper's in Table 5 is built on LLaMA 3.1; this one is the same backbone with a causal mask.
 
     Arguments and results as `generate`'s; a row ends with its turn, and end marks follow.
     Raises UserError for a model that looks both ways, and for logits that are not numbers.

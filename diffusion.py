@@ -16,8 +16,10 @@ on a sentence and compares both estimates of log p with the toy's exact one.
 
 How it differs from LLaDA's and the authors' code, and why:
   * logits are computed at masked positions only: with a vocabulary of 126,464 all others are costly;
-  * the likelihood hides l of the L answer tokens; the values of l for its n draws are spread over 1..L,
-    each equally likely in each draw (LLaDA's rounding leaves out some, which biases the estimate);
+  * an answer's loss is divided by its own number of tokens, as LLaDA's guidelines do; the authors divide a
+    micro-batch's sum by its number of response tokens, and also hide the header of the answer's turn;
+  * the n draws of the likelihood hide l of the L answer tokens each, the values of l spread over 1..L, each
+    equally likely in each draw (LLaDA's rounding leaves out some, which biases the estimate);
   * random numbers come from a given generator, one for all rows or one for each, so that an
     example's masks need not depend on its batch or on the number of GPUs.
 """
@@ -95,7 +97,7 @@ def sft_loss(predict, ids, is_answer, mask_id, t=None, is_masked=None, generator
 
 
 def next_token_loss(predict, ids, is_answer):
-    """Cross-entropy of each answer token given all before it: for the autoregressive baseline of Table 5.
+    """Cross-entropy of each answer token given all before it: for an autoregressive baseline, as in Table 5.
 
     `predict` must be causal: its logits at one token are read as the distribution of the next.
     Returns (B,), the mean over each answer.
@@ -122,7 +124,8 @@ def draw_counts(is_answer, n, generator=None):
     A draw masks exactly l of an answer's L tokens, chosen at random, l uniform on 1..L; its weight L / l
     takes the place of 1/t, and the bound is the same on average (Nie et al., 2025).
     is_answer: (B, T).  Returns is_masked (n, B, T) and weight (n, B).  Draw them once and use
-    them for policy, reference and gradient alike: that is VRPO's antithetic sampling (paper 3.5).
+    them for policy, reference and gradient alike: VRPO's antithetic sampling (paper 3.5), in statistics
+    common random numbers.
     """
     B, T = is_answer.size()
     is_masked = torch.zeros(n, B, T, dtype=torch.bool, device=is_answer.device)

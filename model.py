@@ -40,7 +40,7 @@ class Config:
     audio_heads: int = 20
     audio_layers: int = 32
     taps: tuple = (3, 7, 11, 15, 19, 23, 27, 31)  # hidden states the Q-Former reads; k: after k blocks
-    pad_to: int = 0  # clips are padded with silence to a multiple of so many frames; 0: to the whole window
+    pad_to: int = 0  # pad clips with silence to a multiple of so many encoder frames; 0: to the window
     norm_taps: bool = False  # LayerNorm without parameters on each tapped state
     # adapters
     qformer_ffn: int = 3072

@@ -224,7 +224,7 @@ def frozen_to_bf16(model):
 
 
 def recompute(model):
-    """Activation checkpointing: blocks run again in the backward pass; less memory, a third more time."""
+    """Activation checkpointing: blocks run again in the backward pass; less memory, up to half more time."""
     for block in model.backbone.blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -233,8 +233,8 @@ def learning_rate(step, settings, steps):
     """Linear warm-up, then a cosine down to zero.  step counts from 0, steps is the length of the run.
 
     Warm-up (Table B.2), because AdamW's moments are means over nearly nothing at first: its steps have their
-    full length before it knows a direction.  Down to zero (the authors' script), because ever smaller steps
-    average out the noise of the batches.
+    full length before it knows a direction.  Down to zero (the authors' scripts of stages 2 to 4; the paper
+    names no decay), because ever smaller steps average out the noise of the batches.
     """
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup

@@ -1,9 +1,9 @@
 """VRPO: DPO with low-variance estimates of the likelihood (paper 3.5, Eq. 3-5).
 
 DPO needs log p of a chosen answer y+ and a rejected answer y-, under the model that trains (the policy)
-and under a frozen reference.  A diffusion model has no exact log p, only the Monte-Carlo ELBO of Eq. 3,
-and the noise of all four (two answers, two models) goes straight into the gradient.  VRPO (LLaDA 1.5)
-reduces the noise without more network calls:
+and under a frozen reference.  A diffusion model has no exact log p, only the Monte-Carlo ELBO of Eq. 3.
+The noise of all four (two answers, two models) biases the loss, which is not linear in them, and scatters
+its gradient.  VRPO (LLaDA 1.5) reduces the noise without more network calls:
 
   * policy and reference see the SAME masks: what both find hard cancels in their difference;
   * the n calls for an answer use n different mask ratios, one mask each.
@@ -11,11 +11,11 @@ reduces the noise without more network calls:
     margin = (ELBO_policy(y+) - ELBO_ref(y+)) - (ELBO_policy(y-) - ELBO_ref(y-))
     loss   = -log sigmoid(beta * margin)
 
-How it differs from the paper and the authors' script, and why:
-  * a ratio is an exact number of masked tokens, and the n numbers are spread over the range instead of
+How it differs from the authors' script, and why (the paper leaves these points open):
+  * both hide an exact number of tokens; here the n numbers are spread over the range instead of
     independent (diffusion.draw_counts), which cuts the variance further;
   * dropout is off in both models, so the margin starts at exactly 0;
-  * scored are the answer, its end of turn and one end mark, not the padding that follows;
+  * scored are the answer, its end of turn and one end mark, neither the turn's header nor the padding;
   * logsigmoid instead of the log of a sigmoid, which underflows;
   * one backbone instead of two: for the reference, the parameters that train (1 % of diffa2) are replaced
     by a copy from before the training;

@@ -84,7 +84,7 @@ def train(argv, description, models):
     option("--save-every", type=positive, default=250, metavar="STEPS")
     option("--held-out-every", type=positive, default=100, metavar="STEPS")
     option("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, else fp32")
-    option("--recompute", action="store_true", help="activation checkpointing: less memory, 1/3 more time")
+    option("--recompute", action="store_true", help="activation checkpointing: less memory, more time")
     option("--compile", action="store_true", help="torch.compile the backbone's blocks")
     option("--skip-limit", type=number(float, 0, 1), default=0.01, help="stop when a larger share is bad")
     option("--tensorboard", action="store_true", help="write TensorBoard's files beside log.jsonl")

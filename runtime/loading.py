@@ -1,10 +1,10 @@
 """Loading for runs of days: manifests that do not fit in memory, mixtures of them, the order of a run.
 
-The paper's stage 1 reads 11,000 hours (Section 4.1), some 8.5 million utterances: as Python objects they
-would take gigabytes in each process that trains, and again in each of its loaders.  So a manifest is opened
-by an index, and its lines are parsed when they are asked for.  The order of a run follows from the seed and
-the number of the step alone: a resumed run needs no record of what was read, and every process knows what
-the others do without asking.
+The paper's stage 1 reads 11,000 hours (Section 4.1), by our estimate 8.5 million utterances: as Python
+objects they would take gigabytes in each process that trains, and again in each of its loaders.  So a
+manifest is opened by an index, and its lines are parsed when they are asked for.  The order of a run
+follows from the seed and the number of the step alone: a resumed run needs no record of what was read, and
+every process knows what the others do without asking.
 """
 
 import bisect

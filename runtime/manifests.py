@@ -12,7 +12,7 @@ import re
 from runtime.errors import UserError, first_line
 from runtime.recordings import MAX_SECONDS
 
-ASR_QUESTION = "Please transcribe the audio to text."  # the first of the paper's 25 (Figure A.1)
+ASR_QUESTION = "Please transcribe the audio to text."  # the first that Figure A.1 shows of the paper's 25
 
 # ---------------------------------------------------------------------------------------------
 # a file of entries, JSONL or one JSON list

@@ -123,7 +123,7 @@ def model(DIFFA2, presets, splice_order):
     """Where audio tokens stand in the prompt, who attends to whom, and the parameters of each preset."""
     text, audio = ["This", "is:", "<audio>.", "[M]", "[M]"], ["a1", "a2", "a3"]
     order = splice_order(len(text), len(audio), torch.tensor([2]))[0].tolist()
-    print("The row that LLaDA reads (Section 3.1): audio tokens in front of the literal <audio>.\n")
+    print("The row that LLaDA reads: audio tokens in front of the literal <audio> (the authors' code).\n")
     print("  " + "  ".join((text + audio)[i] for i in order))
     print("\nEvery token attends to every other, also to later ones; only padding is hidden.")
     with torch.device("meta"):
@@ -226,7 +226,7 @@ def vrpo(margin, elbo, draw_t, draw_counts, n):
     print("The margin of Eq. 5 is a difference of four estimates; its noise goes straight into the loss.\n")
     print(f"margin of a toy pair, {n} samples an estimate, 300 estimates; exact value {exact:.4f}\n")
     for is_shared in (False, True):
-        for kind, draw in (("independent t", independent), ("stratified exact counts", stratified)):
+        for kind, draw in (("a coin flip a token", independent), ("stratified exact counts", stratified)):
             found = torch.cat([one(is_shared, draw) for _ in range(300)])
             name = f"{'shared' if is_shared else 'independent'} masks, {kind}"
             error = found.std() / len(found) ** 0.5

@@ -1,7 +1,8 @@
 """The benchmarks: how their question files are read, and what an answer is worth by their own rules.
 
-Prompts are those of the published scripts of MMSU, MMAU (test-mini, as revised in v05.15.25) and MMAR; of
-VoiceBench, whose questions are spoken, the prompt is this project's own.  Decoding settings: Table B.4.
+MMSU's prompt is its script's; that of MMAU (test-mini, as revised in v05.15.25) and MMAR the DIFFA
+authors' script's (Figure B.1 words it otherwise); of VoiceBench, whose questions are spoken, this project's
+own.  Decoding settings: Table B.4.
 MMSU's rule reads a letter in the first place or the last but one, and nothing else; an answer without one,
 which MMSU's script leaves out of the count, is wrong here.  MMAU's own rule compares words and scores a bare
 letter wrong, so that score is reported as "raw" beside the one where the letter is mapped to its choice.

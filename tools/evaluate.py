@@ -8,10 +8,9 @@
     python -m tools.evaluate --compare a.json b.json           question by question, McNemar's p
     python -m tools.evaluate --table a.json b.json             beside the paper's own rows
 
-Prompts, rules and decoding settings are the benchmarks' and the paper's, but for VoiceBench's prompt and
-judge, which are worded here (benchmarks.py, judge.py).  Default: fixed steps; --factor: parallel decoding.
-Answers are kept in OUT.answers.jsonl as they come, so a killed run goes on where it was; OUT is written at
-the end with the field names that the official scripts read.
+Where prompts, rules and settings are from, and where they depart: benchmarks.py, judge.py.  Default: fixed
+steps; --factor: parallel decoding.  Answers are kept in OUT.answers.jsonl as they come, so a killed run goes
+on where it was; OUT is written at the end with the field names that the official scripts read.
 """
 
 import datetime

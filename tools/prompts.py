@@ -22,7 +22,7 @@ def mmsu_prompt(question, choices):
 
 
 def mmau_prompt(question, choices):
-    """How MMAU and MMAR ask, byte for byte."""
+    """How the DIFFA authors' script asks MMAU's questions, byte for byte; here MMAR's too."""
     return (
         "You are given the audio and a multiple-choice question. "
         "Choose the best answer based only on the speech content and style.\n\n"
