@@ -35,9 +35,10 @@ from whisper.model import sinusoids
 from model import DIFFA2, PRESETS, SPECIAL_TOKENS, Config
 from runtime import ctranslate2
 from runtime.errors import UserError, first_line
-from runtime.files import ROOT, fingerprint, open_pickle, open_safetensors, read_json, save_sorted, write_file
+from runtime.files import ROOT, fingerprint, open_pickle, open_safetensors, save_sorted, write_file
 from runtime.hub import RELEASES, fetch
 from runtime.int8 import Int8Linear, quantise
+from runtime.llada import check_llada, shards_of
 from runtime.names import once, released_name, whisper_file, whisper_name
 from runtime.processes import pick_device
 
@@ -284,30 +285,9 @@ def load_llada(model, folder, device, dtype):
     The tensors alone are read.  The folder's own modelling code would run with the user's rights
     (trust_remote_code), and needs an older transformers.
     """
-    # other models' folders have the same file names: say so at once, not by the first shape that differs
-    published, c = read_json(folder, "config.json"), model.config
-    kind = published.get("model_type")
-    if kind != "llada":
-        raise UserError(f"{folder}: holds a model of type {kind!r}; this code runs LLaDA-8B")
-    # no shape tells these: with another value the weights would load, and answer nonsense
-    unseen = {
-        "n_heads": c.heads,
-        "rope_theta": c.rope_theta,
-        "rms_norm_eps": c.norm_eps,
-        "rope_scaling": None,
-    }
-    for field, ours in unseen.items():
-        found = published.get(field, ours)
-        if found != ours:
-            raise UserError(f"{folder}: config.json has {field} {found}, not {ours}")
-    shard_of = read_json(folder, "model.safetensors.index.json").get("weight_map")
-    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
-        raise UserError(f"{folder}: model.safetensors.index.json is not an index of shards")
+    check_llada(folder, model.config)
     named = []
-    for shard in sorted(set(shard_of.values())):
-        path = os.path.join(folder, shard)
-        if not os.path.isfile(path):
-            raise UserError(f"{folder}: the index names {shard}, which is not there")
+    for path in shards_of(folder):
         with open_safetensors(path) as f:
             keys = list(f.keys())
         for key in keys:

@@ -5,6 +5,7 @@ command_line   the options of train.py and decode.py
 files          a file is written whole or not at all; weights are opened as data
 names          other projects' names of files and tensors
 ctranslate2    faster-whisper's file format
+llada          what LLaDA's folder says of itself
 hub            where the released models are published
 processes      torchrun's processes, the signals that stop them, the lock on a run's folder
 recordings     any audio file as 16 kHz mono; where to cut a long one

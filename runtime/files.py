@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import pickle
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -81,17 +80,6 @@ def open_pickle(path):
         raise UserError(f"{path}: holds code or objects, and is not opened ({first_line(e)})") from None
     except Exception as e:  # a damaged pickle may raise anything
         raise UserError(f"{path}: cut short or not a file of weights ({first_line(e)})") from None
-
-
-def read_json(folder, name):
-    """A JSON file that LLaDA's folder must have: an object."""
-    try:
-        content = json.loads(Path(folder, name).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{folder}: no {name} that can be read ({first_line(e)})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{folder}: {name} is not a JSON object")
-    return content
 
 
 def fingerprint(module, with_lora=False):
