@@ -34,7 +34,7 @@ from adapters import merge_lora
 from data import SAMPLE_RATE, answer_text, build_prompt, log_mel, window_samples, window_seconds
 from model import Cache
 from runtime import command_line
-from runtime.errors import UserError, exit_status
+from runtime.errors import UserError, exit_status, tell
 from runtime.pieces import cut_clips, join_answers, load_clips
 from runtime.recordings import as_samples, load_audio
 from runtime.terminal import Printer
@@ -150,7 +150,7 @@ class Options:
             if steps > length:
                 raise UserError(f"steps {steps} exceeds the answer length {length}: some would keep nothing")
         if self.factor is not None and not 0 < self.factor < 1e9:  # NaN is refused too
-            raise UserError(f"factor {self.factor} must be positive")
+            raise UserError(f"factor {self.factor} must lie between 0 and 1e9")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise UserError(f"threshold {self.threshold} must lie between 0 and 1")
         if self.cache not in CACHES:
@@ -437,7 +437,8 @@ def ask_pieces(model, tokenizer, pieces, stage, options, on_step, on_block):
     encoded = model.encode(torch.stack(mels).to(adapter.device), n_frames)  # in fp32
     encoded = (x.to(adapter.dtype) for x in encoded)
     audio, is_audio = model.adapt(*encoded, n_frames, stage or model.stage)  # (B, A, D), (B, A)
-    total = max(map(len, prompts)) + audio.size(1) + options.answer_length
+    rows = zip(prompts, is_audio.sum(1).tolist(), strict=True)
+    total = max(len(prompt) + n_audio for prompt, n_audio in rows) + options.answer_length
     if total > c.context:
         needs = f"question, audio and answer need {total} positions; the model has {c.context}"
         raise UserError(f"{needs}: shorten the question")
@@ -481,7 +482,7 @@ def run(args):
     """Loads, reads the clips, asks, prints.  Notes go to stderr: a file or a pipe gets the answers alone."""
 
     def note(text):
-        print(f"decode.py: {text}", file=sys.stderr)
+        tell(f"decode.py: {text}")
 
     if args.model is None:
         note("this is the shipped small model; --model diffa2 runs the released one")

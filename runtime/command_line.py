@@ -1,8 +1,10 @@
 """The options of train.py and decode.py.  `--help` prints them below the commands at the top of each file."""
 
 import argparse
+import os
 from dataclasses import dataclass
 
+from data import refuse_special_tokens
 from runtime.errors import Parser, UserError, number
 
 
@@ -147,6 +149,12 @@ def decode(argv, description, caches):
         raise UserError("--export needs the name of a folder")
     if args.words and not args.words[-1].strip():
         raise UserError("the question is empty")
+    if args.words:
+        refuse_special_tokens(args.words[-1], "question")
+        if os.path.isfile(args.words[-1]):
+            raise UserError(f"{args.words[-1]} is a file: the last word must be the question")
+    if args.refresh is not None and args.cache == "none":
+        raise UserError("--cache-refresh goes with --cache")
     if args.int8 and args.compile:
         raise UserError("--compile cannot read matrices in int8: give one of the two")
     if args.int8 and args.export is not None:

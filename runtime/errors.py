@@ -54,6 +54,9 @@ class Parser(argparse.ArgumentParser):
 
 def exit_status(program, run):
     """run() as a program: its status (None is 0); 2 and one line for a UserError, 130 for Ctrl-C."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller (>&-)
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8 shows "?" for what it cannot
             stream.reconfigure(errors="replace")

@@ -50,9 +50,13 @@ def generators_of_pieces(generator, n):
 
 
 def is_transcription(question):
-    """Whether a question, by its first words, asks for a transcript: answers about pieces can be joined."""
-    words_alone = r"\W*(please )?(transcribe|write down what is said|what is said)\b.{0,40}$"
-    return re.match(words_alone, question, re.IGNORECASE) is not None
+    """Whether a question asks for a transcript and nothing else: answers about pieces can then be joined."""
+    asked = (
+        "transcribe|write (down|out) (what is said|the (spoken )?words)|what is( being)? said|"
+        "what (does|did) the (speaker|person) say|(give|provide|write)( me)? (a|the) transcript(ion)?"
+    )
+    rest = "in|of|to|into|as|the|this|that|a|audio|recording|clip|speech|text|speaker|words?|exactly|please"
+    return re.fullmatch(rf"\W*(please )?({asked})(\W+({rest}))*\W*", question, re.IGNORECASE) is not None
 
 
 def join_answers(answers, spans, questions):

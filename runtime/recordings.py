@@ -35,6 +35,8 @@ def load_audio(path, offset=0.0, duration=None, limit=None):
             rate = f.samplerate
             if rate < 1000:  # no recording: at 1 Hz a second file of samples is a day
                 raise UserError(f"{path}: has a rate of {rate} Hz")
+            if f.frames > MAX_SECONDS * rate:  # a FLAC that was streamed to a pipe
+                raise UserError(f"{path}: does not say how long it is")
             start = round(offset * rate)
             available = f.frames - start  # samples of each channel, as are all counts here
             if available < 0:
@@ -79,7 +81,9 @@ def as_samples(audio, name):
     if isinstance(audio, (str, os.PathLike)):
         return load_audio(os.fspath(audio))[0]
     if isinstance(audio, torch.Tensor):
-        audio = audio.detach().float().cpu()
+        audio = audio.detach().cpu()
+        # numpy has no bf16; integers are refused below
+        audio = audio.float().numpy() if audio.is_floating_point() else audio.numpy()
     check_samples(np.asarray(audio), name)
     return np.ascontiguousarray(audio, dtype=np.float32)
 
@@ -88,14 +92,14 @@ def is_cut_wav(path):
     """Whether a RIFF file says that it holds more bytes than it does.
 
     libsndfile reads what is left of it and says nothing: a broken download would pass for a short clip.
-    Sizes of 0 and 2^31 and more are what a program writes that streams to a pipe: no claim.
+    A program that streams to a pipe cannot know the size and writes 0, or about 2^31 (SoX, arecord) or more.
     """
     with open(path, "rb") as f:
         f.seek(12)  # behind "RIFF", a size and "WAVE" come chunks: four letters, a size, so many bytes
         while len(header := f.read(8)) == 8:
             size = int.from_bytes(header[4:], "little")
             if header[:4] == b"data":  # the samples
-                return 0 < size < 1 << 31 and f.tell() + size > os.path.getsize(path)
+                return 0 < size < 0x7FFF0000 and f.tell() + size > os.path.getsize(path)
             f.seek(size + size % 2, os.SEEK_CUR)
     return False
 
@@ -113,7 +117,8 @@ def split_clip(audio, window, quiet=0.3):
     while len(audio) - start > window:
         first, last = start + window // 4, start + window - width  # where the quiet stretch may begin
         loudness = energy[first + width : last + width + 1] - energy[first : last + 1]
-        cut = first + int(loudness.argmin()) + width // 2
+        # of equals the last: silence gives pieces as long as the window
+        cut = last - int(loudness[::-1].argmin()) + width // 2
         pieces.append((start, cut))
         start = cut
     return [*pieces, (start, len(audio))]

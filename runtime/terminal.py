@@ -20,7 +20,7 @@ class Screen:
         """response, confidence (1, L), after network call `call`; `generate`'s on_step."""
         is_terminal, c = self.out.isatty(), self.config
         # a line that wraps cannot be drawn over: it ends where the terminal does
-        room = shutil.get_terminal_size().columns - 8 if is_terminal else sys.maxsize
+        room = columns(self.out) - 8 if is_terminal else sys.maxsize
         line = f"{call:3}  "
         for token, sure in zip(response[0].tolist(), confidence[0].tolist(), strict=True):
             if token in (c.eos_id, c.eot_id):
@@ -41,10 +41,18 @@ class Screen:
         self.out.flush()
 
 
+def columns(terminal):
+    """How wide it is; shutil alone would ask for standard output's."""
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns or 80
+    except (OSError, ValueError):  # an object that only says that it is one
+        return shutil.get_terminal_size().columns
+
+
 class Stream:
     """Prints an answer's text as far as its blocks are final; what it has printed adds up to the answer.
 
-    The answer about each piece of a clip beyond the window is a line of its own.
+    The answer about each piece of a clip beyond the window is a line of its own, without its time.
     """
 
     def __init__(self, tokenizer, config, out):

@@ -116,13 +116,26 @@ def test_silence_is_noted(tmp_path):
     assert "silent" in load_audio(str(tmp_path / "a.wav"))[1][0]
 
 
-def test_streamed_wav_without_a_size_is_read(tmp_path):
-    """A program that writes to a pipe cannot know the size and leaves 0xFFFFFFFF: no truncation."""
+def test_flac_without_a_length_is_refused(tmp_path):
+    """As an encoder that writes to a pipe leaves it: STREAMINFO's total of samples, 36 bits, is 0."""
+    path = tmp_path / "pipe.flac"
+    soundfile.write(str(path), np.zeros(4000), 16000)
+    data = bytearray(path.read_bytes())
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="does not say how long"):
+        load_audio(str(path))
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFF000, 0x7FFFFF00])  # ffmpeg, SoX, arecord
+def test_streamed_wav_without_a_size_is_read(tmp_path, size):
+    """A program that writes to a pipe cannot know the size and leaves a large one: no truncation."""
     path = tmp_path / "a.wav"
     soundfile.write(path, tone(16000), 16000)
     data = bytearray(path.read_bytes())
     at = data.find(b"data")
-    data[at + 4 : at + 8] = data[4:8] = b"\xff\xff\xff\xff"
+    data[at + 4 : at + 8] = data[4:8] = size.to_bytes(4, "little")
     path.write_bytes(data)
     assert len(load_audio(str(path))[0]) == 8000
 
@@ -495,6 +508,12 @@ def test_split_clip_cuts_where_it_is_quiet(config):
         assert start < cut < start + 0.4
 
 
+def test_silence_is_cut_into_as_few_pieces_as_noise(config):
+    window = window_samples(config)
+    pieces = split_clip(np.zeros(20 * window, np.float32), window)
+    assert len(pieces) <= 23 and all(end - start > 0.9 * window for start, end in pieces[:-1])
+
+
 # ------------------------------------------------------------------------- manifests of any length
 
 
@@ -680,10 +699,24 @@ def test_fields_of_the_wrong_type_are_refused(field, value, tmp_path):
 
 
 def test_which_questions_are_transcriptions():
-    for question in ("Please transcribe the audio to text.", "What is said?", "Transcribe the recording."):
-        assert is_transcription(question)
-    for question in ("Answer what is said in the audio.", "Choose: A. a transcript", "Is this speech?"):
-        assert not is_transcription(question)
+    for question in (
+        "Please transcribe the audio to text.",
+        "What is said?",
+        "Transcribe the recording.",
+        "Write down what is said.",
+        "What does the speaker say?",
+        "Give a transcript of the audio.",
+    ):
+        assert is_transcription(question), question
+    for question in (
+        "Answer what is said in the audio.",
+        "Choose: A. a transcript",
+        "Is this speech?",
+        "What is said about the price?",
+        "What is said first?",
+        "Transcribe the emotion of the speaker",
+    ):
+        assert not is_transcription(question), question
 
 
 @pytest.mark.parametrize("argv, says", [(["none.wav"], "no such file"), ([__file__], "cannot be read as")])

@@ -716,7 +716,8 @@ def test_bad_clips(kind, tmp_path, small_folder, capsys):
         (["--threshold", "2"], "threshold"),
         (["--temperature", "-1"], "temperature"),
         (["--cache", "magic"], "magic"),
-        (["--cache-refresh", "0"], "refresh 0"),
+        (["--cache", "dual", "--cache-refresh", "0"], "refresh 0"),
+        (["--cache-refresh", "4"], "goes with --cache"),
         (["--answer-length", "992"], "positions"),
         (["--answer-length", "some"], "invalid int value: 'some'"),
         (["--block", "0"], "block 0"),
@@ -750,6 +751,22 @@ def test_what_just_fits_the_context(small, tokenizer):
     assert ask(small, tokenizer, clip, "What?", answer_length=8, block=8).calls > 0
 
 
+def test_each_row_of_a_batch_has_the_context_to_itself(small, tokenizer):
+    """A long question about a short clip beside a short one about a long clip: what fits alone fits."""
+    small.stage = 2
+    clips, questions = [np.zeros(4000, np.float32), np.zeros(32000, np.float32)], ["What? " * 8, "What?"]
+    needed = []
+    for clip, question in zip(clips, questions, strict=True):
+        with pytest.raises(UserError) as e:
+            small.config = dataclasses.replace(small.config, context=1)
+            ask(small, tokenizer, clip, question, answer_length=8, block=8)
+        needed.append(int(re.search("need ([0-9]+) positions", str(e.value))[1]))
+    small.config = dataclasses.replace(small.config, context=max(needed))
+    together = ask(small, tokenizer, clips, questions, answer_length=8, block=8)
+    for i, answer in enumerate(together):
+        assert answer.text == ask(small, tokenizer, clips[i], questions[i], answer_length=8, block=8).text
+
+
 @pytest.mark.parametrize("mark", ["eot_id", "eos_id"])
 def test_confidence_ends_with_the_turn_or_an_end_mark(small, tokenizer, mark):
     """Of an answer that is nothing else, one token's: the answer's text and its confidence end together."""
@@ -773,6 +790,8 @@ def test_bad_questions(clip, small_folder, capsys):
     refused([clip, "word " * 2000, "--model", small_folder], capsys, "shorten the question")
     refused([clip, "a <|eot_id|> b", "--model", small_folder], capsys, "control token")
     refused([clip, "--model", small_folder], capsys, "recording and a question")
+    refused([clip, clip, "--model", small_folder], capsys, "is a file: the last word must be the question")
+    refused([clip, "<|eot_id|>", "--model", "diffa2", "--llada", "gone"], capsys, "control token")
     refused([], capsys, "recording and a question")
 
 
@@ -871,7 +890,7 @@ def test_ask_takes_paths_arrays_one_or_many(small_folder, clip):
         (nan(3, np.nan), "NaN"),
         (np.stack([NOISE, NOISE]), r"float64 of shape \(2, 16000\)"),
         ((NOISE * 32767).astype(np.int16), "int16"),
-        (torch.zeros(9, dtype=torch.int16).numpy(), "int16"),
+        (torch.zeros(9, dtype=torch.int16), "int16"),
         (None, "object"),
         ("none.wav", "no such file"),
     ],
@@ -909,6 +928,15 @@ def test_settings_of_ask_that_do_not_fit(small_folder, settings, says):
     settings = {"questions": "Hm?", "answer_length": 8, "block": 8} | settings
     with pytest.raises(UserError, match=says):
         ask(model, tokenizer, [NOISE, NOISE], **settings)
+
+
+@pytest.mark.parametrize("closed, printed", [(">&-", ""), ("2>&-", "an answer\n")])
+def test_an_output_that_was_never_there(closed, printed):
+    """Notes do not go where the answers go; what nobody can read is no error."""
+    program = "from runtime.errors import *; exit_status('x', lambda: tell('a note') or print('an answer'))"
+    shell = f'{sys.executable} -c "{program}" {closed}'
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, printed) and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from adapters import merge_lora
 from data import SAMPLE_RATE, load_audio, log_mel, window_samples
 from decode import CACHES, Options, ask
 from runtime import command_line
-from runtime.errors import Parser, UserError, exit_status
+from runtime.errors import Parser, UserError, exit_status, number
 from runtime.recordings import split_clip
 from runtime.terminal import Stream, clock
 from runtime.tutorials import DEMO
@@ -350,7 +350,7 @@ def run(args):
 def main(argv=None):
     parser = Parser(prog="demo", description=__doc__)
     command_line.add_model(parser)
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--port", type=number(int, 1, 65535), default=7860)
     parser.add_argument("--share", action="store_true", help="a public address by way of Gradio's servers")
     return exit_status("demo", lambda: run(parser.parse_args(argv)))
 
