@@ -150,7 +150,7 @@ class Options:
             if steps > length:
                 raise UserError(f"steps {steps} exceeds the answer length {length}: some would keep nothing")
         if self.factor is not None and not 0 < self.factor < 1e9:  # NaN is refused too
-            raise UserError(f"factor {self.factor} must lie between 0 and 1e9")
+            raise UserError(f"factor {self.factor} must be positive, and below 1e9")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise UserError(f"threshold {self.threshold} must lie between 0 and 1")
         if self.cache not in CACHES:
