@@ -42,7 +42,7 @@ from runtime.held_out import held_out_loss
 from runtime.hub import RELEASES
 from runtime.log import Log
 from runtime.optimizers import make_optimizers
-from runtime.processes import StopSignal, exit_process, locked, process_group
+from runtime.processes import StopSignal, exit_process, locked, pick_precision, process_group
 from vrpo import SAMPLES, backward_per_sample, margin, swapped, vrpo_loss
 
 # ---------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
     examples: a Mixture.  held_out: a list of Examples.  state: a checkpoint of this stage, to go on from.
     """
     device, has_reference = group.device, settings.loss.has_reference
-    is_bf16 = (args.precision or ("bf16" if device.type == "cuda" else "fp32")) == "bf16"
+    is_bf16 = pick_precision(args.precision, device) == "bf16"
     # what must be the same in a run that goes on: another order or other masks would be another run
     this_run = {"stage": args.stage, "seed": args.seed, "batch": settings.batch}
     this_run["data"] = [list(share) for share in examples.shares]  # (examples, share) of each manifest

@@ -147,12 +147,12 @@ def decode(argv, description, caches):
         raise UserError('give a recording and a question: python decode.py clip.wav "What do you hear?"')
     if args.export == "":
         raise UserError("--export needs the name of a folder")
-    if args.words and not args.words[-1].strip():
-        raise UserError("the question is empty")
-    if args.words:
-        refuse_special_tokens(args.words[-1], "question")
-        if os.path.isfile(args.words[-1]):
-            raise UserError(f"{args.words[-1]} is a file: the last word must be the question")
+    for question in args.words[-1:]:
+        if not question.strip():
+            raise UserError("the question is empty")
+        if os.path.isfile(question):
+            raise UserError(f"{question} is a file: the last word must be the question")
+        refuse_special_tokens(question, "question")
     if args.refresh is not None and args.cache == "none":
         raise UserError("--cache-refresh goes with --cache")
     if args.int8 and args.compile:

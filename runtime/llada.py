@@ -26,8 +26,12 @@ def check_llada(folder, config):
     if kind != "llada":
         raise UserError(f"{folder}: holds a model of type {kind!r}; this code runs LLaDA-8B")
     # no shape tells these: with other values the weights would load, and answer nonsense
-    expected = {"n_heads": config.heads, "rope_theta": config.rope_theta, "rope_scaling": None}
-    expected["rms_norm_eps"] = config.norm_eps
+    expected = {
+        "n_heads": config.heads,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "rms_norm_eps": config.norm_eps,
+    }
     for field, ours in expected.items():
         found = published.get(field, ours)
         if found != ours:
@@ -39,8 +43,8 @@ def shards_of(folder):
     shard_of = read_json(folder, "model.safetensors.index.json").get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
         raise UserError(f"{folder}: model.safetensors.index.json is not an index of shards")
-    shards = sorted(set(shard_of.values()))
-    for shard in shards:
-        if not os.path.isfile(os.path.join(folder, shard)):
+    paths = {shard: os.path.join(folder, shard) for shard in sorted(set(shard_of.values()))}
+    for shard, path in paths.items():
+        if not os.path.isfile(path):
             raise UserError(f"{folder}: the index names {shard}, which is not there")
-    return [os.path.join(folder, shard) for shard in shards]
+    return list(paths.values())

@@ -35,6 +35,11 @@ def pick_device(name=None):
     return device
 
 
+def pick_precision(name, device):
+    """bf16 or fp32, in which training multiplies matrices; by default bf16 on NVIDIA's GPUs alone."""
+    return name or ("bf16" if device.type == "cuda" else "fp32")
+
+
 @dataclass(frozen=True)
 class ProcessGroup:
     """The processes that train together; a single process is a group of one."""

@@ -15,22 +15,23 @@ from whisper.audio import SAMPLE_RATE
 def augment(audio, generator, facts, window):
     """Another speed, level, a moment of silence in front, a little noise: for few recordings.
 
-    audio (n,).  It grows to at most `window` samples: no word may leave the window and stay in the label.
+    audio (n,), n at most `window`, as what is returned: no word may leave the window and stay in the label.
     """
     use_speed, speed, level, pause, use_noise, noise = torch.rand(6, generator=generator).tolist()
     if use_speed < 0.5:
         # a voice's sex and feeling are in its pitch, which the speed changes; a sound alone bears more
         spread = 0.25 if facts and facts.keys() <= {"sound", "instrument"} else 0.1
         rate = SAMPLE_RATE * min(1 + spread * (2 * speed - 1), window / len(audio))
-        audio = soxr.resample(audio, SAMPLE_RATE, rate, quality="QQ")  # soxr's quickest
+        # QQ: soxr's quickest.  It may round a length up
+        audio = soxr.resample(audio, SAMPLE_RATE, rate, quality="QQ")[:window]
     audio = audio * 10 ** ((level - 0.5) * 0.8)  # 8 dB up or down
     if pause < 0.5:
         silence = min(int(pause * 0.6 * SAMPLE_RATE), window - len(audio))  # up to 0.3 s
-        audio = np.pad(audio, (max(silence, 0), 0))
+        audio = np.pad(audio, (silence, 0))
     if use_noise < 0.5:
         hiss = 10 ** (-4 + 2 * noise) * torch.randn(len(audio), generator=generator).numpy()
         audio = audio + hiss * max(np.abs(audio).max(), 1e-3)  # 80 to 40 dB below the peak
-    return audio[:window].astype(np.float32)  # soxr rounds a length up
+    return audio.astype(np.float32)
 
 
 def mask_mel(mel, generator):

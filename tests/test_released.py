@@ -511,13 +511,13 @@ def test_other_families(files, tokenizer, released):
     # what no shape tells: the same tensors under another base, epsilon, number of heads
     same = {"model_type": "llada", "n_heads": 2, "rope_theta": 500000.0, "rms_norm_eps": 1e-5}
     same["rope_scaling"] = None
-    files = (f"{folder}/pytorch_model.bin", torch.device("cpu"), torch.float32, 4)
     other = {"n_heads": 4, "rope_theta": 1e7, "rms_norm_eps": 1e-2, "rope_scaling": {"factor": 8}}
     for field, value in other.items():
         pathlib.Path(f"{folder}/llada/config.json").write_text(json.dumps(same | {field: value}))
         assert f"has {field} {value}, not {same[field]}" in says()
     pathlib.Path(f"{folder}/llada/config.json").write_text(json.dumps(same))
-    assemble(c, f"{folder}/llada", encoder, *files)
+    diffa = f"{folder}/pytorch_model.bin"
+    assemble(c, f"{folder}/llada", encoder, diffa, torch.device("cpu"), torch.float32, 4)
     state = authors.llada()
     key = "model.transformer.blocks.0.k_proj.weight"
     state[key] = state[key][:8]  # grouped keys

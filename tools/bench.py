@@ -82,12 +82,12 @@ def main(argv=None):
             data_bench(args)
         elif args.command == "page":
             page_bench(args)
-        elif args.stage is None and not args.naive:
-            train_bench(args)
-        elif args.stage is None:
+        elif args.stage is not None:
+            one_training_kind(args)
+        elif args.naive:
             raise UserError("--naive goes with --stage")
         else:
-            one_training_kind(args)
+            train_bench(args)
 
     return exit_status("bench", start)
 

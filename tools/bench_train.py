@@ -23,6 +23,7 @@ from data import generator_for, to_device, window_seconds
 from diffusion import corrupt, draw_counts, draw_t
 from model import DIFFA2
 from runtime.files import ROOT
+from runtime.processes import pick_precision
 from tools.measure import SIZES, Peak, everywhere, machine
 
 
@@ -86,11 +87,6 @@ def naive_step(model, other, micro, stage, seed=0):
     return vrpo.vrpo_loss(vrpo.margin(*(scores(model, name) for name in texts), *reference))
 
 
-def precision_of(args):
-    """Ours; the default is train.py's."""
-    return args.precision or ("bf16" if torch.device(args.device or "cpu").type == "cuda" else "fp32")
-
-
 def one_training_kind(args):
     """Times one stage one way and prints a line of JSON; runs in a process of its own."""
     stage, naive, device = args.stage, args.naive, torch.device(args.device or "cpu")
@@ -99,7 +95,7 @@ def one_training_kind(args):
     with torch.device(device):
         model = DIFFA2(config, lora=stage >= 3)
     trained = train.freeze_all_but(model, row.trains)
-    is_bf16 = precision_of(args) == "bf16" and not naive
+    is_bf16 = pick_precision(args.precision, device) == "bf16" and not naive
     if is_bf16:
         train.frozen_to_bf16(model)
     other = copy.deepcopy(model) if naive and stage == 4 else None
@@ -137,7 +133,8 @@ def train_bench(args):
     how = f"{args.repeats} steps each, median (least - most)"
     clip = window_seconds(SIZES[args.size])
     size = f"size {args.size}, batch {args.batch}, {clip:.0f} s clips"
-    print(f"{size}, naive in fp32, ours in {precision_of(args)}, {where}; {how}\n")
+    precision = pick_precision(args.precision, torch.device(args.device or "cpu"))
+    print(f"{size}, naive in fp32, ours in {precision}, {where}; {how}\n")
     heads = f"{'s/step':>24}{'steps/s':>9}{'audio h/s':>11}{'peak GB':>9}{'speed':>8}{'memory':>8}"
     print(f"{'stage':6}{'':8}{heads}")
     for stage in args.stages:
@@ -156,7 +153,7 @@ def train_bench(args):
             command += ["--batch", str(args.batch), "--repeats", str(args.repeats)]
             command += ["--naive"] * (kind == "naive") + ["--recompute"] * args.recompute
             command += ["--device", args.device] if args.device else []
-            command += ["--precision", args.precision] if args.precision else []
+            command += ["--precision", precision]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
                 why = (done.stderr.strip().splitlines() or ["killed: out of memory?"])[-1]
