@@ -117,8 +117,9 @@ def split_clip(audio, window, quiet=0.3):
     while len(audio) - start > window:
         first, last = start + window // 4, start + window - width  # where the quiet stretch may begin
         loudness = energy[first + width : last + width + 1] - energy[first : last + 1]
-        # of equals the last: silence gives pieces as long as the window
-        cut = last - int(loudness[::-1].argmin()) + width // 2
+        # nothing but digital silence: no pause to find, so the piece is as long as the window allows
+        quietest = first + int(loudness.argmin()) if loudness.any() else last
+        cut = quietest + width // 2
         pieces.append((start, cut))
         start = cut
     return [*pieces, (start, len(audio))]

@@ -508,6 +508,15 @@ def test_split_clip_cuts_where_it_is_quiet(config):
         assert start < cut < start + 0.4
 
 
+def test_of_equal_pauses_the_first_is_cut(config):
+    """Words parted by digital silence: short pieces, for a small model reads a long one worse."""
+    window = window_samples(config)
+    audio = np.tile(np.concatenate([tone(16000, 0.1)[:, 0], np.zeros(6400)]), 60)  # 0.1 s in every 0.5 s
+    pieces = split_clip(audio, window)
+    for start, end in pieces[:-1]:
+        assert window // 4 <= end - start <= window // 4 + 8000 and not audio[end - 2000 : end + 2000].any()
+
+
 def test_silence_is_cut_into_as_few_pieces_as_noise(config):
     window = window_samples(config)
     pieces = split_clip(np.zeros(20 * window, np.float32), window)
