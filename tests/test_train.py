@@ -96,7 +96,7 @@ def start(jobs, tmp_path, processes=1, phases=None, restarts=0, **kw):
 
 def run(jobs, tmp_path, processes=1):
     process = start(jobs, tmp_path, processes)
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err[-3000:]
     return out
 
@@ -124,6 +124,28 @@ def one(toured, tmp_path_factory):
     out = str(tmp_path_factory.mktemp("one"))
     for stage in range(5):
         assert main(arguments(toured, out, stage)) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def two(one, toured, tmp_path_factory):
+    """What two processes train that nothing disturbs, under one torchrun, for each start takes seconds.
+
+    like_one: every stage as `one` has it; whole, halves: twenty steps, and ten and ten; seven: seven steps;
+    held_out: four steps with a held-out loss.
+    """
+    out, jobs = tmp_path_factory.mktemp("two"), []
+
+    def job(kind, stage, *extra):
+        before = ("--init", f"{one}/stage{stage - 1}") if stage else ()
+        return arguments(toured, out / kind, stage, *before, *extra)
+
+    jobs += [job("like_one", stage) for stage in range(5)]
+    for stage in (1, 3, 4):
+        for kind, extra in (("whole", ()), ("halves", ("--stop-after", "10")), ("halves", ("--resume",))):
+            jobs.append(with_dropout(job(kind, stage, *extra)))
+    jobs += [job("seven", 3, "--stop-after", "7"), job("held_out", 2, *held_out_options(toured))]
+    run(jobs, out, processes=2)
     return out
 
 
@@ -231,21 +253,13 @@ def test_processes_begin_with_the_weights_of_the_first(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_two_processes_train_like_one(one, toured, tmp_path_factory):
+def test_two_processes_train_like_one(one, two):
     """The same losses and weights after 20 steps of every stage, to 1e-5, under torchrun.
 
     But for single weights whose gradient is nearly zero, such as a rare token's embedding or an entry of
     LoRA while B is small: AdamW makes whole steps of its rounding, and that differs from run to run.
     """
-    folder = tmp_path_factory.mktemp("two")
-    run(
-        [
-            arguments(toured, folder, stage, *(["--init", f"{one}/stage{stage - 1}"] if stage else []))
-            for stage in range(5)
-        ],
-        folder,
-        processes=2,
-    )
+    folder = two / "like_one"
     for stage in range(5):
         a, b = losses(f"{one}/stage{stage}"), losses(f"{folder}/stage{stage}")
         assert len(a) == 20
@@ -526,25 +540,18 @@ def test_ten_and_ten_steps_are_twenty(one, toured, tmp_path, stage, processes):
     assert losses(f"{halves}/stage{stage}") == losses(f"{whole}/stage{stage}")
 
 
-def test_ten_and_ten_steps_are_twenty_with_two_processes(one, toured, tmp_path):
-    jobs = []
-    for stage in (1, 3, 4):
-        before = ("--init", f"{one}/stage{stage - 1}")
-        halves = arguments(toured, tmp_path / "halves", stage, *before)
-        jobs.append(arguments(toured, tmp_path / "whole", stage, *before))
-        jobs += [[*halves, "--stop-after", "10"], [*halves, "--resume"]]
-    run([with_dropout(argv) for argv in jobs], tmp_path, processes=2)
-    for stage in (1, 3, 4):
-        assert losses(tmp_path / f"whole/stage{stage}") == losses(tmp_path / f"halves/stage{stage}")
-        assert same_weights(tmp_path / f"whole/stage{stage}", tmp_path / f"halves/stage{stage}")
+@pytest.mark.parametrize("stage", [1, 3, 4])
+def test_ten_and_ten_steps_are_twenty_with_two_processes(two, stage):
+    assert losses(two / f"whole/stage{stage}") == losses(two / f"halves/stage{stage}")
+    assert same_weights(two / f"whole/stage{stage}", two / f"halves/stage{stage}")
 
 
-def test_two_processes_go_on_as_one(one, toured, tmp_path):
+def test_two_processes_go_on_as_one(one, two, toured):
     """Seven steps of two processes and thirteen of one are the twenty of one, up to rounding."""
-    argv = arguments(toured, tmp_path, 3, "--init", f"{one}/stage2")
-    run([[*argv, "--stop-after", "7"]], tmp_path, processes=2)
+    argv = arguments(toured, two / "seven", 3, "--init", f"{one}/stage2")
+    assert len(losses(two / "seven/stage3")) == 7
     assert main([*argv, "--resume"]) == 0
-    halves, whole = losses(tmp_path / "stage3"), losses(f"{one}/stage3")
+    halves, whole = losses(two / "seven/stage3"), losses(f"{one}/stage3")
     assert len(halves) == 20 and np.allclose(halves, whole, rtol=1e-4, atol=1e-5)
 
 
@@ -1131,15 +1138,14 @@ def test_twelve_bad_steps_that_are_not_in_a_row(one, toured, tmp_path):
 # what one sees
 
 
-def test_held_out_loss_is_fixed_and_shared_out(one, toured, tmp_path):
-    held = f"{toured}/test.jsonl"
-    options = ("--held-out", held, "--held-out-every", "2", "--max-steps", "4")
-    argv = arguments(toured, tmp_path, 2, "--init", f"{one}/stage1", *options)
-    two = tmp_path / "two"
-    run([[*argv[:-2], "--max-steps", "4", "--out", str(two)]], tmp_path, processes=2)
-    assert main(argv) == 0
+def held_out_options(toured):
+    return "--held-out", f"{toured}/test.jsonl", "--held-out-every", "2", "--max-steps", "4"
+
+
+def test_held_out_loss_is_fixed_and_shared_out(one, two, toured, tmp_path):
+    assert main(arguments(toured, tmp_path, 2, "--init", f"{one}/stage1", *held_out_options(toured))) == 0
     curves = []
-    for folder in (tmp_path / "stage2", two):
+    for folder in (tmp_path / "stage2", two / "held_out/stage2"):
         curves.append([e for e in read_lines(folder / "log.jsonl") if "held_out" in e])
     assert [e["step"] for e in curves[0]] == [2, 4]
     for a, b in zip(*curves, strict=True):
