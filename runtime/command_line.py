@@ -2,54 +2,13 @@
 
 import argparse
 import os
-from dataclasses import dataclass
 
 from data import refuse_special_tokens
 from runtime.errors import Parser, UserError, number
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """What is asked of train.py, by the names of its options; None: not given."""
-
-    stage: int
-    model: str
-    objective: str
-    data: list | None  # FILE or FILE:SHARE
-    held_out: str | None
-    init: str | None
-    out: str | None
-    llada: str | None
-    whisper: str | None
-    diffa: str | None
-    resume: bool
-    restart: bool
-    wait: bool
-    dry_run: int | None  # of so many processes; 0: of as many as there are
-    lr: float | None
-    batch: int | None
-    max_steps: int | None
-    epochs: float | None
-    warmup: int | None
-    weight_decay: float | None
-    augment: bool | None
-    dropout: bool
-    seed: int
-    stop_after: int | None
-    tokens: int
-    workers: int
-    save_every: int
-    held_out_every: int
-    precision: str | None
-    recompute: bool
-    compile: bool
-    skip_limit: float
-    tensorboard: bool
-    device: str | None
-
-
 def train(argv, description, models):
-    """train.py's command line -> RunOptions.  models: names of those that have a table of stages."""
+    """train.py's command line -> args.  models: names of those that have a table of stages."""
     parser = Parser("train.py", description=description)
     option = parser.add_argument
     positive, natural, rate = number(int, 1), number(int, 0), number(float, 1e-12)
@@ -94,7 +53,7 @@ def train(argv, description, models):
     args = parser.parse_args(argv)
     if args.stage is None:
         raise UserError("give a stage: python train.py --stage 1 --model tiny")
-    return RunOptions(**vars(args))
+    return args
 
 
 def add_model(parser, default="tiny"):

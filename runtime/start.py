@@ -36,8 +36,7 @@ def complete(args, stages):
         raise UserError("--restart beside torchrun's --max-restarts would begin anew after every failure")
     if args.objective == "ar" and (name in RELEASES or stage == 4):
         raise UserError("the autoregressive baseline is a small model's, stages 0 to 3")
-    data = args.data or [f"data/stage{stage}.jsonl"]
-    args = dataclasses.replace(args, data=data, out=args.out or folder_of(args, stage))
+    args.data, args.out = args.data or [f"data/stage{stage}.jsonl"], args.out or folder_of(args, stage)
     first, _ = path_and_share(args.data[0])
     if not os.path.exists(first):
         raise UserError(f"{first}: no such manifest; docs/DATA.md says how one is made of your corpora")

@@ -4,8 +4,11 @@ import copy
 import functools
 import json
 import os
+import pathlib
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +18,10 @@ from data import build_prompt
 from decode import generate
 from model import DIFFA2, PRESETS, SPECIAL_TOKENS
 from runtime.fresh import build
-from tools import bench, bench_decode, measure
-from tools.bench_train import naive_step, random_questions
+from tools import bench, bench_decode, fullsize, measure
+from tools.bench_train import naive_step, one_training_kind, random_questions
 from tools.fullsize import full_tokenizer, random_tensor, released_keys
+from tools.measure import in_a_process
 from weights import trained_part
 
 
@@ -69,17 +73,28 @@ def test_random_tensor_has_the_asked_spread():
     assert x.shape == (70, 50) and abs(x.std().item() - 0.02) < 0.002
 
 
-def test_the_rehearsal_keeps_off_other_files(tmp_path, capsys):
+def test_the_rehearsal_keeps_off_other_files(tmp_path, capsys, monkeypatch):
     """Real weights have the names of those that it writes and removes."""
     (tmp_path / "large-v3.pt").write_bytes(b"mine")
+    seen = []
+
+    def rehearse(folder, *_):
+        seen.append(os.listdir(folder))
+        pathlib.Path(folder, "large-v3.pt").write_bytes(b"random")
+
+    monkeypatch.setattr(fullsize, "rehearse", rehearse)
+    monkeypatch.setattr(fullsize.shutil, "disk_usage", lambda _: SimpleNamespace(free=30e9))
+    assert bench.main(["fullsize", str(tmp_path)]) == 0 and seen == [[]]
+    assert os.listdir(tmp_path) == ["large-v3.pt"] and (tmp_path / "large-v3.pt").read_bytes() == b"mine"
+    monkeypatch.setattr(fullsize.shutil, "disk_usage", lambda _: SimpleNamespace(free=3e9))
     assert bench.main(["fullsize", str(tmp_path)]) == 2
-    assert "is not empty" in capsys.readouterr().err and (tmp_path / "large-v3.pt").read_bytes() == b"mine"
+    assert "3 GB free" in capsys.readouterr().err and os.listdir(tmp_path) == ["large-v3.pt"]
     taken = str(tmp_path / "large-v3.pt" / "x")  # below a file
     for argv in (
         ["fullsize", taken],
         ["decode", "--repeats", "0"],
         ["int8", "--device", "cuda:99"],
-        ["train", "--stage", "9"],
+        ["train", "--stages", "9"],
     ):
         assert bench.main(argv) == 2 and capsys.readouterr().err.count("\n") == 1
 
@@ -184,15 +199,20 @@ def test_the_naive_step_computes_the_same(config, stage):
         assert torch.allclose(g, trained[n].grad, atol=1e-4 * max(1, g.abs().max())), n
 
 
-def test_one_kind_prints_a_line_of_json(capsys, config, monkeypatch):
+def test_one_kind_is_timed(config, monkeypatch):
     monkeypatch.setitem(measure.SIZES, "small", config)
-    for naive in ([], ["--naive"]):
-        assert (
-            bench.main(["train", "--size", "small", "--stage", "3", "--batch", "2", "--repeats", "2", *naive])
-            == 0
-        )
-        found = json.loads(capsys.readouterr().out)
-        assert len(found["seconds"]) == 2 and min(found["seconds"]) > 0 and found["memory"] > 0
+    how = {"size": "small", "batch": 2, "repeats": 2, "device": None, "precision": None, "recompute": False}
+    for naive in (False, True):
+        seconds, memory = one_training_kind(SimpleNamespace(**how), 3, naive)
+        assert len(seconds) == 2 and min(seconds) > 0 and memory > 0
+
+
+def test_a_new_process_returns_or_fails_alone():
+    assert in_a_process(os.getpid) != os.getpid() and in_a_process(divmod, 7, 2) == (3, 1)
+    with pytest.raises(ZeroDivisionError):
+        in_a_process(divmod, 7, 0)
+    with pytest.raises(BrokenProcessPool):  # as one that the kernel kills for its memory
+        in_a_process(os._exit, 1)
 
 
 def test_decode_table(capsys, toured, monkeypatch):
@@ -240,4 +260,3 @@ def test_int8_table(capsys):
         assert 0 < float(half.rstrip("%")) < float(rounded.rstrip("%")) < 2.5
     assert bench.main(["int8", "--size", "0"]) == 2
     assert "--size" in capsys.readouterr().err
-    assert bench.main(["train", "--naive"]) == 2 and "--stage" in capsys.readouterr().err

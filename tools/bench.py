@@ -16,13 +16,13 @@ bench_decode.py.
 
 import sys
 
-from runtime.errors import Parser, UserError, exit_status, number
+from runtime.errors import Parser, exit_status, number
 from runtime.processes import pick_device
 from tools.bench_data import data_bench
 from tools.bench_decode import decode_bench
 from tools.bench_int8 import int8_bench
 from tools.bench_page import page_bench
-from tools.bench_train import one_training_kind, train_bench
+from tools.bench_train import train_bench
 from tools.fullsize import fullsize
 from tools.measure import SIZES
 
@@ -32,15 +32,17 @@ def main(argv=None):
     positive = number(int, 1)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     p = commands.add_parser("fullsize", help="diffa2 with random weights: shapes, memory, speed")
-    p.add_argument("folder")
+    p.set_defaults(run=lambda args: fullsize(args.folder, args.device, args.int8))
+    p.add_argument("folder", help="where the weights lie as long as it runs")
     p.add_argument("--device")
-    p.add_argument("--keep", action="store_true", help="leave the weights on the disk")
     p.add_argument("--int8", action="store_true", help="as in decode.py")
     p = commands.add_parser("int8", help="a matrix in int8 beside bf16")
+    p.set_defaults(run=lambda args: int8_bench(args.device, args.size, args.repeats))
     p.add_argument("--size", type=positive, default=4096, help="inputs and outputs")
     p.add_argument("--repeats", type=positive, default=40)
     p.add_argument("--device")
     p = commands.add_parser("train", help="training steps of every stage beside naive ones")
+    p.set_defaults(run=train_bench)
     p.add_argument("--size", default="wide", choices=sorted(SIZES))
     p.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3, 4], choices=(1, 2, 3, 4))
     p.add_argument("--batch", type=positive, default=4)
@@ -48,17 +50,17 @@ def main(argv=None):
     p.add_argument("--recompute", action="store_true", help="activation checkpointing in ours")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="of ours; default as in train.py")
     p.add_argument("--device")
-    p.add_argument("--stage", type=int, choices=(1, 2, 3, 4), help="this one alone, and one line of JSON")
-    p.add_argument("--naive", action="store_true", help="with --stage: the naive step")
     p = commands.add_parser("data", help="the data path of a long run")
+    p.set_defaults(run=data_bench)
     p.add_argument("--lines", type=positive, default=1_000_000, help="of the synthetic manifest")
     p.add_argument("--clips", type=positive, default=64, help="of 12 s")
-    p.add_argument("--open", metavar="MANIFEST", help="open this one alone, and one line of JSON")
     p = commands.add_parser("page", help="the web page beside `ask`")
+    p.set_defaults(run=page_bench)
     p.add_argument("--model", default="tiny")
     p.add_argument("--port", type=int, default=7860)
     p.add_argument("--repeats", type=positive, default=10)
     p = commands.add_parser("decode", help="decoding beside a naive reference")
+    p.set_defaults(run=decode_bench)
     p.add_argument("--size", default="mid", choices=sorted(SIZES))
     types = ("float32", "bfloat16", "float16")
     p.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=types)
@@ -72,22 +74,7 @@ def main(argv=None):
         args = parser.parse_args(argv)
         if getattr(args, "device", None):
             pick_device(args.device)
-        if args.command == "decode":
-            decode_bench(args)
-        elif args.command == "fullsize":
-            fullsize(args.folder, args.device, args.keep, args.int8)
-        elif args.command == "int8":
-            int8_bench(args.device, args.size, args.repeats)
-        elif args.command == "data":
-            data_bench(args)
-        elif args.command == "page":
-            page_bench(args)
-        elif args.stage is not None:
-            one_training_kind(args)
-        elif args.naive:
-            raise UserError("--naive goes with --stage")
-        else:
-            train_bench(args)
+        args.run(args)
 
     return exit_status("bench", start)
 

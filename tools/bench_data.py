@@ -5,8 +5,6 @@ Every measurement of a manifest runs in a process of its own, so that its memory
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 
@@ -18,7 +16,7 @@ import torch
 from data import SAMPLE_RATE, BatchBuilder, encode_question, load_audio, log_mel, window_seconds
 from runtime.files import ROOT
 from runtime.loading import MicroBatches, Mixture, schedule_of
-from tools.measure import SIZES, anonymous_bytes, machine, spread
+from tools.measure import SIZES, anonymous_bytes, in_a_process, machine, spread
 from weights import load_tokenizer
 
 EPOCH = 8_500_000  # utterances of the paper's stage 1
@@ -41,19 +39,13 @@ def write_lines(path, n):
 
 
 def one_opening(path):
-    """Opens a manifest and draws one batch of it; prints seconds and bytes as a line of JSON."""
+    """Opens a manifest and parses a thousand lines of it -> their number, seconds and bytes."""
     before, start = anonymous_bytes(), time.perf_counter()
     manifest = Mixture([path])
     opened = time.perf_counter() - start
     examples = [manifest[i] for i in range(0, len(manifest), max(1, len(manifest) // 1000))]
-    found = {"lines": len(manifest), "open": opened, "bytes": anonymous_bytes() - before}
-    print(json.dumps(found | {"parsed": len(examples), "all": time.perf_counter() - start}))
-
-
-def in_a_process(path):
-    command = [sys.executable, "-m", "tools.bench", "data", "--open", path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+    found = {"open": opened, "bytes": anonymous_bytes() - before}
+    return found | {"parsed": len(examples), "all": time.perf_counter() - start}
 
 
 def clips_a_second(manifest, tokenizer, config, workers, n):
@@ -68,15 +60,12 @@ def clips_a_second(manifest, tokenizer, config, workers, n):
 
 
 def data_bench(args):
-    if args.open:
-        one_opening(args.open)
-        return
     print(f"{machine('cpu')}, torch {torch.__version__}, {args.lines:,} synthetic lines\n")
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "m.jsonl")
         write_lines(path, args.lines)
         size = os.path.getsize(path) / 1e6
-        built, again = in_a_process(path), in_a_process(path)
+        built, again = in_a_process(one_opening, path), in_a_process(one_opening, path)
         print(f"manifest of {size:.0f} MB: index built in {built['open']:.1f} s;", end=" ")
         print(f"opened again in {again['open']:.2f} s and {again['bytes'] / 1e6:.0f} MB of memory")
         print(f"{again['parsed']} lines parsed all over it: {again['all'] - again['open']:.3f} s\n")

@@ -8,10 +8,7 @@ second model.
 
 import copy
 import functools
-import json
 import statistics
-import subprocess
-import sys
 import time
 
 import torch
@@ -22,9 +19,9 @@ import vrpo
 from data import generator_for, to_device, window_seconds
 from diffusion import corrupt, draw_counts, draw_t
 from model import DIFFA2
-from runtime.files import ROOT
+from runtime.errors import first_line
 from runtime.processes import pick_precision
-from tools.measure import SIZES, Peak, everywhere, machine
+from tools.measure import SIZES, Peak, everywhere, in_a_process, machine
 
 
 def random_questions(config, batch, names, prompt=80, response=32, seed=0):
@@ -87,10 +84,9 @@ def naive_step(model, other, micro, stage, seed=0):
     return vrpo.vrpo_loss(vrpo.margin(*(scores(model, name) for name in texts), *reference))
 
 
-def one_training_kind(args):
-    """Times one stage one way and prints a line of JSON; runs in a process of its own."""
-    stage, naive, device = args.stage, args.naive, torch.device(args.device or "cpu")
-    config, row = SIZES[args.size], train.STAGES["diffa2"][stage]
+def one_training_kind(args, stage, naive):
+    """Times a stage, ours or naive -> the seconds of its steps, the peak of memory in bytes."""
+    config, row, device = SIZES[args.size], train.STAGES["diffa2"][stage], torch.device(args.device or "cpu")
     torch.manual_seed(0)
     with torch.device(device):
         model = DIFFA2(config, lora=stage >= 3)
@@ -124,7 +120,7 @@ def one_training_kind(args):
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak.bytes
-    print(json.dumps({"seconds": seconds[1:], "memory": memory}))
+    return seconds[1:], memory
 
 
 def train_bench(args):
@@ -140,33 +136,15 @@ def train_bench(args):
     for stage in args.stages:
         found = {}
         for kind in ("naive", "ours"):
-            command = [
-                sys.executable,
-                "-m",
-                "tools.bench",
-                "train",
-                "--stage",
-                str(stage),
-                "--size",
-                args.size,
-            ]
-            command += ["--batch", str(args.batch), "--repeats", str(args.repeats)]
-            command += ["--naive"] * (kind == "naive") + ["--recompute"] * args.recompute
-            command += ["--device", args.device] if args.device else []
-            command += ["--precision", precision]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-            if done.returncode:
-                why = (done.stderr.strip().splitlines() or ["killed: out of memory?"])[-1]
-                print(f"{stage:<6}{kind:8} failed: {why}")
+            try:
+                times, memory = in_a_process(one_training_kind, args, stage, kind == "naive")
+            except Exception as e:  # out of memory: torch's own error, or the process was killed
+                print(f"{stage:<6}{kind:8} failed: {first_line(e)}")
                 continue
-            found[kind] = json.loads(done.stdout.splitlines()[-1])
-            times, memory = found[kind]["seconds"], found[kind]["memory"]
             median, ratios = statistics.median(times), ""
+            found[kind] = median, memory
             if kind == "ours" and "naive" in found:
-                naive_median, naive_memory = (
-                    statistics.median(found["naive"]["seconds"]),
-                    found["naive"]["memory"],
-                )
+                naive_median, naive_memory = found["naive"]
                 ratios = f"{naive_median / median:7.1f}x{memory / naive_memory:7.2f}x"
             hours = args.batch * clip / 3600 / median
             seconds = f"{median:10.2f} ({min(times):5.2f} - {max(times):5.2f})"

@@ -1,7 +1,6 @@
 """Pictures by command.
 
-    python -m tools.figures all                                        # the first four below
-    python -m tools.figures architecture                               # assets/architecture.svg
+    python -m tools.figures all                                        # the first three below
     python -m tools.figures stages                                     # assets/stages.svg, from train.STAGES
     python -m tools.figures answer assets/demo/digits.wav "What is said?"   # assets/answer.svg, animated
     python -m tools.figures heatmap assets/demo/digits.wav "What is said?" --steps 16   # assets/heatmap.png
@@ -143,23 +142,11 @@ def box(x, y, width, height, lines, fill):
     return "".join(parts)
 
 
-def arrow(*points):
-    """A line through these points with a head at its end."""
-    path = " ".join(f"{x},{y}" for x, y in points)
-    return (
-        f'<polyline points="{path}" fill="none" stroke="{INK}" stroke-width="1.4" marker-end="url(#head)"/>'
-    )
-
-
 def picture(width, height, parts, style=""):
     """The parts on a card, as the text of an SVG file."""
-    head = (
-        '<defs><marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" '
-        f'orient="auto"><path d="M0 0L10 5L0 10z" fill="{INK}"/></marker></defs>'
-    )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" {FONT} fill="{INK}">{head}<style>{style}</style>'
+        f'height="{height}" {FONT} fill="{INK}"><style>{style}</style>'
         f'<rect width="{width}" height="{height}" rx="12" fill="{CARD}"/>{"".join(parts)}</svg>\n'
     )
 
@@ -171,55 +158,6 @@ def write_svg(content, path):
 
     write_file(path, write)
     print(f"{path}: written")
-
-
-def architecture():
-    """The network: from a recording to an answer."""
-    parts = [
-        box(20, 40, 120, 70, ["recording", "16 kHz, mono", "log-mel"], CARD),
-        arrow((140, 75), (178, 75)),
-        box(180, 40, 150, 70, ["Whisper's encoder", "50 frames a second", "frozen"], FROZEN),
-        arrow((330, 58), (418, 58)),
-        text(374, 50, "layers", 11),
-        arrow((330, 95), (374, 95), (374, 145), (418, 145)),
-        text(396, 137, "last", 11),
-        box(420, 22, 215, 72, ["acoustic adapter", "a Q-Former, 64 tokens:", "how it sounds"], TRAINED),
-        box(420, 109, 215, 72, ["semantic adapter", "4 frames a token:", "what is said"], TRAINED),
-        arrow((527, 181), (527, 214)),
-        arrow((635, 58), (655, 58), (655, 198), (567, 198), (567, 214)),
-        box(20, 216, 345, 40, ["prompt: ... This is the audio:"], CARD),
-        box(375, 216, 260, 40, ["audio tokens"], TRAINED),
-        box(645, 216, 135, 40, ["What emotion?"], CARD),
-    ]
-    for n in range(4):
-        parts.append(box(790 + 48 * n, 216, 42, 40, ["?"], MASKED))
-    parts += [
-        text(883, 208, "the answer: all [MASK]", 11),
-        arrow((490, 256), (490, 284)),
-        box(20, 286, 956, 56, ["LLaDA: a language model that looks both ways", "frozen, with LoRA"], FROZEN),
-        f'<rect x="760" y="300" width="196" height="28" rx="6" fill="{TRAINED}" stroke="{INK}"/>',
-        text(858, 319, "LoRA beside its matrices", 11.5),
-        arrow((883, 342), (883, 368)),
-        text(
-            20,
-            388,
-            "Each call guesses every [MASK]; the surest words stay, the others are tried again:",
-            12,
-            "start",
-        ),
-    ]
-    for row, words in enumerate((("The", "?", "is", "?"), ("The", "voice", "is", "sad."))):
-        y = 372 + 34 * row
-        parts.append(text(740, y + 19, f"call {row + 1}", 11.5, "end"))
-        for n, word in enumerate(words):
-            parts.append(box(752 + 57 * n, y, 52, 28, [word], MASKED if word == "?" else CARD))
-    for x, fill, words in (
-        (20, FROZEN, "frozen in every stage"),
-        (220, TRAINED, "trained (about 1 % of the whole)"),
-    ):
-        parts.append(f'<rect x="{x}" y="412" width="22" height="16" rx="4" fill="{fill}" stroke="{INK}"/>')
-        parts.append(text(x + 30, 425, words, 12, "start"))
-    return picture(996, 446, parts)
 
 
 PARTS = {  # name -> prefix of its parameters, as in a Stage's `trains`; the stages that use it (model.adapt)
@@ -317,29 +255,39 @@ def watch(clip, question, model_name, **fields):
 DEMO_QUESTION = (os.path.join("assets", "demo", "digits.wav"), "What is said?")
 
 
-def draw_all():
-    """The pictures in assets/ that need nothing but this project: all but accuracy.png and page.png."""
-    write_svg(architecture(), "assets/architecture.svg")
+def draw_all(_):
+    """The pictures in assets/ that are drawn from this project alone; architecture.svg is drawn by hand."""
     write_svg(stages(), "assets/stages.svg")
     write_svg(draw_answer(*watch(*DEMO_QUESTION, "tiny")), "assets/answer.svg")
     save_figure(draw_heatmap(*watch(*DEMO_QUESTION, "tiny", steps=16)), "assets/heatmap.png", 100)
 
 
+def run_watch(args):
+    args.draw(watch(args.clip, args.question, args.model, factor=args.factor, steps=args.steps), args.out)
+
+
 def main(argv=None):
     parser = Parser(prog="figures", description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    kinds.add_parser("all", help="architecture, stages, answer and heatmap in assets/; run where assets/ is")
+    kind = kinds.add_parser("all", help="stages, answer and heatmap in assets/; run where assets/ is")
+    kind.set_defaults(run=draw_all)
     kind = kinds.add_parser("curves", help="logged losses of training runs")
+    kind.set_defaults(run=lambda args: curves(args.folders, args.out))
     kind.add_argument("folders", nargs="+", metavar="FOLDER", help="of a run, with its log.jsonl")
     kind.add_argument("--out", default="curves.png")
     kind = kinds.add_parser("accuracy", help="right answers against network calls")
+    kind.set_defaults(run=lambda args: accuracy(args.results, args.out))
     kind.add_argument("results", nargs="+", metavar="FILE", help="that tools.evaluate --out has written")
     kind.add_argument("--out", default="accuracy.png")
-    for name, what in (("architecture", "the network"), ("stages", "what trains when")):
-        kind = kinds.add_parser(name, help=what)
-        kind.add_argument("--out", default=f"assets/{name}.svg")
-    for name, out in (("answer", "assets/answer.svg"), ("heatmap", "assets/heatmap.png")):
+    kind = kinds.add_parser("stages", help="what trains when")
+    kind.set_defaults(run=lambda args: write_svg(stages(), args.out))
+    kind.add_argument("--out", default="assets/stages.svg")
+    for name, out, draw in (
+        ("answer", "assets/answer.svg", lambda seen, out: write_svg(draw_answer(*seen), out)),
+        ("heatmap", "assets/heatmap.png", lambda seen, out: save_figure(draw_heatmap(*seen), out, 100)),
+    ):
         kind = kinds.add_parser(name, help="an answer as it emerges")
+        kind.set_defaults(run=run_watch, draw=draw)
         kind.add_argument("clip")
         kind.add_argument("question")
         kind.add_argument("--model", default="tiny")
@@ -350,22 +298,7 @@ def main(argv=None):
 
     def run():
         args = parser.parse_args(argv)
-        if args.kind == "all":
-            draw_all()
-        elif args.kind == "curves":
-            curves(args.folders, args.out)
-        elif args.kind == "accuracy":
-            accuracy(args.results, args.out)
-        elif args.kind == "architecture":
-            write_svg(architecture(), args.out)
-        elif args.kind == "stages":
-            write_svg(stages(), args.out)
-        else:
-            seen = watch(args.clip, args.question, args.model, factor=args.factor, steps=args.steps)
-            if args.kind == "answer":
-                write_svg(draw_answer(*seen), args.out)
-            else:
-                save_figure(draw_heatmap(*seen), args.out, 100)
+        args.run(args)
 
     return exit_status("figures", run)
 

@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import statistics
+import tempfile
 import time
 
 import numpy as np
@@ -26,12 +27,11 @@ from decode import ask
 from model import DIFFA2, PRESETS, SPECIAL_TOKENS
 from runtime.errors import UserError
 from runtime.files import write_file
-from runtime.names import released_name
+from runtime.names import ACOUSTIC_NAMES, QFORMER_NAMES, SEMANTIC_NAMES, released_name
 from runtime.tutorials import count
 from tools.measure import Laps, Peak
 from weights import load
 
-MARK = "random_weights"  # an empty file in a folder that the rehearsal has filled
 LLADA_BYTES, SHARDS = 16_031_162_368, 6  # model.safetensors.index.json of GSAI-ML/LLaDA-8B-Instruct
 TABLE_B3 = {  # parameters; its backbone has 8.03 billion there, which seems to count LoRA too
     "encoder": 636_968_960,
@@ -63,15 +63,8 @@ def full_tokenizer(config):
 
 
 def write_fullsize(folder, config):
-    """LLaDA's shards, Whisper's .pt and DIFFA-2's pytorch_model.bin, random; each renamed when whole."""
-    try:
-        os.makedirs(f"{folder}/llada", exist_ok=True)
-        open(f"{folder}/{MARK}", "w").close()
-        free = shutil.disk_usage(folder).free
-    except OSError as e:
-        raise UserError(f"{folder}: cannot be written to ({e.strerror})") from None
-    if free < 20e9:
-        raise UserError(f"{folder}: {free / 1e9:.0f} GB free; the rehearsal writes 18 GB")
+    """LLaDA's shards, Whisper's .pt and DIFFA-2's pytorch_model.bin, random."""
+    os.makedirs(f"{folder}/llada")
     rng = np.random.default_rng(0)
     pool = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).mul_(0.02)
     half = pool.to(torch.bfloat16)
@@ -113,16 +106,9 @@ def write_fullsize(folder, config):
 def released_keys(config):
     """(the authors' key, ours) of everything in DIFFA-2's file, peft's wrapping included."""
     keys = ["acoustic_connector.layer_weights", "trainable_prompts.weight"]
-    modules = [f"acoustic_connector.proj.{i}" for i in (0, 1)]
-    for part in ("conv.0", "conv.2", "linear_connector.0", "linear_connector.2", "layernorm"):
-        modules.append(f"semantic_connector.{part}")
-    for n in (0, 1):
-        layer = f"acoustic_connector.qformer.layer.{n}"
-        for attention in ("attention", "crossattention"):
-            for part in ("self.query", "self.key", "self.value", "output.dense", "output.LayerNorm"):
-                modules.append(f"{layer}.{attention}.{part}")
-        for part in ("intermediate.dense", "output.dense", "output.LayerNorm"):
-            modules.append(f"{layer}.{part}")
+    modules = [f"semantic_connector.{name}" for name in SEMANTIC_NAMES]
+    modules += [f"acoustic_connector.{name}" for name in ACOUSTIC_NAMES]
+    modules += [f"acoustic_connector.qformer.layer.{n}.{name}" for n in (0, 1) for name in QFORMER_NAMES]
     keys += [f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias")]
     for n in range(config.layers):
         block = f"llm_model.base_model.model.model.transformer.blocks.{n}"
@@ -155,26 +141,27 @@ def check_counts(model):
     print("parameters        " + ", ".join(f"{part} {n:,}" for part, n in ours.items()) + ": Table B.3")
 
 
-def check_folder(folder):
-    """Raises UserError unless the folder is new, empty, or one that the rehearsal has filled."""
-    if not os.path.exists(folder) or os.path.exists(f"{folder}/{MARK}"):
-        return
-    if not os.path.isdir(folder) or os.listdir(folder):
-        raise UserError(f"{folder}: is not empty; the rehearsal fills, and then empties, its own folder")
-
-
-def fullsize(folder, device, keep, int8=False):
-    """Writes, loads, counts and asks; removes the weights unless `keep`.
+def fullsize(folder, device, int8=False):
+    """Writes the weights to a new folder in `folder`, loads, counts and asks; removes them.
 
     int8: the matrices are rounded while they are read, LoRA merged, and nothing is counted.
-    Raises UserError for a folder with anything else in it: real weights have the same names.
     """
-    config, folder = PRESETS["diffa2"], os.path.abspath(folder)
-    check_folder(folder)
-    if not os.path.exists(f"{folder}/pytorch_model.bin"):
-        start = time.perf_counter()
-        write_fullsize(folder, config)
-        print(f"wrote random weights in {time.perf_counter() - start:.0f} s")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        own = tempfile.TemporaryDirectory(prefix="random_weights_", dir=folder)
+        free = shutil.disk_usage(folder).free
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be written to ({e.strerror})") from None
+    with own as name:
+        if free < 20e9:
+            raise UserError(f"{folder}: {free / 1e9:.0f} GB free; the rehearsal writes 18 GB")
+        rehearse(name, device, int8)
+
+
+def rehearse(folder, device, int8):
+    start = time.perf_counter()
+    write_fullsize(folder, PRESETS["diffa2"])
+    print(f"wrote random weights in {time.perf_counter() - start:.0f} s")
     sources = (f"{folder}/llada", f"{folder}/large-v3.pt", f"{folder}/pytorch_model.bin")
     files = [*glob.glob(f"{glob.escape(folder)}/llada/*.safetensors"), *sources[1:]]
     on_disk = sum(map(os.path.getsize, files))
@@ -200,6 +187,3 @@ def fullsize(folder, device, keep, int8=False):
         )
     if device and torch.device(device).type == "cuda":
         print(f"peak GPU memory   {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
-    if not keep:
-        for path in files:
-            os.remove(path)

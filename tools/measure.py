@@ -1,8 +1,10 @@
 """What the measurements share: sizes of models, a clock, the peak of memory, the naive forward pass."""
 
+import multiprocessing
 import statistics
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
@@ -98,6 +100,12 @@ def seconds_of(work, device):
     work()
     wait()
     return time.perf_counter() - start
+
+
+def in_a_process(work, *args):
+    """What work(*args) returns in a new process, whose memory is its own.  Its errors are raised here."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *args).result()
 
 
 class Laps:

@@ -231,6 +231,7 @@ def build_parser():
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     p = commands.add_parser("tour", help="all manifests of the small model")
+    p.set_defaults(run=run_tour)
     p.add_argument("--audio", required=True, help="folder that holds fsdd, speech_commands, esc10 and others")
     p.add_argument("--text", help="folder of books, a paragraph a line: what stage 0 reads")
     p.add_argument("--speech", help="folder that `speak sentences` has written")
@@ -244,11 +245,13 @@ def build_parser():
     )
 
     p = commands.add_parser("sentences", help="sentences of books, in text: more of stage 0 than tour writes")
+    p.set_defaults(run=run_sentences)
     p.add_argument("text", help="folder of books, a paragraph a line")
     p.add_argument("--out", required=True)
     p.add_argument("--seed", type=int, default=0)
 
     p = commands.add_parser("toy", help="a synthetic corpus and all manifests from it (needs espeak-ng)")
+    p.set_defaults(run=run_toy)
     p.add_argument("--out", default="toy", help="clips go to OUT/audio, manifests to OUT (default toy)")
     p.add_argument(
         "--each", type=number(int, 1), default=24, help="clips of every word and sound (default 24)"
@@ -258,6 +261,7 @@ def build_parser():
     p = commands.add_parser(
         "speak", help="text read aloud: questions that are answered in text, or sentences of books"
     )
+    p.set_defaults(run=run_speak)
     p.add_argument("corpus", choices=(*sorted(TEXTS), "sentences"))
     p.add_argument("source", help="its JSON, JSONL, CSV or TSV file; of sentences a .txt or a folder of them")
     p.add_argument("--out", required=True, help="a manifest; of sentences DIR/lines.jsonl, clips beside it")
@@ -287,6 +291,7 @@ def build_parser():
         ("preferences", "a language model writes worse answers: stage 4"),
     ):
         p = commands.add_parser(command, help=what)
+        p.set_defaults(run=run_writer)
         p.add_argument("manifest", help="lines with facts, as this program writes them")
         p.add_argument("--out", required=True)
         p.add_argument(
@@ -303,20 +308,24 @@ def build_parser():
         p.add_argument("--limit", type=number(int, 1))
 
     p = commands.add_parser("check", help="what manifests hold, and what is wrong with them")
+    p.set_defaults(run=run_check)
     p.add_argument("manifests", nargs="+")
     p.add_argument("--decode", action="store_true", help="read every clip, not its header alone")
     p.add_argument("--errors", type=number(int, 0), default=5, help="how many errors to print (default 5)")
 
     p = commands.add_parser("show", help="examples as the model sees them")
+    p.set_defaults(run=run_show)
     p.add_argument("manifest")
     p.add_argument("-n", type=number(int, 1), default=5)
     p.add_argument("--tokenizer", help="folder of tokenizer.json (default: the manifest's)")
 
     p = commands.add_parser("demo", help="the clips of assets/demo (needs espeak-ng)")
+    p.set_defaults(run=lambda args: demo(args.out))
     p.add_argument("--out", default="assets/demo")
 
     for name, corpus in CORPORA.items():
         p = commands.add_parser(name, help=f"a manifest of the {name} corpus ({corpus.licence})")
+        p.set_defaults(run=run_corpus)
         p.add_argument("source")
         p.add_argument("--out", required=True)
         p.add_argument("--split", choices=("train", "test", "all"), default="all")
@@ -331,6 +340,22 @@ def build_parser():
         )
         p.add_argument("--seed", type=int, default=0)
     return parser
+
+
+def run_tour(args):
+    tour(args.audio, args.out, args.seed, args.strings, args.text, args.speech)
+
+
+def run_sentences(args):
+    print(f"{args.out}: {sentences_to_copy(args.text, args.out, args.seed)} lines")
+
+
+def run_check(args):
+    return 2 if check(args.manifests, args.decode, args.errors) else 0
+
+
+def run_show(args):
+    show(args.manifest, args.n, args.tokenizer or os.path.dirname(os.path.abspath(args.manifest)))
 
 
 def run_toy(args):
@@ -387,31 +412,12 @@ def run_corpus(args):
     print(f"{args.out}: {write_lines(lines, args.out)} lines")
 
 
-def run(args):
-    """Runs the command.  Returns the process' status."""
-    if args.command == "tour":
-        tour(args.audio, args.out, args.seed, args.strings, args.text, args.speech)
-    elif args.command == "sentences":
-        print(f"{args.out}: {sentences_to_copy(args.text, args.out, args.seed)} lines")
-    elif args.command == "toy":
-        run_toy(args)
-    elif args.command == "speak":
-        run_speak(args)
-    elif args.command in ("answers", "preferences"):
-        run_writer(args)
-    elif args.command == "check":
-        return 2 if check(args.manifests, args.decode, args.errors) else 0
-    elif args.command == "demo":
-        demo(args.out)
-    elif args.command == "show":
-        show(args.manifest, args.n, args.tokenizer or os.path.dirname(os.path.abspath(args.manifest)))
-    else:
-        run_corpus(args)
-    return 0
-
-
 def main(argv=None):
-    return exit_status("prepare", lambda: run(build_parser().parse_args(argv)))
+    def run():
+        args = build_parser().parse_args(argv)
+        return args.run(args)
+
+    return exit_status("prepare", run)
 
 
 if __name__ == "__main__":
