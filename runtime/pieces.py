@@ -55,7 +55,11 @@ def is_transcription(question):
         "transcribe|write (down|out) (what is said|the (spoken )?words)|what is( being)? said|"
         "what (does|did) the (speaker|person) say|(give|provide|write)( me)? (a|the) transcript(ion)?"
     )
-    rest = "in|of|to|into|as|the|this|that|a|audio|recording|clip|speech|text|speaker|words?|exactly|please"
+    rest = (
+        "in|of|to|into|as|for|the|this|that|these|following|given|whole|entire|all|everything|an?|it|here|what|is|"
+        "was|being|said|you|hear|spoken|written|audio|recording|clip|file|speech|speaker|sentence|conversation|"
+        "content|text|english|words?|verbatim|exactly|please"
+    )
     return re.fullmatch(rf"\W*(please )?({asked})(\W+({rest}))*\W*", question, re.IGNORECASE) is not None
 
 

@@ -35,8 +35,6 @@ def load_audio(path, offset=0.0, duration=None, limit=None):
             rate = f.samplerate
             if rate < 1000:  # no recording: at 1 Hz a second file of samples is a day
                 raise UserError(f"{path}: has a rate of {rate} Hz")
-            if f.frames > MAX_SECONDS * rate:  # a FLAC that was streamed to a pipe
-                raise UserError(f"{path}: does not say how long it is")
             start = round(offset * rate)
             available = f.frames - start  # samples of each channel, as are all counts here
             if available < 0:
@@ -44,6 +42,8 @@ def load_audio(path, offset=0.0, duration=None, limit=None):
             if duration is not None:
                 available = min(available, round(duration * rate))
             wanted = available if limit is None else min(available, math.ceil(limit * rate))
+            if wanted > MAX_SECONDS * rate:  # all of a FLAC that was streamed to a pipe
+                raise UserError(f"{path}: does not say how long it is")
             f.seek(start)
             audio = f.read(wanted, dtype="float32", always_2d=True)  # (samples, channels)
     # TypeError: .raw has no header; MemoryError: a damaged one claims to be years long

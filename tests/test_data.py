@@ -41,6 +41,7 @@ from runtime.loading import Manifest, Mixture, bucket, cost_of, epoch_length, sc
 from runtime.manifests import ASR_QUESTION, scan
 from runtime.pieces import is_transcription
 from runtime.recordings import split_clip
+from tools.questions import seconds_of
 
 
 def tone(rate, seconds=0.5, hertz=440.0, channels=1):
@@ -126,6 +127,8 @@ def test_flac_without_a_length_is_refused(tmp_path):
     path.write_bytes(data)
     with pytest.raises(UserError, match="does not say how long"):
         load_audio(str(path))
+    assert len(load_audio(str(path), duration=0.1)[0]) == len(load_audio(str(path), limit=0.1)[0]) == 1600
+    assert seconds_of(str(path)) is None
 
 
 @pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFF000, 0x7FFFFF00])  # ffmpeg, SoX, arecord
@@ -714,6 +717,9 @@ def test_which_questions_are_transcriptions():
         "Transcribe the recording.",
         "Write down what is said.",
         "What does the speaker say?",
+        "Transcribe the following audio.",
+        "Transcribe what you hear, word for word.",
+        "What is said here?",
         "Give a transcript of the audio.",
     ):
         assert is_transcription(question), question
@@ -723,6 +729,7 @@ def test_which_questions_are_transcriptions():
         "Is this speech?",
         "What is said about the price?",
         "What is said first?",
+        "Transcribe and translate it.",
         "Transcribe the emotion of the speaker",
     ):
         assert not is_transcription(question), question

@@ -387,6 +387,15 @@ def test_paths_through_symbolic_links(corpora, tmp_path):
     assert all(os.path.isfile(e.audio) for e in read_manifest(out, check=False))
 
 
+def test_a_linked_folder_of_clips_keeps_its_name(corpora, tmp_path):
+    """Where the link leads may differ between machines; beside the manifest it is found on all of them."""
+    (tmp_path / "audio").symlink_to(os.path.join(corpora, "fsdd"))
+    out = str(tmp_path / "m.jsonl")
+    assert main(["fsdd", str(tmp_path / "audio"), "--out", out]) == 0
+    with open(out, encoding="utf-8") as f:
+        assert all(json.loads(line)["audios"][0].startswith("audio/") for line in f)
+
+
 def test_mixing_keeps_the_ratio(tmp_path, corpora):
     """At a fixed ratio the sound under the speech has the power it should, as measured without the voice."""
     speech, noise = read_corpus("fsdd", corpora + "/fsdd")[0], read_corpus("esc10", corpora + "/esc10")[0]

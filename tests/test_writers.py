@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -17,6 +18,7 @@ from conftest import chat, served
 from data import read_manifest
 from tools import endpoint
 from tools.prepare import main
+from tools.questions import seconds_of
 from tools.spoken_questions import INSTRUCTIONS, TEXTS
 from tools.writer import strict_object
 
@@ -215,6 +217,7 @@ def test_the_other_formats_are_written_as_messages(stub, tmp_path, corpora):
         assert main([*argv, "--timeout", "1"]) == 0
         (e,) = read_manifest(out, stage)
         assert (e.facts, e.offset) == ({"words": "one"}, 0.01)
+        assert math.isclose(e.duration + 0.01, seconds_of(e.audio), abs_tol=1e-4)
         assert e.answer == ("It is so." if stage == 2 else "one") and bool(e.rejected) == (stage == 4)
     # a kill within a letter: the journal is read all the same
     with open(out + ".replies.jsonl", "ab") as f:

@@ -189,8 +189,9 @@ def letter_of(answer, n):
     if m := re.match(rf"\(?([A-{last}])(?:[.):]|$)", text):
         others = re.findall(rf"(?:^|[\s(])([A-{last}])(?:[.):,]|\s|$)", text[m.end() :])
         return m[1] if not set(others) - {m[1]} else None
-    # not the word in "the answer is a dog", "the answer i heard"
-    named = rf"(?:answer|option|choice)(?:\s+is)?:?\s*\(?(?!(?-i:[ai])\s+\w)([A-{last}])\b"
+    # not the word in "the answer is a dog", "the answer i heard"; "option a since" is the letter
+    word = r"(?<!option )(?<!choice )(?-i:[ai])\s+\w"
+    named = rf"(?:answer|option|choice)(?:\s+is)?:?\s*\(?(?!{word})([A-{last}])\b"
     found = re.findall(named, text, re.IGNORECASE) or re.findall(rf"\(([A-{last}])\)", text)
     found = {x.upper() for x in found}
     if not found and re.fullmatch(rf"[a-{last.lower()}][.)]?", text):

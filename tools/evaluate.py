@@ -94,7 +94,7 @@ def answer_settings(args):
         "limit": args.limit,
         **({"threshold": args.threshold} if args.threshold is not None else {}),
         **({"int8": True} if args.int8 else {}),
-        **({"audio_root": args.audio_root} if args.audio_root else {}),
+        **({"audio_root": os.path.abspath(args.audio_root)} if args.audio_root else {}),
     }
 
 

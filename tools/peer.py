@@ -30,7 +30,7 @@ def spelled(text):
 def transcribe(model, path, offset=0.0, duration=None):
     """A clip's transcript, and how often the decoder was called: once a token."""
     samples, notes = load_audio(path, offset, duration, whisper.audio.CHUNK_LENGTH)
-    for note in notes:  # of a clip longer than Whisper's window
+    for note in notes:  # of a silent clip, or one longer than Whisper's window
         print(f"peer: {note}", file=sys.stderr)
     mel = whisper.log_mel_spectrogram(whisper.pad_or_trim(samples), model.dims.n_mels)
     options = whisper.DecodingOptions(language="en", without_timestamps=True, fp16=False)

@@ -21,6 +21,7 @@ import soundfile
 from runtime.errors import UserError
 from runtime.files import check_out, write_file
 from runtime.manifests import ASR_QUESTION
+from runtime.recordings import MAX_SECONDS
 from tools.corpora import DIGITS
 from tools.prompts import LETTERS, capital, format_choices, mmau_prompt, mmsu_prompt
 
@@ -474,13 +475,17 @@ def seconds_of(path):
         return None
     try:
         info = soundfile.info(path)
-        return round(info.frames / info.samplerate, 4)
+        seconds = round(info.frames / info.samplerate, 4)
+        return seconds if seconds < MAX_SECONDS else None  # a FLAC that was streamed to a pipe: 2^63 samples
     except (soundfile.LibsndfileError, OSError, TypeError):  # TypeError: .raw has no header
         return None
 
 
 def path_from(folder, path):
     """A clip's path from the folder of a manifest, right also where either lies behind a symbolic link."""
+    plain = os.path.relpath(path, folder)
+    if os.path.realpath(os.path.join(folder, plain)) == os.path.realpath(path):
+        return plain
     where, name = os.path.split(os.path.abspath(path))
     return os.path.relpath(os.path.join(os.path.realpath(where), name), os.path.realpath(folder))
 
@@ -488,10 +493,13 @@ def path_from(folder, path):
 def line_of(clip, task, question, answer, out):
     """A manifest line (a dict) in ms-swift's form, which read_manifest describes; paths relative to `out`."""
     messages = [{"role": "user", "content": "<audio>" + question}, {"role": "assistant", "content": answer}]
+    duration = clip.duration
+    if not duration and clip.path and (whole := seconds_of(clip.path)):
+        duration = round(whole - clip.offset, 4)
     line = {
         "messages": messages,
         "audios": [path_from(os.path.dirname(os.path.abspath(out)), clip.path)] if clip.path else [],
-        "duration": clip.duration or (clip.path and seconds_of(clip.path)),
+        "duration": duration,
         "dataset": clip.dataset,
         "task": task,
         "facts": clip.facts,
