@@ -40,6 +40,7 @@ class SemanticAdapter(nn.Module):
         """
         n_tokens = (n_frames // 4).clamp(min=1)  # (B,)
         A = int(n_tokens.max())
+        # The authors' sizes: every fourth frame of conv1 is skipped, but its neighbours have mixed it in.
         # Token j of conv2 reads frames 4j-1..4j+1 of conv1, which are made of frames 4j-2..4j+2 of the
         # encoder.  The last of a clip's n tokens reads up to frame 4n-2, so none depends on the frames from
         # 4n on, and cutting the batch at the longest clip leaves the shorter ones' tokens exact.

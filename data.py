@@ -41,7 +41,7 @@ MAX_TEXT = 2048  # tokens of prompt and answer in training, as in the authors' c
 class Example:
     """One question about one clip."""
 
-    id: int  # its place in the data; seeds its noise, so that this depends on no batch and no process
+    id: int  # its place in the data; seeds its random numbers, the same in any batch and process
     audio: str | None  # path
     question: str
     answer: str
@@ -109,8 +109,8 @@ def log_mel(audio, config):
     """Whisper's log-mel of one clip, padded with silence to the encoder's window.
 
     audio (n,) 16 kHz.  Returns mel (n_mels, 2 * config.n_frames), and how many encoder frames hold real
-    audio.  Whisper was trained on padded windows and needs them.  Of what it makes of the window the
-    semantic adapter reads the real frames alone, the acoustic adapter the silence as well.
+    audio.  Whisper was trained on padded windows and needs them.  The semantic adapter then
+    reads only the real frames, the acoustic adapter the encoded silence too.
     """
     n_frames = min(math.ceil(len(audio) / SAMPLES_PER_FRAME), config.n_frames)
     window = pad_or_trim(torch.as_tensor(audio, dtype=torch.float32), window_samples(config))
@@ -196,7 +196,7 @@ def encode_answer(example, answer, tokenizer, config, extra=None):
 
 
 def encode_question(example, tokenizer, config, generator=None):
-    """The texts of an example in stages 0 to 3, by name: one, whose response has a random length.
+    """{"text": prompt and response}, all that stages 0 to 3 need; the response has a random length.
 
     Random, because decoding uses one fixed length, usually longer than the answer (Table B.4), and the model
     must fill the rest with end marks.  It depends on the example and `generator`, never on the batch.  (The
@@ -208,7 +208,7 @@ def encode_question(example, tokenizer, config, generator=None):
 
 
 def encode_pair(example, tokenizer, config, generator):
-    """The texts of an example in stage 4, by name: answer and first end mark are what VRPO scores (Eq. 3)."""
+    """Stage 4's two texts, {"chosen", "rejected"}: answer and first end mark are what VRPO scores (Eq. 3)."""
     answers = {"chosen": example.answer, "rejected": example.rejected}
     return {name: encode_answer(example, answer, tokenizer, config) for name, answer in answers.items()}
 
@@ -252,7 +252,7 @@ def audio_tokens(model, batch, stage):
 
 
 def to_device(batch, device):
-    """A batch, whose texts are dicts of tensors within it, on another device."""
+    """A batch, a dict of tensors and of such dicts, on another device."""
     if isinstance(batch, dict):
         return {name: to_device(value, device) for name, value in batch.items()}
     return batch.to(device, non_blocking=True)
@@ -264,7 +264,7 @@ def to_device(batch, device):
 
 def generator_for(seed, epoch, example_id, stream=0):
     """An example's randomness, the same in any batch and process.  stream: 0 the loader's, 1 the loss's."""
-    # three numbers packed into one.  Beyond a million examples two may get the same, but in different epochs
+    # four numbers packed into one.  Beyond a million examples two may get the same, but in different epochs
     number = ((seed * 2 + stream) * 1_000_003 + epoch) * 1_000_003 + example_id
     return torch.Generator().manual_seed(number % (1 << 63))
 
@@ -298,11 +298,11 @@ class BatchBuilder:
         if self.is_augmented:
             mel = mask_mel(mel, generator)
         transcript = self.tokenizer.encode(example.facts.get("words", ""), add_special_tokens=False).ids
-        item |= {"transcript": torch.tensor(transcript, dtype=torch.long)}  # for CTC
+        item["transcript"] = torch.tensor(transcript, dtype=torch.long)  # for CTC; may be empty
         return item | {"mel": mel, "n_frames": n_frames, "seconds": len(audio) / SAMPLE_RATE}
 
     def batch_of(self, items):
-        """Items -> a dict of tensors, and of such dicts: one for each text, by its name, and "imitated"."""
+        """Items -> {"mel", "n_frames", ...} or {"imitated"}, and each text by name, from `collate`."""
         if self.is_imitated:
             batch = {"imitated": pad_imitations([item["imitated"] for item in items])}
         else:

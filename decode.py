@@ -9,16 +9,16 @@ The answer starts as all [MASK].  Each network call predicts every masked token 
 block; the most confident ones stay, the others are masked again; blocks run from left to right.
 How many stay is the whole difference between the samplers:
 
-    --steps N     as many as the schedule says: N calls at most (LLaDA's low-confidence remasking)
+    --steps N     as many as LLaDA's fixed schedule says: N calls at most
     --factor F    the largest n with (n + 1)(1 - c_n) < F, c_n the n-th highest confidence (Eq. 8)
     --threshold C all whose confidence exceeds C (Fast-dLLM)
 
 Cheaper calls: --cache prefix reuses the keys and values of all columns before the current block, --cache dual
-also those after it.  Half the memory: --int8.  A clip beyond the window (30 s; 10 s of the small
+also those after it.  Half the memory: --int8.  A clip beyond the window (30 s; 10 s in the small
 model) is answered in pieces (--long).
 
-How it differs from the authors' code, which has two defects here: it keeps the least sure token of a block
-too where that one alone fails Eq. 8, and leaves [MASK]s in later blocks where an answer ends early.
+Two defects of the authors' code are not copied: it keeps the least sure token of a block too where that one
+alone fails Eq. 8, and leaves [MASK]s in later blocks where an answer ends early.
 """
 
 import dataclasses
@@ -364,7 +364,7 @@ class Answer:
 
     text: str
     calls: int  # network calls
-    seconds: float  # from mel to text, shared evenly by the clips of a batch
+    seconds: float  # from log-mel to the last token, shared evenly by the clips of a batch
     audio_seconds: float
     confidence: list  # of each token, the end of the turn included; empty for an autoregressive model
     pieces: list  # of a clip beyond the window: [(start, end in seconds, text)]; empty otherwise

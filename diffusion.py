@@ -6,8 +6,8 @@ fits in one sentence: the cross-entropy of the hidden tokens, summed, divided by
 t ~ U(0, 1] and the masks, bounds -log p(answer) from above (paper, Eq. 1).
 
 Only the answer is ever hidden.  Audio and prompt stay visible (Eq. 2, and L_sft-a in Section 3.4).  In
-this file the answer is all that the model has to predict: the words, the end of the turn and the end marks
-that fill the response up to its length (data.py).
+this file "answer" is the whole response: the words, <|eot_id|> (the end of the turn) and the <|endoftext|>
+(end marks) that fill it up to its length (data.py).
 
 The losses and the ELBO take `predict`, any callable (ids (B, T), where (B, T)) -> logits (N, vocab) of
 the N tokens where `where` is True, row by row.  So the same few lines run on an 8-billion-parameter
@@ -104,9 +104,8 @@ def next_token_loss(predict, ids, is_answer):
     """
     before = is_answer.roll(-1, dims=1)  # the token before each answer token
     before[:, -1] = False  # `roll` has put the first column's value there
-    nll = F.cross_entropy(predict(ids, before).float(), ids[is_answer], reduction="none")
-    row = is_answer.nonzero()[:, 0]
-    return torch.zeros(len(ids), device=nll.device).index_add(0, row, nll) / is_answer.sum(1)
+    # masked_nll's sum, with each token's logits read one column earlier
+    return masked_nll(lambda ids, _: predict(ids, before), ids, ids, is_answer) / is_answer.sum(1)
 
 
 def stratified_counts(length, n, k):

@@ -107,8 +107,8 @@ PRESETS = {
         n_mels=80, audio_width=768, audio_heads=12, audio_layers=12, taps=(2, 5, 8, 11), lora_rank=0
     ),
     # the same system with small parts: Whisper tiny.en's encoder and a LLaDA of five million parameters.
-    # Windows of 10 s spare a laptop two thirds of the encoder's work, and two taps (the authors have four
-    # for this encoder), 16 queries and a narrow Q-Former most of the adapter's.  In tiny.en's last hidden
+    # Windows of 10 s save two thirds of the encoder's work; two taps (the authors have four for this
+    # encoder), 16 queries and a narrow Q-Former save most of the adapter's.  In tiny.en's last hidden
     # state one channel is 310, the others' root mean square 1.2; a small Q-Former does not learn then: hence
     # norm_taps.
     "tiny": Config(
@@ -293,7 +293,9 @@ class LLaDA(nn.Module):
             if valid is None or valid.all():
                 valid, key_position = None, torch.arange(x.size(1), device=x.device).expand(x.size(0), -1)
             else:
-                key_position = (valid.cumsum(1) - 1).clamp(min=0)  # (B, T); padding is not counted
+                # (B, T); padding is not counted.  On the left it would be at -1, before any key that a causal
+                # row may see: at 0 its softmax is not empty
+                key_position = (valid.cumsum(1) - 1).clamp(min=0)
             query_position = key_position
             if cache is not None:
                 cache.valid, cache.position = valid, key_position
@@ -357,8 +359,8 @@ class DIFFA2(nn.Module):
     def windows(self, n_frames):
         """How many frames each clip is padded to for the encoder: real frames (B,) -> padded ones (B,).
 
-        At least a fifth of pad_to is silence, unless the clip fills the longest window: Whisper has not
-        been trained on short windows without any.
+        At least a fifth of pad_to is silence, unless the longest window leaves less: Whisper has not been
+        trained on short windows without any.
         """
         c = self.config
         if not c.pad_to:
@@ -419,11 +421,7 @@ class DIFFA2(nn.Module):
 
         text: a batch from data.collate.  audio, is_audio: from `adapt`.
         """
-
-        def predict(noisy, where):
-            return self(noisy, text["valid"], where, audio, is_audio, text["audio_at"])
-
-        return predict
+        return lambda noisy, where: self(noisy, text["valid"], where, audio, is_audio, text["audio_at"])
 
     def forward(self, ids, valid, where, audio=None, is_audio=None, audio_at=None, cache=None, start=None):
         """Logits (N, vocab) at the N text positions where `where` is True, row by row.

@@ -98,14 +98,13 @@ def vrpo(context, micro):
     """Stage 4: Eq. 4, 5.  A "sample" is one draw of masks (Eq. 3 has K of them)."""
     model, batch = context.model, micro["batch"]
     texts = {name: batch[name] for name in ("chosen", "rejected")}
-    generators, masks = context.generators(micro), {}
-    for name, text in texts.items():  # they serve policy, reference and gradient
-        masks[name] = draw_counts(text["is_answer"], SAMPLES, generators)
+    generators = context.generators(micro)  # the masks serve policy, reference and gradient
+    masks = {name: draw_counts(text["is_answer"], SAMPLES, generators) for name, text in texts.items()}
 
     with context.autocast():
         encoded = model.encode(batch["mel"], batch["n_frames"])  # frozen: once for policy and reference
 
-    # autocast keeps bf16 copies of the weights.  After `swapped` they would still be the policy's: no cache
+    # no cache: if the caller is in autocast already, its bf16 copies of the weights would outlive `swapped`
     def adapted():
         with context.autocast(cache_enabled=False):
             return model.adapt(*encoded, batch["n_frames"], context.stage)
@@ -155,14 +154,14 @@ VRPO = Loss(vrpo, data.encode_pair, has_reference=True)
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A row of the table: what trains, how fast, by which loss.  A stage has no code of its own."""
+    """A row of the table: what trains, how fast, by which loss.  The loop knows no more of a stage."""
 
     trains: tuple  # prefixes of the names of the parameters that train; all else is frozen
     lr: float
     batch: int  # examples in a step, whatever the number of GPUs: the rate above is right for this many
     warmup: int  # steps that the rate takes to rise from 0
-    epochs: float = 0  # over the manifest, or
-    steps: int = 0  # this many steps whatever its size
+    epochs: float = 0  # passes over the manifest
+    steps: int = 0  # if not 0: this many steps instead, however long the manifest
     loss: Loss = SFT
     is_imitated: bool = False  # word embeddings in the place of audio (runtime/variations.py)
     least_t: float = EPS  # t is drawn from (least_t, 1]: a large one leaves out a part of Eq. 1's mean
@@ -183,15 +182,15 @@ TINY = {"least_t": 0.3, "beta2": 0.98, "muon": True}
 TINY_AUDIO = TINY | {"ctc": 0.5}
 
 STAGES = {
-    # paper, Table B.2: no stage has a higher rate than the one before, for it has more to lose.  Stage 1 has
-    # soft prompts (the authors' code): learned vectors hold the place where acoustic tokens will be
+    # paper, Table B.2: no stage has a higher rate than the one before.  Stage 1 has soft prompts (the
+    # authors' code): learned vectors hold the place where acoustic tokens will be
     "diffa2": {
         1: Stage(("semantic.", "soft_prompts"), lr=1e-4, batch=1280, warmup=1000, epochs=12),
         2: Stage(ADAPTERS, lr=5e-5, batch=196, warmup=1000, epochs=10),
         3: Stage((*ADAPTERS, "lora"), lr=5e-5, batch=196, warmup=1000, epochs=10),
         4: Stage((*ADAPTERS, "lora"), lr=5e-6, batch=4, warmup=200, epochs=1, loss=VRPO),
     },
-    # the same table with small numbers, and a stage 0 for what the paper downloads: the backbone
+    # the same stages in small, and a stage 0 for what the paper downloads: the backbone
     "tiny": {
         0: Stage(("backbone.",), lr=2e-3, batch=32, warmup=30, steps=1400, is_imitated=True, **TINY),
         1: Stage(("semantic.", "soft_prompts"), lr=1.5e-3, batch=32, warmup=20, steps=150, **TINY_AUDIO),
@@ -267,7 +266,7 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
     checkpoints.check_same_run(state, this_run, args.out)
     summary = plan.summary(args.stage, settings, steps, examples, args.dropout)
     group.print(summary)
-    if state is not None and state.get("summary", summary) != summary:  # wanted, or forgotten options
+    if state is not None and state.get("summary", summary) != summary:  # on purpose, or an option forgotten
         group.print(f"the run began with another plan: {state['summary']}")
 
     # ---- what trains, and with what.  VRPO's reference is a copy of what trains, as it was: 1 % of diffa2
@@ -284,8 +283,8 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
         step, audio_hours, skipped_ids = state["step"], state["hours"], set(state["skipped"])
         reference = checkpoints.restore(state, trained, optimizers, group)
 
-    # ---- how it computes.  Under autocast matrix products run in bf16, many times as fast on a GPU, and what
-    # adds up many numbers in fp32: the loss, RMSNorm and, on a GPU, softmax and LayerNorm.
+    # ---- how it computes.  Under autocast matrix products run in bf16, many times as fast on a GPU; long
+    # sums stay in fp32: the loss, RMSNorm and, on a GPU, softmax and LayerNorm.
     if args.recompute:
         recompute(model)
     if args.compile:
@@ -347,8 +346,8 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
             # authors' script) keeps their direction and limits what they leave in AdamW's moments.
             norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
             lr = learning_rate(step, settings, steps)
-            # such a step is left out: NaN in AdamW's moments would stay there; and where most clips cannot be
-            # read (a disk's outage), the few that are left would take a step as long as all of them
+            # a bad step is not taken: NaN would stay in AdamW's moments for ever; and where most clips cannot
+            # be read (a disk's outage), the few that are left would take a step as long as all of them
             is_bad = not (math.isfinite(loss_sum) and math.isfinite(norm)) or n_skipped > n_examples
             if is_bad:
                 bad_in_a_row += 1
@@ -359,17 +358,16 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
                         param_group["lr"] = lr
                     optimizer.step()
             step += 1
+            # ---- what one sees of it, and now and then the held-out loss and a checkpoint
+            loss = loss_sum / n_examples if n_examples else math.nan
+            counts = {"n": int(n_examples), "hours": audio_hours, "bad": int(is_bad)}
+            log.write_step(step=step, loss=loss, lr=lr, norm=norm, **counts, skipped=len(skipped_ids))
             if bad_in_a_row >= MAX_BAD_STEPS:
                 ids += [entry["id"] for entry in skipped]
                 places = ", ".join(map(examples.where, sorted(sum(group.gather(ids), []))[:20]))
                 what = f"loss or gradient not finite {MAX_BAD_STEPS} steps in a row, or most clips unreadable"
                 raise UserError(f"{what}; the last step's examples: {places}")
-
-            # ---- what one sees of it, and now and then the held-out loss and a checkpoint
-            loss = loss_sum / n_examples if n_examples else math.nan
-            counts = {"n": int(n_examples), "hours": audio_hours, "bad": int(is_bad)}
-            log.write_step(step=step, loss=loss, lr=lr, norm=norm, **counts, skipped=len(skipped_ids))
-            if held_out and (step == steps or step % args.held_out_every == 0 and not n_stop):
+            if held_out and (step == steps or (step % args.held_out_every == 0 and not n_stop)):
                 how = (model, args.stage, autocast, held_out_builder)
                 log.write(step=step, **held_out_loss(*how, held_out, group, args.tokens))
             # also after the last step: writing the model may fail

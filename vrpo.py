@@ -5,8 +5,8 @@ and under a frozen reference.  A diffusion model has no exact log p, only the Mo
 The noise of all four (two answers, two models) biases the loss, which is not linear in them, and scatters
 its gradient.  VRPO (LLaDA 1.5) reduces the noise without more network calls:
 
-  * policy and reference see the SAME masks: what both find hard cancels in their difference;
-  * the n calls for an answer use n different mask ratios, one mask each.
+  * policy and reference see the SAME masks ("antithetic sampling"): what both find hard cancels;
+  * the n calls for an answer use n different mask ratios, one mask each ("optimal budget allocation").
 
     margin = (ELBO_policy(y+) - ELBO_ref(y+)) - (ELBO_policy(y-) - ELBO_ref(y-))
     loss   = -log sigmoid(beta * margin)

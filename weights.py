@@ -207,7 +207,7 @@ def saved_part(model):
 
 
 def trained_part(model):
-    """Names of what is trained (Section 3.3): adapters, LoRA and stage 1's soft prompts; 1.1 % of the whole.
+    """Names of what trains: adapters and LoRA (Section 3.3), and stage 1's soft prompts; 1.1 % of the whole.
 
     The authors' files and our checkpoints of the released models hold these and nothing else.
     """
@@ -370,7 +370,8 @@ def assemble(config, llada, whisper, diffa, device, dtype, stage, name="diffa2")
     model.stage = stage
     load_frozen(model, llada, whisper, device, dtype, name)
     if diffa is not None:
-        load_released(model, diffa, device)
+        load_released(model, diffa, device)  # a full training state replaces the frozen parts, too
+        model.base |= {"llada": fingerprint(model.backbone), "whisper": fingerprint(model.encoder)}
     return model.eval(), tokenizer
 
 

@@ -379,6 +379,12 @@ def test_names_with_and_without_wrapping(released):
         other, _ = assemble(c, f"{folder}/llada", encoder, path, cpu, torch.float32, 4)
         for key, value in plain.state_dict().items():
             assert torch.equal(other.state_dict()[key], value), key
+        assert other.base == plain.base
+    # what replaced LLaDA is known from it: a checkpoint that leaves it out must not find the published one
+    full["llm_model.base_model.model.model.transformer.ln_f.weight"] = torch.full((c.width,), 2.0)
+    torch.save(full, f"{folder}/full.bin")
+    other, _ = assemble(c, f"{folder}/llada", encoder, f"{folder}/full.bin", cpu, torch.float32, 4)
+    assert other.backbone.ln_f.weight[0] == 2 and other.base["llada"] != plain.base["llada"]
 
 
 def test_stage_1_file_with_a_random_qformer_or_none(released):

@@ -1124,6 +1124,7 @@ def test_ten_bad_steps_in_a_row_stop_the_run(one, toured, tmp_path, capsys):
     assert main(arguments(toured, tmp_path, 1, "--init", str(tmp_path / "nan"))) == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert "not finite 10 steps in a row" in err and "stage1.jsonl:" in err
+    assert [e["bad"] for e in read_lines(tmp_path / "stage1/log.jsonl")] == [1] * 10
 
 
 def test_twelve_bad_steps_that_are_not_in_a_row(one, toured, tmp_path):
