@@ -127,12 +127,15 @@ def one(toured, tmp_path_factory):
     return out
 
 
+SIXTY = ("--max-steps", "60", "--save-every", "3", "--resume")
+
+
 @pytest.fixture(scope="session")
 def two(one, toured, tmp_path_factory):
     """What two processes train that nothing disturbs, under one torchrun, for each start takes seconds.
 
     like_one: every stage as `one` has it; whole, halves: twenty steps, and ten and ten; seven: seven steps;
-    held_out: four steps with a held-out loss.
+    held_out: four steps with a held-out loss; sixty: as test_torchrun_restarts_what_was_killed has them.
     """
     out, jobs = tmp_path_factory.mktemp("two"), []
 
@@ -145,6 +148,7 @@ def two(one, toured, tmp_path_factory):
         for kind, extra in (("whole", ()), ("halves", ("--stop-after", "10")), ("halves", ("--resume",))):
             jobs.append(with_dropout(job(kind, stage, *extra)))
     jobs += [job("seven", 3, "--stop-after", "7"), job("held_out", 2, *held_out_options(toured))]
+    jobs.append(with_dropout(job("sixty", 1, *SIXTY)))
     run(jobs, out, processes=2)
     return out
 
@@ -811,13 +815,11 @@ def workers_of(torchrun):
         return [int(pid) for pid in f.read().split()]
 
 
-def test_torchrun_restarts_what_was_killed(one, toured, tmp_path):
+def test_torchrun_restarts_what_was_killed(one, two, toured, tmp_path):
     """From an empty folder with --resume, a worker killed twice: it goes on by itself to the same weights."""
-    more = ("--init", f"{one}/stage0", "--max-steps", "60", "--save-every", "3", "--resume")
-    argvs = [with_dropout(arguments(toured, tmp_path / kind, 1, *more)) for kind in ("whole", "killed")]
-    run(argvs[:1], tmp_path, processes=2)
-    process = start(argvs[1:], tmp_path, processes=2, restarts=3)
-    log, old = tmp_path / "killed" / "stage1" / "log.jsonl", set()
+    argv = with_dropout(arguments(toured, tmp_path, 1, "--init", f"{one}/stage0", *SIXTY))
+    process = start([argv], tmp_path, processes=2, restarts=3)
+    log, old = tmp_path / "stage1" / "log.jsonl", set()
     for wanted in (5, 12):
         wait_for(lambda n=wanted: log.exists() and log.read_text().count("\n") >= n, process)
         wait_for(lambda gone=old: len(set(workers_of(process)) - gone) == 2, process)
@@ -826,8 +828,8 @@ def test_torchrun_restarts_what_was_killed(one, toured, tmp_path):
         old = old | set(some)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 0, err[-3000:]
-    assert same_weights(tmp_path / "whole/stage1", tmp_path / "killed/stage1")
-    assert losses(tmp_path / "whole/stage1") == losses(tmp_path / "killed/stage1")
+    assert same_weights(two / "sixty/stage1", tmp_path / "stage1")
+    assert losses(two / "sixty/stage1") == losses(tmp_path / "stage1")
 
 
 @pytest.mark.slow
