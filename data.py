@@ -109,8 +109,8 @@ def log_mel(audio, config):
     """Whisper's log-mel of one clip, padded with silence to the encoder's window.
 
     audio (n,) 16 kHz.  Returns mel (n_mels, 2 * config.n_frames), and how many encoder frames hold real
-    audio.  Whisper was trained on padded windows and needs them.  The semantic adapter then
-    reads only the real frames, the acoustic adapter the encoded silence too.
+    audio.  Whisper was trained on padded windows and needs them.  The semantic adapter then reads only the
+    real frames, the acoustic adapter the encoded silence too.
     """
     n_frames = min(math.ceil(len(audio) / SAMPLES_PER_FRAME), config.n_frames)
     window = pad_or_trim(torch.as_tensor(audio, dtype=torch.float32), window_samples(config))

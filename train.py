@@ -358,6 +358,7 @@ def train(group, model, tokenizer, examples, held_out, settings, steps, args, st
                         param_group["lr"] = lr
                     optimizer.step()
             step += 1
+
             # ---- what one sees of it, and now and then the held-out loss and a checkpoint
             loss = loss_sum / n_examples if n_examples else math.nan
             counts = {"n": int(n_examples), "hours": audio_hours, "bad": int(is_bad)}

@@ -152,7 +152,7 @@ def load_checkpoint(name, device, dtype, given):
         files[part] = path_given or (beside if os.path.exists(beside) else None)
     if "llada" in base:
         llada, whisper, _ = fetch(base["name"], None, files["llada"], files["whisper"], adapters=False)
-        load_frozen(model, llada, whisper, device, dtype or torch.bfloat16, base["name"])
+        load_published(model, llada, whisper, device, dtype or torch.bfloat16, base["name"])
         files = {"llada": llada, "whisper": whisper}
         dtype = torch.float32  # of all that was trained: see LoRALinear
     else:
@@ -346,14 +346,16 @@ def load_released(model, path, device="cpu"):
 # the released models, put together from parts that lie in three places (runtime/hub.py)
 
 
-def load_frozen(model, llada, whisper, device, dtype, name):
+def load_published(model, llada, whisper, device, dtype, name, diffa=None):
     """LLaDA and Whisper's encoder, which no stage of the paper changes; model.base says what they are.
 
     dtype: LLaDA's, which is published in bf16.  Whisper stays in fp32, as in the authors' inference; beside
-    16 GB of LLaDA its 2.5 GB are few.
+    16 GB of LLaDA its 2.5 GB are few.  diffa: adapters and LoRA, too, from the authors' file.
     """
     load_llada(model, llada, device, dtype)
     load_whisper(model, whisper, device)
+    if diffa is not None:  # before model.base is told: a full training state replaces the frozen parts
+        load_released(model, diffa, device)
     model.base = {"name": name, "llada": fingerprint(model.backbone), "whisper": fingerprint(model.encoder)}
 
 
@@ -368,10 +370,7 @@ def assemble(config, llada, whisper, diffa, device, dtype, stage, name="diffa2")
     with torch.device("meta"):
         model = DIFFA2(config, lora=stage >= 3)
     model.stage = stage
-    load_frozen(model, llada, whisper, device, dtype, name)
-    if diffa is not None:
-        load_released(model, diffa, device)  # a full training state replaces the frozen parts, too
-        model.base |= {"llada": fingerprint(model.backbone), "whisper": fingerprint(model.encoder)}
+    load_published(model, llada, whisper, device, dtype, name, diffa)
     return model.eval(), tokenizer
 
 

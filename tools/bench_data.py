@@ -44,8 +44,8 @@ def one_opening(path):
     manifest = Mixture([path])
     opened = time.perf_counter() - start
     examples = [manifest[i] for i in range(0, len(manifest), max(1, len(manifest) // 1000))]
-    found = {"open": opened, "bytes": anonymous_bytes() - before}
-    return found | {"parsed": len(examples), "all": time.perf_counter() - start}
+    in_all, n_bytes = time.perf_counter() - start, anonymous_bytes() - before
+    return {"open": opened, "bytes": n_bytes, "parsed": len(examples), "all": in_all}
 
 
 def clips_a_second(manifest, tokenizer, config, workers, n):

@@ -256,14 +256,22 @@ DEMO_QUESTION = (os.path.join("assets", "demo", "digits.wav"), "What is said?")
 
 
 def draw_all(_):
-    """The pictures in assets/ that are drawn from this project alone; architecture.svg is drawn by hand."""
+    """The pictures in assets/ that are drawn from this project alone; architecture.svg is its own source."""
     write_svg(stages(), "assets/stages.svg")
     write_svg(draw_answer(*watch(*DEMO_QUESTION, "tiny")), "assets/answer.svg")
     save_figure(draw_heatmap(*watch(*DEMO_QUESTION, "tiny", steps=16)), "assets/heatmap.png", 100)
 
 
-def run_watch(args):
-    args.draw(watch(args.clip, args.question, args.model, factor=args.factor, steps=args.steps), args.out)
+def watch_asked(args):
+    return watch(args.clip, args.question, args.model, factor=args.factor, steps=args.steps)
+
+
+def run_answer(args):
+    write_svg(draw_answer(*watch_asked(args)), args.out)
+
+
+def run_heatmap(args):
+    save_figure(draw_heatmap(*watch_asked(args)), args.out, 100)
 
 
 def main(argv=None):
@@ -282,12 +290,12 @@ def main(argv=None):
     kind = kinds.add_parser("stages", help="what trains when")
     kind.set_defaults(run=lambda args: write_svg(stages(), args.out))
     kind.add_argument("--out", default="assets/stages.svg")
-    for name, out, draw in (
-        ("answer", "assets/answer.svg", lambda seen, out: write_svg(draw_answer(*seen), out)),
-        ("heatmap", "assets/heatmap.png", lambda seen, out: save_figure(draw_heatmap(*seen), out, 100)),
+    for name, out, run in (
+        ("answer", "assets/answer.svg", run_answer),
+        ("heatmap", "assets/heatmap.png", run_heatmap),
     ):
         kind = kinds.add_parser(name, help="an answer as it emerges")
-        kind.set_defaults(run=run_watch, draw=draw)
+        kind.set_defaults(run=run)
         kind.add_argument("clip")
         kind.add_argument("question")
         kind.add_argument("--model", default="tiny")
@@ -296,11 +304,11 @@ def main(argv=None):
         how.add_argument("--steps", type=int, help="fixed steps instead")
         kind.add_argument("--out", default=out)
 
-    def run():
+    def start():
         args = parser.parse_args(argv)
         args.run(args)
 
-    return exit_status("figures", run)
+    return exit_status("figures", start)
 
 
 if __name__ == "__main__":

@@ -159,6 +159,7 @@ def fullsize(folder, device, int8=False):
 
 
 def rehearse(folder, device, int8):
+    """`fullsize`, in an empty folder of its own."""
     start = time.perf_counter()
     write_fullsize(folder, PRESETS["diffa2"])
     print(f"wrote random weights in {time.perf_counter() - start:.0f} s")
